@@ -1,0 +1,38 @@
+"""Message dropout: drop whole messages `x[b, s, :]`, the same ones everywhere, faster than copying the data."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from msgdrop_numba.functional import fold_in, keep_mask, message_dropout
+from msgdrop_numba.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from msgdrop_numba.collate import Keyed, KeyedDataset, MessageDropoutCollate
+    from msgdrop_numba.nn import MessageDropout
+
+# These need torch, which NumPy users needn't have: loaded on first use (PEP 562).
+_LAZY = {"MessageDropout": "nn", "MessageDropoutCollate": "collate", "KeyedDataset": "collate", "Keyed": "collate"}
+
+__all__ = [
+    "Keyed",
+    "KeyedDataset",
+    "MessageDropout",
+    "MessageDropoutCollate",
+    "fold_in",
+    "keep_mask",
+    "message_dropout",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_LAZY))

@@ -1,0 +1,128 @@
+"""Builds the fields of a batch: each sample's kept messages go straight into their place, the others aren't read."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from msgdrop_numba import numpy_ops
+from msgdrop_numba.arguments import address, is_zero
+from msgdrop_numba.kernels.cpu import COPY
+from msgdrop_numba.plan import mask_plan
+from msgdrop_numba.plan import plan as make_plan
+from msgdrop_numba.threads import launch
+from msgdrop_numba.torch_ops import fill_message, scaled_kind
+
+
+class _Source(NamedTuple):
+    """One sample's array: contiguous memory, kept alive by `owner`."""
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    owner: Any
+
+
+class Stack:
+    """The fields of one batch, which share seed, keys and lengths and thereby the mask."""
+
+    def __init__(
+        self, p: float, scale: bool, fill: Any, pad: bool, pad_value: Any,
+        seed: int, row_keys: np.ndarray, ids: list[int] | None,
+    ) -> None:  # fmt: skip
+        self.p, self.scale, self.fill, self.pad, self.pad_value = p, scale, fill, pad, pad_value
+        self.seed, self.row_keys, self.ids = seed, row_keys, ids
+        self.lengths: list[int] | None = None
+
+    def build(self, field: str, samples: list[Any]) -> Tensor:
+        """The batch `(samples, messages, *features)` of one field."""
+        sources = [self._source(field, row, sample) for row, sample in enumerate(samples)]
+        self._check(field, sources)
+        _, shape, dtype, _ = sources[0]
+        lengths = [source.shape[0] for source in sources]
+        kind = scaled_kind(dtype) if self.scale else COPY
+        message = None if is_zero(self.fill) else fill_message(self.fill, dtype, shape[1:])
+        out = _empty((len(sources), max(lengths), *shape[1:]), dtype)
+        stride = out.stride(0) * out.element_size()
+        for row, source in enumerate(sources):
+            plan = make_plan(source.shape, dtype.itemsize, kind, self.p, 1)
+            if plan.messages:
+                launch(
+                    plan, source.start, out.data_ptr() + row * stride, 0 if message is None else message.data_ptr(),
+                    0, 0, self.seed, address(self.row_keys) + 8 * row,
+                )  # fmt: skip
+            if plan.size < out.shape[1]:
+                out[row, plan.size :] = self.pad_value
+        return out
+
+    def mask(self) -> Tensor:
+        """The keep mask `(samples, messages)` of the fields built, padding kept."""
+        assert self.lengths is not None
+        plan = mask_plan((len(self.lengths), max(self.lengths)), self.p)
+        return torch.from_numpy(numpy_ops.keep_mask(plan, self.seed, self.row_keys, self.lengths))
+
+    def _source(self, field: str, row: int, sample: Any) -> _Source:
+        if isinstance(sample, Tensor):
+            if sample.device.type != "cpu" or sample.layout != torch.strided:
+                raise TypeError(f"{self._at(field, row)} must be a dense CPU tensor, but got one on {sample.device}")
+            owner: Any = sample.detach().resolve_conj().resolve_neg().contiguous()
+            source = _Source(owner.data_ptr(), tuple(sample.shape), sample.dtype, owner)
+        elif isinstance(sample, np.ndarray):
+            owner = np.ascontiguousarray(sample, sample.dtype.newbyteorder("="))
+            source = _Source(address(owner), sample.shape, self._torch_dtype(field, row, owner.dtype), owner)
+        else:
+            raise TypeError(f"{self._at(field, row)} must be an array or a tensor, but got {type(sample).__name__}")
+        if len(source.shape) < 2:
+            raise ValueError(f"{self._at(field, row)} must be (messages, *features), but got shape {source.shape}")
+        return source
+
+    def _torch_dtype(self, field: str, row: int, dtype: np.dtype[Any]) -> torch.dtype:
+        try:
+            return _torch_dtype(dtype)
+        except TypeError:
+            raise TypeError(f"{self._at(field, row)} must have a dtype that torch has, but got {dtype}") from None
+
+    def _check(self, field: str, sources: list[_Source]) -> None:
+        """Refuse samples that don't fit together, or fields of one sample with other numbers of messages."""
+        first = sources[0]
+        for row, (_, shape, dtype, _) in enumerate(sources):
+            if dtype != first.dtype or shape[1:] != first.shape[1:]:
+                raise ValueError(
+                    f"{self._at(field, row)} must be like the batch's first, {first.dtype} with features "
+                    f"{first.shape[1:]}, but got {dtype} with {shape[1:]}"
+                )
+            if shape[0] != first.shape[0] and not self.pad:
+                raise ValueError(
+                    f"{self._at(field, row)} must have {first.shape[0]} messages, as the batch's first, but got "
+                    f"{shape[0]}: set pad=True to pad to the longest"
+                )
+            if self.lengths is not None and shape[0] != self.lengths[row]:
+                raise ValueError(
+                    f"{self._at(field, row)} must have {self.lengths[row]} messages, as the sample's other fields, "
+                    f"but got {shape[0]}: fields share one mask"
+                )
+        self.lengths = [source.shape[0] for source in sources]
+
+    def _at(self, field: str, row: int) -> str:
+        key = "" if self.ids is None else f" (key {self.ids[row]})"
+        return f"{field} of sample {row}{key}" if field else f"sample {row}{key}"
+
+
+@lru_cache(maxsize=64)
+def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new tensor; in a worker process in shared memory, so that it isn't copied again when it is sent."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu")
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)

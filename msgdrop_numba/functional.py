@@ -1,0 +1,141 @@
+"""`message_dropout`, `keep_mask` and `fold_in`: look at the array, pick the library that handles it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from msgdrop_numba import arguments, numpy_ops, philox
+from msgdrop_numba.plan import mask_plan
+
+
+def message_dropout(
+    x: Any,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    scale: bool = False,
+    lengths: Any = None,
+    fill: complex = 0.0,
+    message_dims: int | None = None,
+    seed: Any = None,
+    keys: Any = None,
+    generator: Any = None,
+    out: Any = None,
+    return_mask: bool = False,
+) -> Any:
+    """Drop whole messages `x[b, s, ...]` of an array, each with probability p.
+
+    A dropped message is never read, so NaN and Inf in it can't leak. The mask is a pure function of (seed, row key,
+    position): the same for every array library, thread count, worker and machine.
+
+    Args:
+        x: NumPy array or CPU tensor of numbers or bools, `(*message dims, *features)` with at least one feature dim.
+        p: probability that a message is **dropped**, in [0, 1].
+        training: with False (or p = 0) x itself comes back, unchanged.
+        inplace: write into x, only what is dropped (and, scaled, what is kept).
+        scale: multiply kept messages by 1/(1-p), for floating and complex dtypes.
+        lengths: valid messages in each row, integers of the shape of the message dims without the last. What lies
+            behind is padding: left as it is, kept in the mask.
+        fill: number that the elements of a dropped message become.
+        message_dims: how many leading dims index messages; None: 2 where x has 3 or more dims, else 1. The last of
+            them is the position in a row, the others index rows.
+        seed: integer in [0, 2**64), or a 0-d int64 tensor of the same bits. None: drawn from `generator`, else from
+            torch's default generator (tensors) or the system's entropy (arrays).
+        keys: integer naming each row, of the shape of the message dims without the last or a leading part of it, in
+            [-2**63, 2**64); None: the row's index.
+        generator: `torch.Generator` for tensors, `numpy.random.Generator` for arrays; not with `seed`.
+        out: array to write into, of x's kind, shape and dtype; x itself, or memory that doesn't overlap it.
+        return_mask: give back `(y, keep)`, with keep the bool mask over the message dims, True = kept.
+
+    Returns:
+        An array like x: `where(keep, x, fill)`, kept messages bit for bit as in x unless scaled.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, dtype or value. Nothing was written.
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.ones((2, 4, 3), np.float32)  # 2 samples of 4 messages of 3 features
+        >>> message_dropout(x, 0.5, seed=0).any(axis=-1)
+        array([[False,  True,  True,  True],
+               [False,  True, False,  True]])
+
+    Source: the mask contract, version 1 (README), on Philox4x32-10 (Salmon et al., SC'11).
+    """
+    return _library(x).message_dropout(
+        x, p, training, inplace, scale, lengths, fill, message_dims, seed, keys, generator, out, return_mask
+    )
+
+
+def _library(x: Any) -> Any:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        from msgdrop_numba import torch_ops
+
+        return torch_ops
+    if isinstance(x, np.ndarray):
+        return numpy_ops
+    raise TypeError(f"x must be a NumPy array or a torch tensor, but got {type(x).__name__}; make it one first")
+
+
+def keep_mask(
+    shape: int | tuple[int, ...],
+    p: float = 0.5,
+    *,
+    lengths: Any = None,
+    seed: Any,
+    keys: Any = None,
+    device: Any = None,
+) -> Any:
+    """The keep mask that `message_dropout` uses: bool, True = the message passes.
+
+    Args:
+        shape: the message dims, e.g. `(batch, sequence)`; the last is the position in a row.
+        p, lengths, seed, keys: as for `message_dropout`.
+        device: a torch device: the mask is a tensor there. None: a NumPy array.
+
+    Returns:
+        bool array or tensor of `shape`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, dtype or value.
+
+    Example:
+        >>> keep_mask((2, 6), 0.5, seed=0, keys=[17, -3])
+        array([[ True,  True, False,  True, False,  True],
+               [False,  True, False, False,  True,  True]])
+
+    Source: the mask contract, version 1 (README).
+    """
+    mask = numpy_ops.keep_mask(mask_plan(shape, p), seed, keys, lengths)
+    if device is None:
+        return mask
+    import torch
+
+    return torch.from_numpy(mask).to(device)
+
+
+def fold_in(seed: Any, data: Any) -> int:
+    """A new seed from a seed and a number: an epoch, a field, a rank.
+
+    Args:
+        seed: integer in [0, 2**64), or a 0-d int64 tensor of the same bits.
+        data: integer in [-2**63, 2**64); a negative one stands for its two's complement.
+
+    Returns:
+        An integer in [0, 2**64).
+
+    Raises:
+        TypeError, ValueError: an argument is no integer or out of range.
+
+    Example:
+        >>> fold_in(7, 3)
+        10612791744428350474
+
+    Source: the mask contract, version 1 (README); the name is JAX's.
+    """
+    return int(philox.fold_in(np.uint64(arguments.check_seed(seed)), np.uint64(arguments.check_key("data", data))))

@@ -1,0 +1,1 @@
+"""The kernels: what runs over messages."""

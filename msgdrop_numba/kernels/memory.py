@@ -1,0 +1,96 @@
+"""Memory by address: the primitives of the CPU kernels.
+
+Each is a plain Python function that works with the compiler off, and an overload that compiles to an LLVM operation.
+Addresses and counts are int64, since pointers passed as integers cost the least on the way into a kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+BYTES = cgutils.voidptr_t
+
+
+def view(address: int, count: int, dtype: Any) -> Any:
+    """The `count` elements of `dtype` (a NumPy scalar type) from `address` on, as an array that owns nothing."""
+    buffer = (ctypes.c_uint8 * (count * np.dtype(dtype).itemsize)).from_address(address)
+    return np.frombuffer(buffer, dtype)
+
+
+def copy_bytes(target: int, source: int, count: int) -> None:
+    """Copy `count` bytes between ranges that don't overlap."""
+    ctypes.memmove(target, source, count)
+
+
+def zero_bytes(target: int, count: int) -> None:
+    """Set `count` bytes to zero."""
+    ctypes.memset(target, 0, count)
+
+
+def half_to_float(value: Any) -> Any:
+    """The float32 of float16 bits (uint16)."""
+    return np.float32(np.uint16(value).view(np.float16))
+
+
+def float_to_half(value: Any) -> Any:
+    """The float16 bits (uint16) nearest to a float32, ties to even."""
+    with np.errstate(over="ignore", under="ignore"):
+        return np.float16(value).view(np.uint16)
+
+
+def float_to_bits(value: Any) -> Any:
+    """The bits (uint32) of a float32."""
+    return np.float32(value).view(np.uint32)
+
+
+def bits_to_float(value: Any) -> Any:
+    """The float32 of its bits (uint32)."""
+    return np.uint32(value).view(np.float32)
+
+
+def _instruction(result: Any, arguments: tuple[Any, ...], emit: Callable[..., Any]) -> Any:
+    """An intrinsic of the given types whose body is what `emit(builder, *values)` builds."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        emitted = emit(builder, *values)
+        return context.get_dummy_value() if result is types.void else emitted
+
+    if len(arguments) == 1:
+        return intrinsic(lambda typingctx, a: (result(*arguments), codegen))
+    if len(arguments) == 2:
+        return intrinsic(lambda typingctx, a, b: (result(*arguments), codegen))
+    return intrinsic(lambda typingctx, a, b, c: (result(*arguments), codegen))
+
+
+def _emit_copy(builder: Any, target: Any, source: Any, count: Any) -> None:
+    cgutils.raw_memcpy(builder, builder.inttoptr(target, BYTES), builder.inttoptr(source, BYTES), count, 1)
+
+
+def _emit_zero(builder: Any, target: Any, count: Any) -> None:
+    cgutils.memset(builder, builder.inttoptr(target, BYTES), count, 0)
+
+
+_FLOAT, _HALF, _I16, _I32 = ir.FloatType(), ir.HalfType(), ir.IntType(16), ir.IntType(32)
+_pointer = _instruction(types.voidptr, (types.intp,), lambda b, v: b.inttoptr(v, BYTES))
+_copy = _instruction(types.void, (types.intp,) * 3, _emit_copy)
+_zero = _instruction(types.void, (types.intp,) * 2, _emit_zero)
+_half_to_float = _instruction(types.float32, (types.uint16,), lambda b, v: b.fpext(b.bitcast(v, _HALF), _FLOAT))
+_float_to_half = _instruction(types.uint16, (types.float32,), lambda b, v: b.bitcast(b.fptrunc(v, _HALF), _I16))
+_float_to_bits = _instruction(types.uint32, (types.float32,), lambda b, v: b.bitcast(v, _I32))
+_bits_to_float = _instruction(types.float32, (types.uint32,), lambda b, v: b.bitcast(v, _FLOAT))
+
+overload(view)(lambda address, count, dtype: lambda address, count, dtype: carray(_pointer(address), count, dtype))
+overload(copy_bytes)(lambda target, source, count: lambda target, source, count: _copy(target, source, count))
+overload(zero_bytes)(lambda target, count: lambda target, count: _zero(target, count))
+overload(half_to_float)(lambda value: lambda value: _half_to_float(value))
+overload(float_to_half)(lambda value: lambda value: _float_to_half(value))
+overload(float_to_bits)(lambda value: lambda value: _float_to_bits(value))
+overload(bits_to_float)(lambda value: lambda value: _bits_to_float(value))

@@ -1,0 +1,44 @@
+"""Sample ids to the 64-bit keys of the mask contract."""
+
+from __future__ import annotations
+
+import hashlib
+import numbers
+from typing import Any
+from uuid import UUID
+
+from msgdrop_numba.arguments import check_key
+
+
+def sample_key(sample_id: Any) -> int:
+    """The 64-bit key of a sample's id: an integer as it is, anything else hashed with BLAKE2b.
+
+    Args:
+        sample_id: an integer in [-2**63, 2**64) (a negative one stands for its two's complement), a string (its
+            UTF-8 bytes), bytes, or a UUID (its 16 bytes).
+
+    Returns:
+        An integer in [0, 2**64).
+
+    Raises:
+        TypeError, ValueError: the id is of another type, a float or a bool say, or out of range.
+
+    Example:
+        >>> sample_key(-1) == 2**64 - 1
+        True
+        >>> sample_key("clip-0001")
+        4734007382124388018
+
+    Source: the mask contract, version 1 (README); BLAKE2b is RFC 7693.
+    """
+    if isinstance(sample_id, numbers.Integral):
+        return check_key("a sample's key", sample_id)
+    if isinstance(sample_id, str):
+        data = sample_id.encode()
+    elif isinstance(sample_id, UUID):
+        data = sample_id.bytes
+    elif isinstance(sample_id, bytes):
+        data = sample_id
+    else:
+        raise TypeError(f"a sample's key must be an integer, string, bytes or UUID, but got {sample_id!r}")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

@@ -1,0 +1,99 @@
+"""How many threads, and whether a parallel kernel may start here at all.
+
+numba's layers die in ways that take the process along: under omp a forked child that starts a parallel kernel after
+its parent did is killed; under workqueue two Python threads in parallel kernels abort. So a parallel kernel starts
+only where it may, and the serial one, which writes the same bytes, runs everywhere else. Nothing global is set.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+
+import numba
+import numpy as np
+from numba import config
+from numba.core.compiler_lock import global_compiler_lock
+
+from msgdrop_numba.kernels.cpu import GIVEN, drop_parallel, drop_serial
+from msgdrop_numba.plan import Plan
+
+# Below this many bytes written, waking threads costs more than it saves.
+PARALLEL_BYTES = 256 * 1024
+
+
+def _started() -> bool:
+    """Whether a threading layer runs in this process, started by us or by anybody."""
+    try:
+        numba.threading_layer()
+    except ValueError:
+        return False
+    return True
+
+
+class _Layer:
+    """What is known of this process's threading layer."""
+
+    inherited: bool  # a parent started it before it forked us: its threads are not here
+    usable: bool | None  # whether parallel kernels may run on it; None until the first one asks
+
+    def __init__(self, inherited: bool) -> None:
+        self.inherited = inherited
+        self.usable = None
+
+    def may_start(self) -> bool:
+        if self.inherited:
+            return False
+        if self.usable is None:
+            numba.get_num_threads()  # starts the layer, which alone tells its name
+            self.usable = numba.threading_layer() != "workqueue"
+        return self.usable
+
+
+# Imported for the first time in a multiprocessing child, a running layer counts as the parent's.
+_layer = _Layer(inherited=multiprocessing.parent_process() is not None and _started())
+
+
+def chunks(nbytes: int) -> int:
+    """How many parts a job that writes `nbytes` is cut into; 1 stands for the serial kernel.
+
+    The budget is torch's thread count where torch is loaded (1 in a DataLoader worker), and at most numba's.
+    """
+    if nbytes < PARALLEL_BYTES:
+        return 1
+    torch = sys.modules.get("torch")
+    budget: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    if torch is not None and hasattr(torch, "get_num_threads"):  # not there yet in a half-done import
+        budget = min(budget, torch.get_num_threads())
+    return budget if budget > 1 and _layer.may_start() else 1
+
+
+def launch(
+    plan: Plan, x: int, out: int, fill: int, mask: int, lengths: int, seed: int, keys: int, given: bool = False
+) -> None:
+    """Run the kernel on addresses (0: none), serial or parallel; with `given` the mask is read, not drawn."""
+    _, messages, size, width, kind, threshold, factor = plan
+    if given:
+        threshold = GIVEN
+    parts = chunks(messages * (width or 1))
+    if parts == 1:
+        drop_serial(messages, x, out, width, kind, factor, fill, mask, size, lengths, np.uint64(seed), keys, threshold)
+    else:
+        drop_parallel(
+            messages, x, out, width, kind, factor, fill, mask, size, lengths, np.uint64(seed), keys, threshold, parts
+        )
+
+
+def _after_fork_in_child() -> None:
+    _layer.inherited, _layer.usable = _started(), None
+
+
+if hasattr(os, "register_at_fork"):  # Windows never forks
+    # A fork while another thread compiles would leave the child's first compile waiting for ever: no fork meanwhile.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,30 @@
+"""Whether a tensor is an ordinary one whose memory may be read by address: the one place for torch's private names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+try:
+    _Key, _KeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
+    _INFERENCE = _KeySet(_Key.CPU) | _KeySet(_Key.AutocastCPU)
+    _PLAIN = _INFERENCE | _KeySet(_Key.ADInplaceOrView) | _KeySet(_Key.AutogradCPU)
+    _dispatch_keys: Any = torch._C._dispatch_keys
+    _modes = torch._C._len_torch_dispatch_stack
+    _tracing = torch._C._get_tracing_state
+except AttributeError:  # another torch: nothing is known to be plain
+    _dispatch_keys = None
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is a dense eager CPU tensor outside every transform: no tracing, vmap, forward AD or mode."""
+    if torch.compiler.is_compiling():  # asked first: Dynamo can't follow the rest
+        return False
+    if _dispatch_keys is None or _modes() or _tracing() is not None or forward_ad._current_level >= 0:
+        return False
+    if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+        return False
+    keys = _dispatch_keys(tensor)
+    return keys in (_PLAIN, _INFERENCE)

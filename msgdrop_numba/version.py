@@ -1,0 +1,3 @@
+"""The version, by itself so that a build can read it without importing numba."""
+
+__version__ = "0.1.0"
