@@ -120,20 +120,20 @@ def is_zero(fill: Any) -> bool:
     return type(fill) in (int, float) and fill == 0 and math.copysign(1.0, fill) > 0
 
 
-def check_fill(fill: Any, kind: str, low: float, high: float, dtype: Any) -> None:
+def check_number(name: str, fill: Any, kind: str, low: float, high: float, dtype: Any) -> None:
     """Refuse a `fill` that a dtype can't hold: `kind` as NumPy's (i: whole, f: real, c: complex), range [low, high]."""
     if not isinstance(fill, (numbers.Complex, np.bool_)):
-        raise TypeError(f"fill must be a number, but got {fill!r}")
-    part: Any
-    for part in (fill.real, fill.imag) if kind == "c" else (fill,):
-        if not isinstance(part, (numbers.Real, np.bool_)):
+        raise TypeError(f"{name} must be a number, but got {fill!r}")
+    parts: list[Any] = [fill.real, fill.imag] if kind == "c" else [fill]
+    for part in parts:
+        if kind != "c" and not isinstance(fill, (numbers.Real, np.bool_)):
             fits = False
         elif math.isfinite(part):
-            fits = bool(low <= part <= high) and (kind != "i" or part == int(part))
+            fits = bool(low <= float(part) <= high) and (kind != "i" or part == int(part))
         else:
             fits = kind != "i"
         if not fits:
-            raise ValueError(f"fill must be a number that {dtype} can hold, but got {fill!r}")
+            raise ValueError(f"{name} must be a number that {dtype} can hold, but got {fill!r}")
 
 
 class _Bytes:
@@ -145,12 +145,16 @@ class _Bytes:
         }  # fmt: skip
 
 
-def check_out(x: tuple[Any, ...], out: tuple[Any, ...]) -> None:
-    """Refuse an `out` that shares memory with x in part: all of it, element for element, is in place.
+def check_target(name: str, x: tuple[Any, ...], out: tuple[Any, ...]) -> None:
+    """Refuse to write into memory that holds an element twice, or that x shares in part.
 
     Args:
-        x, out: (address, shape, strides in bytes, itemsize) each.
+        name: of the argument to be written.
+        x, out: (address, shape, strides in bytes, itemsize) each; equal: in place.
     """
+    _, shape, strides, _ = out
+    if math.prod(shape) and any(step == 0 and dim > 1 for step, dim in zip(strides, shape, strict=True)):
+        raise ValueError(f"{name} must not be expanded, but got strides {strides}: copy it first")
     if x == out:
         return
     try:
@@ -158,4 +162,4 @@ def check_out(x: tuple[Any, ...], out: tuple[Any, ...]) -> None:
     except np.exceptions.TooHardError:
         overlap = True
     if overlap:
-        raise ValueError("out overlaps x in part; give x itself, or memory of its own")
+        raise ValueError(f"{name} overlaps x in part; give x itself, or memory of its own")

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from msgdrop_numba import numpy_ops
-from msgdrop_numba.arguments import address, is_zero
+from msgdrop_numba.arguments import address
 from msgdrop_numba.kernels.cpu import COPY
 from msgdrop_numba.plan import mask_plan
 from msgdrop_numba.plan import plan as make_plan
 from msgdrop_numba.threads import launch
-from msgdrop_numba.torch_ops import fill_message, scaled_kind
+from msgdrop_numba.torch_ops import check_number, fill_message, scaled_kind
 
 
 class _Source(NamedTuple):
@@ -47,7 +47,8 @@ class Stack:
         _, shape, dtype, _ = sources[0]
         lengths = [source.shape[0] for source in sources]
         kind = scaled_kind(dtype) if self.scale else COPY
-        message = None if is_zero(self.fill) else fill_message(self.fill, dtype, shape[1:])
+        message = fill_message(self.fill, dtype, shape[1:])
+        check_number("pad_value", self.pad_value, dtype)
         out = _empty((len(sources), max(lengths), *shape[1:]), dtype)
         stride = out.stride(0) * out.element_size()
         for row, source in enumerate(sources):

@@ -85,10 +85,10 @@ def _fill_message(fill: Any, dtype: np.dtype[Any], features: tuple[int, ...]) ->
         return None
     if dtype.kind in "fc":
         high = float(np.finfo(dtype).max)
-        arguments.check_fill(fill, dtype.kind, -high, high, dtype)
+        arguments.check_number("fill", fill, dtype.kind, -high, high, dtype)
     else:
         low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
-        arguments.check_fill(fill, "i", low, high, dtype)
+        arguments.check_number("fill", fill, "i", low, high, dtype)
     return np.full(features, fill, dtype)
 
 
@@ -109,10 +109,7 @@ def _target(x: np.ndarray, inplace: bool, out: Any) -> np.ndarray | None:
         )
     if not out.flags.writeable:
         raise ValueError(f"{name} must be writable, but got a read-only array")
-    if any(step == 0 and dim > 1 for step, dim in zip(out.strides, out.shape, strict=True)):
-        raise ValueError(f"{name} must not be expanded, but got strides {out.strides}: copy it first")
-    if out is not x and x.size:
-        arguments.check_out(_memory(x), _memory(out))
+    arguments.check_target(name, _memory(x), _memory(out))
     return out
 
 

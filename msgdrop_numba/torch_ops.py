@@ -114,7 +114,7 @@ def message_dropout(
         )
     kind = scaled_kind(x.dtype) if scale else COPY
     plan = make_plan(x.shape, x.itemsize, kind, p, message_dims)
-    message = None if is_zero(fill) else fill_message(fill, x.dtype, x.shape[len(plan.shape) :])
+    message = fill_message(fill, x.dtype, x.shape[len(plan.shape) :])
     target = _target(x, inplace, out) if inplace or out is not None else None
     row_keys = row_lengths = None
     if keys is not None:
@@ -149,15 +149,22 @@ def scaled_kind(dtype: torch.dtype) -> int:
     return _SCALED[dtype]
 
 
-def fill_message(fill: Any, dtype: torch.dtype, features: tuple[int, ...]) -> Tensor:
-    """One message of `fill`."""
+def fill_message(fill: Any, dtype: torch.dtype, features: tuple[int, ...]) -> Tensor | None:
+    """One message of `fill`, or None where that is zeros."""
+    if is_zero(fill):
+        return None
+    check_number("fill", fill, dtype)
+    return torch.full(features, fill, dtype=dtype, device="cpu")
+
+
+def check_number(name: str, value: Any, dtype: torch.dtype) -> None:
+    """Refuse a number that `dtype` can't hold."""
     if dtype.is_floating_point or dtype.is_complex:
         high = torch.finfo(dtype).max
-        arguments.check_fill(fill, "c" if dtype.is_complex else "f", -high, high, dtype)
+        arguments.check_number(name, value, "c" if dtype.is_complex else "f", -high, high, dtype)
     else:
         low, high = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-        arguments.check_fill(fill, "i", low, high, dtype)
-    return torch.full(features, fill, dtype=dtype, device="cpu")
+        arguments.check_number(name, value, "i", low, high, dtype)
 
 
 def _target(x: Tensor, inplace: bool, out: Any) -> Tensor:
@@ -175,15 +182,12 @@ def _target(x: Tensor, inplace: bool, out: Any) -> Tensor:
             f"{name} must have x's shape {tuple(x.shape)} and dtype {x.dtype}, "
             f"but got {tuple(out.shape)} and {out.dtype}"
         )
-    if any(step == 0 and dim > 1 for step, dim in zip(out.stride(), out.shape, strict=True)):
-        raise ValueError(f"{name} must not be expanded, but got strides {out.stride()}: clone it first")
     if torch.is_grad_enabled():
         if inplace and x.requires_grad and x.is_leaf:
             raise ValueError("inplace=True can't change a leaf that requires grad: drop out of place, or under no_grad")
         if not inplace and (x.requires_grad or out.requires_grad):
             raise ValueError("out can't be used where a gradient is needed: leave it out, or call under no_grad")
-    if out is not x:
-        arguments.check_out(_memory(x), _memory(out))
+    arguments.check_target(name, _memory(x), _memory(out))
     return out
 
 

@@ -21,18 +21,18 @@ BYTES = cgutils.voidptr_t
 
 def view(address: int, count: int, dtype: Any) -> Any:
     """The `count` elements of `dtype` (a NumPy scalar type) from `address` on, as an array that owns nothing."""
-    buffer = (ctypes.c_uint8 * (count * np.dtype(dtype).itemsize)).from_address(address)
+    buffer = (ctypes.c_uint8 * (int(count) * np.dtype(dtype).itemsize)).from_address(int(address))
     return np.frombuffer(buffer, dtype)
 
 
 def copy_bytes(target: int, source: int, count: int) -> None:
     """Copy `count` bytes between ranges that don't overlap."""
-    ctypes.memmove(target, source, count)
+    ctypes.memmove(int(target), int(source), int(count))
 
 
 def zero_bytes(target: int, count: int) -> None:
     """Set `count` bytes to zero."""
-    ctypes.memset(target, 0, count)
+    ctypes.memset(int(target), 0, int(count))
 
 
 def half_to_float(value: Any) -> Any:

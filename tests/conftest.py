@@ -1,0 +1,24 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from msgdrop_numba import threads
+
+
+@pytest.fixture(params=[1, 2, 3, 8], ids="{} chunks".format)
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Every kernel call is cut into this many chunks, however small: 1 is the serial kernel."""
+    monkeypatch.setattr(threads, "chunks", lambda nbytes: request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _quiet_scalars() -> Iterator[None]:
+    """Without the compiler the kernels run on NumPy scalars, which warn where compiled code overflows to infinity."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        yield

@@ -1,0 +1,250 @@
+"""Tensors: gradients, versions, generators, checkpointing, what is refused."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from msgdrop_numba import keep_mask, message_dropout
+
+torch = pytest.importorskip("torch")
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+OPTIONS = [
+    {},
+    {"scale": True},
+    {"fill": 2.5},
+    {"message_dims": 1},
+    {"scale": True, "lengths": [1, 4], "keys": [7, -7]},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_gradcheck(options, dtype):
+    x = torch.randn(2, 4, 3, dtype=dtype, requires_grad=True)
+
+    def f(x):
+        return message_dropout(x, 0.5, seed=3, **options)
+
+    def g(x):
+        return message_dropout(x * 1, 0.5, inplace=True, seed=3, **options)
+
+    for function in (f, g):
+        assert torch.autograd.gradcheck(function, x, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(function, x)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradient_is_the_same_map(options, chunks):
+    x = torch.randn(2, 4, 3, requires_grad=True)
+    y, mask = message_dropout(x, 0.5, seed=3, return_mask=True, **options)
+    grad = torch.randn(2, 4, 3)
+    grad[~mask] = float("nan")  # where a message is dropped, no NaN may come back
+    assert not mask.all()
+    y.backward(grad)
+    want = message_dropout(grad, 0.5, seed=3, **{**options, "fill": 0.0})
+    assert torch.equal(x.grad, want)
+    assert not x.grad.isnan().any()
+
+
+def test_gradients_of_any_layout():
+    x = torch.randn(2, 4, 3, requires_grad=True)
+    keep = torch.from_numpy(keep_mask((2, 4), seed=3))[..., None].expand(2, 4, 3)
+    message_dropout(x, seed=3).sum().backward()  # all strides 0
+    assert torch.equal(x.grad, keep.float())
+    (grad,) = torch.autograd.grad(message_dropout(x, seed=3).transpose(0, 2).contiguous().sum(), x)
+    assert torch.equal(grad, keep.float())
+
+
+def test_mean_of_a_conjugate_gradient():
+    x = torch.randn(2, 4, 3, dtype=torch.complex64, requires_grad=True)
+    keep = torch.from_numpy(keep_mask((2, 4), seed=3))[..., None]
+    (got,) = torch.autograd.grad(
+        message_dropout(x, seed=3).conj(), x, torch.ones(2, 4, 3, dtype=torch.complex64).conj()
+    )
+    (want,) = torch.autograd.grad(torch.where(keep, x, 0).conj(), x, torch.ones(2, 4, 3, dtype=torch.complex64).conj())
+    assert torch.equal(got, want)
+
+
+def test_lengths_and_keys_may_change_before_backward():
+    x = torch.randn(2, 4, 3, requires_grad=True)
+    keys, lengths = torch.tensor([5, 6]), torch.tensor([4, 2])
+    y = message_dropout(x, 0.5, scale=True, seed=3, keys=keys, lengths=lengths)
+    want = message_dropout(torch.ones(2, 4, 3), 0.5, scale=True, seed=3, keys=keys, lengths=lengths)
+    keys.zero_(), lengths.zero_()
+    y.backward(torch.ones(2, 4, 3))
+    assert torch.equal(x.grad, want)
+    lengths = np.array([4, 2])
+    y = message_dropout(x, 0.5, scale=True, seed=3, keys=[5, 6], lengths=lengths)
+    lengths[:] = 0
+    assert torch.equal(torch.autograd.grad(y, x, torch.ones(2, 4, 3))[0], want)
+
+
+def test_backward_keeps_one_byte_a_message():
+    saved = []
+
+    def pack(t):
+        saved.append(t.numel() * t.element_size())
+        return t
+
+    x = torch.randn(8, 16, 128, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        message_dropout(x, 0.5)
+    assert saved == [8 * 16]
+
+
+def test_a_mask_changed_before_backward_is_an_error():
+    x = torch.randn(2, 4, 3, requires_grad=True)
+    y, mask = message_dropout(x, 0.5, return_mask=True)
+    assert not mask.requires_grad
+    mask.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("how", ["inplace", "out"])
+def test_writes_are_seen_by_autograd(how):
+    w = torch.randn(2, 4, 3, requires_grad=True)
+    x = torch.randn(2, 4, 3)
+    y = w * x  # saves x
+    with torch.no_grad():
+        if how == "inplace":
+            message_dropout(x, 0.5, inplace=True)
+        else:
+            message_dropout(torch.randn(2, 4, 3), 0.5, out=x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_inplace_keeps_the_graph():
+    w = torch.randn(2, 4, 3, requires_grad=True)
+    keep = torch.from_numpy(keep_mask((2, 4), seed=3))[..., None]
+    x = w * 2
+    y = message_dropout(x, seed=3, inplace=True)
+    assert y is x
+    y.sum().backward()
+    assert torch.equal(w.grad, keep * torch.full((2, 4, 3), 2.0))
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_inplace_on_a_view_that_needs_a_gradient(scale):
+    w = torch.randn(3, 2, 4, 3, requires_grad=True)
+    want, mask = message_dropout(w.detach()[1] * 2, seed=3, scale=scale, return_mask=True)
+    base = w * 2
+    y, got = message_dropout(base[1], seed=3, inplace=True, scale=scale, return_mask=True)
+    assert torch.equal(got, mask)
+    assert torch.equal(base[1], want)
+    assert torch.equal(y, want)
+    base.sum().backward()
+    assert torch.equal(w.grad[0], torch.full((2, 4, 3), 2.0))
+    assert torch.equal(w.grad[1], mask[..., None] * torch.full((2, 4, 3), 4.0 if scale else 2.0))
+
+
+def test_leaves_are_refused_before_anything_is_written():
+    x = torch.ones(2, 4, 3, requires_grad=True)
+    with pytest.raises(ValueError, match="leaf that requires grad"):
+        message_dropout(x, inplace=True)
+    with pytest.raises(ValueError, match="out can't be used where a gradient is needed"):
+        message_dropout(x, out=torch.zeros(2, 4, 3))
+    with pytest.raises(ValueError, match="out can't be used where a gradient is needed"):
+        message_dropout(x.detach(), out=x)
+    assert x.detach().all()
+    with torch.no_grad():
+        assert message_dropout(x, 1.0, inplace=True) is x
+    assert not x.detach().any()
+
+
+def test_expanded_tensors():
+    x = torch.ones(4, 1, 3).expand(4, 5, 3)
+    y, mask = message_dropout(x, seed=1, return_mask=True)
+    assert torch.equal(y, mask[..., None].expand(4, 5, 3).float())
+    with pytest.raises(ValueError, match="must not be expanded"):
+        message_dropout(x, inplace=True)
+    with pytest.raises(ValueError, match="out must not be expanded"):
+        message_dropout(y, out=x)
+
+
+def test_refused_tensors():
+    x = torch.ones(2, 4, 3)
+    for other in (x.to("meta"), x.to_sparse(), torch.nested.nested_tensor([x], layout=torch.jagged)):
+        with pytest.raises((TypeError, ValueError), match=r"must be an ordinary CPU tensor"):
+            message_dropout(other)
+    with pytest.raises(TypeError, match="out must be an ordinary CPU tensor"):
+        message_dropout(x, out=x.to("meta"))
+    with pytest.raises(TypeError, match="ordinary CPU tensor"):
+        torch.func.vmap(message_dropout)(x[None])
+    with pytest.raises(TypeError, match=r"generator must be a torch.*Generator"):
+        message_dropout(x, generator=np.random.default_rng())
+
+
+def test_inference_mode():
+    x = torch.ones(2, 4, 3)
+    want = message_dropout(x, seed=1)
+    with torch.inference_mode():
+        assert torch.equal(message_dropout(x, seed=1), want)
+        inside = torch.ones(2, 4, 3)
+        assert torch.equal(message_dropout(inside, seed=1, inplace=True), want)
+        message_dropout(inside)  # the first unseeded call of a thread may be here
+    assert torch.equal(message_dropout(inside, 0.0), want)
+
+
+# ---- seeds
+
+
+def test_manual_seed_governs():
+    x = torch.ones(4, 64, 2)
+    torch.manual_seed(5)
+    first = [message_dropout(x) for _ in range(2)]
+    torch.manual_seed(5)
+    second = [message_dropout(x) for _ in range(2)]
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert not torch.equal(first[0], first[1])
+    with torch.random.fork_rng():
+        inner = message_dropout(x)
+    assert torch.equal(inner, message_dropout(x))
+
+
+def test_a_seed_is_one_draw_of_63_bits():
+    x = torch.ones(4, 64, 2)
+    torch.manual_seed(5)
+    seed = int(torch.randint(0, 2**63 - 1, ()))
+    torch.manual_seed(5)
+    assert torch.equal(message_dropout(x), message_dropout(x, seed=seed))
+    generators = [torch.Generator().manual_seed(7) for _ in range(2)]
+    state = torch.get_rng_state()
+    assert torch.equal(message_dropout(x, generator=generators[0]), message_dropout(x, generator=generators[1]))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_threads_draw_different_seeds():
+    masks: list = []
+
+    def work():
+        for _ in range(200):
+            masks.append(message_dropout(torch.ones(1, 64, 1)).numpy().tobytes())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert len(set(masks)) == 800
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(use_reentrant):
+    weight = torch.randn(3, 3)
+
+    def block(x):
+        return message_dropout(torch.tanh(message_dropout(x @ weight, 0.5)), 0.3, scale=True)
+
+    x = torch.randn(2, 16, 3, requires_grad=True)
+    torch.manual_seed(1)
+    want = torch.autograd.grad(block(x).sum(), x)[0]
+    torch.manual_seed(1)
+    y = checkpoint(block, x, use_reentrant=use_reentrant)
+    torch.randn(5)  # the generator moves on before backward
+    y.sum().backward()
+    assert torch.equal(x.grad, want)

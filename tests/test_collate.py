@@ -1,0 +1,299 @@
+"""MessageDropoutCollate, KeyedDataset, Keyed: batches, masks and what bad samples get."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import uuid
+from typing import Any, NamedTuple
+
+import naive
+import numpy as np
+import pytest
+
+from msgdrop_numba import Keyed, KeyedDataset, MessageDropoutCollate, fold_in, keep_mask
+
+torch = pytest.importorskip("torch")
+from torch.utils.data import DataLoader, IterableDataset, default_collate  # noqa: E402
+
+LENGTHS = (5, 7, 3, 6, 7, 1, 4)
+
+
+def frames(n: int, i: int = 0) -> Any:
+    return torch.arange(n * 4, dtype=torch.float32).reshape(n, 4) + 100 * i + 1
+
+
+class Clip(NamedTuple):
+    audio: Any
+    label: int
+
+
+SAMPLES = [frames(n, i) for i, n in enumerate(LENGTHS)]
+EVEN = [frames(5, i) for i in range(6)]
+
+
+def padded(samples: list, pad_value: float = 0.0) -> Any:
+    return torch.nn.utils.rnn.pad_sequence(samples, batch_first=True, padding_value=pad_value)
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("convert", [lambda t: t, lambda t: t.numpy(), lambda t: t.numpy().astype(">f4")])
+def test_arrays(convert):
+    batch = MessageDropoutCollate(0.5, seed=3)([Keyed(i, convert(s)) for i, s in enumerate(EVEN)])
+    keep = keep_mask((6, 5), 0.5, seed=fold_in(3, 0))
+    assert torch.equal(batch, torch.where(torch.from_numpy(keep)[..., None], torch.stack(EVEN), 0))
+
+
+def test_padding_lengths_and_mask():
+    collate = MessageDropoutCollate(0.5, seed=3, pad=True, pad_value=-7, fill=9, return_mask=True)
+    keys = [50 + i for i in range(len(SAMPLES))]
+    batch, lengths, mask = collate([Keyed(k, s) for k, s in zip(keys, SAMPLES, strict=True)])
+    assert lengths.dtype == torch.int64
+    assert lengths.tolist() == list(LENGTHS)
+    assert np.array_equal(mask, naive.keep_mask((7, 7), 0.5, seed=fold_in(3, 0), keys=keys, lengths=LENGTHS))
+    assert torch.equal(batch, torch.where(mask[..., None], padded(SAMPLES, -7), 9))
+
+
+def test_scale():
+    batch, mask = MessageDropoutCollate(0.5, scale=True, return_mask=True)(EVEN)
+    assert torch.equal(batch, torch.where(mask[..., None], 2 * torch.stack(EVEN), 0))
+
+
+def test_tuples_named_tuples_and_lists():
+    samples = [(s, i) for i, s in enumerate(SAMPLES)]
+    batch, labels, lengths = MessageDropoutCollate(0.0, pad=True)(samples)
+    assert torch.equal(batch, padded(SAMPLES))
+    assert torch.equal(labels, torch.arange(7))
+    assert lengths.tolist() == list(LENGTHS)
+    even = [(i, s) for i, s in enumerate(EVEN)]
+    result = MessageDropoutCollate(0.0, fields=1)(even)
+    assert isinstance(result, tuple)
+    assert torch.equal(result[1], torch.stack(EVEN))
+    assert isinstance(MessageDropoutCollate(0.0, fields=1)([list(s) for s in even]), list)
+    clips = [Clip(s, i) for i, s in enumerate(EVEN)]
+    for fields in (None, "audio", ["audio"], 0):
+        result = MessageDropoutCollate(0.0, fields=fields)(clips)
+        assert isinstance(result, Clip)
+        assert torch.equal(result.audio, torch.stack(EVEN))
+
+
+def test_dicts_and_several_fields_share_one_mask():
+    samples = [{"id": i, "audio": s, "video": s[:, :2].double()} for i, s in enumerate(SAMPLES)]
+    collate = MessageDropoutCollate(0.5, fields=["audio", "video"], pad=True, return_mask=True)
+    batch = collate(samples)
+    assert set(batch) == {"id", "audio", "video", "lengths", "keep_mask"}
+    assert torch.equal(batch["id"], torch.arange(7))
+    keep = batch["keep_mask"][..., None]
+    assert torch.equal(batch["audio"], torch.where(keep, padded(SAMPLES), 0))
+    assert torch.equal(batch["video"], torch.where(keep, padded([s[:, :2].double() for s in SAMPLES]), 0))
+    assert not keep.all()
+
+
+def test_keyed_samples_give_the_same_structure():
+    for samples in (EVEN, [(s, 1) for s in EVEN], [Clip(s, 1) for s in EVEN]):
+        plain = MessageDropoutCollate(0.0)(samples)
+        keyed = MessageDropoutCollate(0.0)([Keyed(i, s) for i, s in enumerate(samples)])
+        assert type(plain) is type(keyed)
+    # an (int, tensor) sample is no Keyed: its first leaf is collated, not taken for a key
+    labels, batch = MessageDropoutCollate(0.0, fields=1)([(i, s) for i, s in enumerate(EVEN)])
+    assert torch.equal(labels, torch.arange(6))
+    assert torch.equal(batch, torch.stack(EVEN))
+
+
+def test_no_dropped_message_leaks_and_the_samples_stay():
+    samples = [torch.full((5, 4), float("nan")) for _ in range(6)]
+    batch, mask = MessageDropoutCollate(0.5, return_mask=True)(samples)
+    assert torch.equal(batch.isnan().all(dim=2), mask)
+    assert torch.equal(batch.isnan().any(dim=2), mask)
+    assert all(s.isnan().all() for s in samples)
+
+
+def test_a_collate_function_of_ones_own():
+    def own(samples):
+        return torch.stack([s for s, _ in samples]), [label for _, label in samples]
+
+    samples = [Keyed(i + 9, (s, "abcdef"[i])) for i, s in enumerate(EVEN)]
+    batch, labels, mask = MessageDropoutCollate(0.5, collate_fn=own, seed=3, return_mask=True)(samples)
+    assert labels == list("abcdef")
+    assert np.array_equal(mask, keep_mask((6, 5), 0.5, seed=fold_in(3, 0), keys=[i + 9 for i in range(6)]))
+    assert torch.equal(batch, torch.where(mask[..., None], torch.stack(EVEN), 0))
+    with pytest.raises(ValueError, match=r"collate_fn must return.*6 rows.*\(3, 5, 4\)"):
+        MessageDropoutCollate(0.5, collate_fn=lambda s: torch.stack(EVEN[:3]))(EVEN)
+
+
+# ---- keys, seeds, epochs
+
+
+def epoch_of(loader: Any) -> dict[int, bytes]:
+    """Each sample's bytes, by its first element's hundreds: which sample it was."""
+    rows = {}
+    for batch, ids in loader:
+        for row, i in zip(batch, ids.tolist(), strict=True):
+            rows[i] = row.numpy().tobytes()
+    return rows
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("batch_size", "shuffle"), [(2, False), (4, True)])
+def test_a_sample_keeps_its_mask_whatever_the_loader(workers, batch_size, shuffle):
+    dataset = KeyedDataset([(s, i) for i, s in enumerate(EVEN)])
+    collate = MessageDropoutCollate(0.5, seed=11)
+    loader = DataLoader(
+        dataset, batch_size, shuffle, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0
+    )
+    epochs = []
+    for epoch in range(3):
+        collate.set_epoch(epoch)
+        epochs.append(epoch_of(loader))
+    for epoch, got in enumerate(epochs):
+        keep = naive.keep_mask((6, 5), 0.5, seed=naive.fold_in(11, epoch))
+        want = np.where(keep[..., None], torch.stack(EVEN).numpy(), np.float32(0))
+        assert got == {i: want[i].tobytes() for i in range(6)}
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_without_a_seed_torch_governs():
+    collate = MessageDropoutCollate(0.5)
+    torch.manual_seed(3)
+    first = [collate(EVEN) for _ in range(2)]
+    torch.manual_seed(3)
+    assert torch.equal(collate(EVEN), first[0])
+    assert torch.equal(collate(EVEN), first[1])
+    assert not torch.equal(*first)
+    # workers draw differently, from their own seeds
+    loader = DataLoader([EVEN[0]] * 2, batch_size=1, num_workers=2, collate_fn=MessageDropoutCollate(0.5))
+    batches = [list(loader) for _ in range(10)]
+    assert any(not torch.equal(*pair) for pair in batches)
+
+
+def test_batches_of_a_worker_are_in_shared_memory():
+    loader = DataLoader(EVEN, batch_size=3, num_workers=1, collate_fn=_IsShared())
+    assert list(loader) == [True, True]
+
+
+class _IsShared:
+    def __init__(self):
+        self.collate = MessageDropoutCollate(0.5)
+
+    def __call__(self, samples):
+        return self.collate(samples).is_shared()
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        start, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        return iter([(s, i) for i, s in enumerate(EVEN)][start::step])
+
+
+def name_of(sample: Any) -> str:
+    return f"clip-{sample[1]}"
+
+
+def test_keyed_iterable_datasets():
+    dataset = KeyedDataset(Stream(), key=name_of)
+    assert isinstance(dataset, IterableDataset)
+    assert isinstance(dataset, KeyedDataset)
+    results = []
+    for workers in (0, 2):
+        loader = DataLoader(dataset, 2, num_workers=workers, collate_fn=MessageDropoutCollate(0.5, seed=11))
+        results.append(epoch_of(loader))
+    assert results[0] == results[1]
+    assert len(results[0]) == 6
+    with pytest.raises(TypeError, match="key must be given for an iterable dataset"):
+        KeyedDataset(Stream())
+
+
+def test_keys_of_datasets():
+    data = list("abc")
+    dataset = KeyedDataset(data)
+    assert dataset[1] == Keyed(1, "b")
+    assert dataset[-1] == Keyed(2, "c")
+    assert dataset[torch.tensor(2)] == Keyed(2, "c")
+    assert len(dataset) == 3
+    assert dataset.__getitems__([2, 0]) == [Keyed(2, "c"), Keyed(0, "a")]
+    an_id = uuid.UUID(int=5)
+    for key, want in ((lambda s: -1, 2**64 - 1), (lambda s: "clip-0001", 4734007382124388018)):
+        assert KeyedDataset(data, key)[0].key == want
+    assert KeyedDataset(data, lambda s: an_id)[0].key == KeyedDataset(data, lambda s: an_id.bytes)[0].key
+    for bad in (1.0, None, True, (1,)):
+        with pytest.raises(TypeError, match="a sample's key must be"):
+            KeyedDataset(data, lambda s, bad=bad: bad)[0]
+
+
+def test_datasets_and_collates_can_be_copied():
+    dataset = KeyedDataset(Stream(), key=name_of)
+    collate = MessageDropoutCollate(0.5, seed=3)
+    collate.set_epoch(4)
+    want = collate(list(dataset))
+    for copied in (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))):
+        assert torch.equal(copied(collate)(list(copied(dataset)))[0], want[0])
+
+
+# ---- bad input
+
+BAD = [
+    ({}, SAMPLES, ValueError, "sample 1 must have 5 messages.*7.*pad=True"),
+    ({}, [{"x": s} for s in EVEN], ValueError, r"fields must name the fields.*\['x'\]"),
+    ({"fields": "y"}, [{"x": s} for s in EVEN], ValueError, r"fields must be among \['x'\].*'y'"),
+    ({"fields": 2}, [(s, 1) for s in EVEN], ValueError, r"fields must be among \[0, 1\].*2"),
+    ({"fields": -1}, [(s, 1) for s in EVEN], ValueError, r"fields must be among \[0, 1\].*-1"),
+    ({"fields": 0}, EVEN, ValueError, "fields must be None where a sample is an array"),
+    ({"fields": 1}, [(s, 1) for s in EVEN], TypeError, "field 1 of sample 0 must be an array or a tensor.*int"),
+    ({"fields": "x"}, [{"x": EVEN[0]}, {"z": EVEN[0]}], ValueError, "sample 1 has no field 'x'"),
+    ({}, [EVEN[0], EVEN[1].double()], ValueError, "sample 1 must be like.*float64"),
+    ({}, [EVEN[0], EVEN[1][:, :3]], ValueError, r"sample 1 must be like.*\(3,\)"),
+    ({}, [torch.ones(3)], ValueError, r"sample 0 must be \(messages, \*features\).*\(3,\)"),
+    ({}, [1.0, 2.0], TypeError, "samples must be arrays.*float"),
+    ({}, [], ValueError, "at least one sample"),
+    ({}, EVEN[0], TypeError, "samples must be a list.*Tensor.*batch_size=None"),
+    ({}, Keyed(1, EVEN[0]), TypeError, "samples must be a list.*Keyed"),
+    ({}, [Keyed(1, EVEN[0]), EVEN[1]], TypeError, "all be Keyed or none, but 1 of 2"),
+    ({"seed": 3}, EVEN, ValueError, "seed=3 needs the samples' ids.*KeyedDataset"),
+    ({"pad": True, "fields": "x"}, [{"x": s, "lengths": 1} for s in EVEN], ValueError, r"fields named \['lengths'\]"),
+    ({"fields": [0, 1], "pad": True}, [(EVEN[0], EVEN[0][:2])], ValueError, "field 1 of sample 0.*share one mask"),
+    ({"scale": True}, [s.int() for s in EVEN], TypeError, "scale=True needs.*int32"),
+    ({"fill": 0.5}, [s.int() for s in EVEN], ValueError, "fill must be.*int32.*0.5"),
+    ({"pad": True, "pad_value": 0.5}, [s.int() for s in EVEN], ValueError, "pad_value must be.*int32.*0.5"),
+    ({}, [np.array([["a"]])], TypeError, "sample 0 must have a dtype that torch has.*<U1"),
+    ({"collate_fn": default_collate, "fields": "y"}, [{"x": s} for s in EVEN], ValueError, "fields must be among"),
+]
+
+
+@pytest.mark.parametrize(("options", "samples", "error", "message"), BAD)
+def test_bad_samples(options, samples, error, message):
+    with pytest.raises(error, match=message):
+        MessageDropoutCollate(0.5, **options)(samples)
+
+
+def test_errors_name_the_sample_and_its_key():
+    with pytest.raises(ValueError, match=r"field 0 of sample 1 \(key 31\)"):
+        MessageDropoutCollate(0.5)([Keyed(30, (EVEN[0], 1)), Keyed(31, (SAMPLES[1], 1))])
+    loader = DataLoader(KeyedDataset(SAMPLES), 2, num_workers=1, collate_fn=MessageDropoutCollate(0.5))
+    with pytest.raises(ValueError, match=r"sample 1 \(key 1\) must have 5 messages"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"p": 1.5}, ValueError, "p must be"),
+        ({"seed": -1}, ValueError, "seed must be.*-1"),
+        ({"seed": 1.5}, TypeError, "seed must be.*1.5"),
+        ({"pad": True, "collate_fn": default_collate}, ValueError, "pad=True can't be used with collate_fn"),
+        ({"fields": []}, ValueError, "fields must name at least one"),
+    ],
+)
+def test_bad_construction(options, error, message):
+    with pytest.raises(error, match=message):
+        MessageDropoutCollate(**options)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "error"), [(-1, ValueError), (2**63, ValueError), (1.0, TypeError), (True, TypeError)]
+)
+def test_bad_epochs(epoch, error):
+    with pytest.raises(error, match="epoch must be"):
+        MessageDropoutCollate().set_epoch(epoch)

@@ -1,0 +1,359 @@
+"""message_dropout and keep_mask: edge values, targets, layouts and what bad input gets, for arrays and tensors."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+
+from msgdrop_numba import fold_in, keep_mask, message_dropout
+
+torch = pytest.importorskip("torch")
+
+
+def tensor(array: Any) -> Any:
+    return torch.from_numpy(np.array(array))
+
+
+both = pytest.mark.parametrize("make", [np.array, tensor], ids=["numpy", "torch"])
+
+ODD_FLOATS = [
+    0x80000000,
+    0x00000001,
+    0x807FFFFF,
+    0x7F800000,
+    0xFF800000,
+    0x7FC00001,
+    0x7F800001,
+    0xFFC12345,
+    0x3F800000,
+]
+
+
+def odd_array(rows: int, size: int) -> np.ndarray:
+    """-0.0, denormals, infinities, quiet and signalling NaNs of several payloads in every message."""
+    words = np.array(ODD_FLOATS, np.uint32)
+    return np.tile(words, (rows, size, 1)).view(np.float32)
+
+
+# ---- edge values
+
+
+@both
+def test_p_zero_gives_x_itself_and_draws_no_seed(make):
+    x = make(np.ones((2, 3, 4), np.float32))
+    before = torch.get_rng_state()
+    assert message_dropout(x, 0.0) is x
+    assert message_dropout(x, 0) is x
+    assert message_dropout(x, 0.9, training=False) is x
+    y, mask = message_dropout(x, 0.9, False, return_mask=True)
+    assert y is x
+    assert np.asarray(mask).all()
+    assert mask.shape == (2, 3)
+    out = make(np.zeros((2, 3, 4), np.float32))
+    assert message_dropout(x, 0.0, out=out) is out
+    assert np.asarray(out).all()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@both
+@pytest.mark.parametrize("scale", [False, True])
+def test_p_one_fills_everything(make, scale):
+    x = make(np.full((2, 3, 4), np.nan, np.float32))
+    y, mask = message_dropout(x, 1.0, scale=scale, fill=-1.5, return_mask=True)
+    assert not np.asarray(mask).any()
+    assert (np.asarray(y) == -1.5).all()
+
+
+@both
+@pytest.mark.parametrize("inplace", [False, True])
+def test_kept_messages_pass_bit_for_bit_and_dropped_ones_never_leak(make, inplace, chunks):
+    x = odd_array(16, 33)
+    y, mask = message_dropout(make(x), 0.5, inplace=inplace, seed=3, return_mask=True)
+    want = np.where(np.asarray(mask)[..., None], x.view(np.uint32), np.uint32(0))
+    assert np.array_equal(np.asarray(y).view(np.uint32), want)
+
+
+@both
+def test_scaled_infinities_and_nans_do_not_leak(make):
+    x = odd_array(16, 33)
+    y, mask = message_dropout(make(x), 0.5, scale=True, seed=3, return_mask=True)
+    assert not np.asarray(y)[~np.asarray(mask)].any()
+    assert np.isnan(np.asarray(y)[np.asarray(mask)]).any()
+
+
+@both
+def test_fill_values_bit_for_bit(make):
+    nan = struct.unpack("f", struct.pack("I", 0x7FC00000))[0]
+    for fill, word in ((-0.0, 0x80000000), (nan, 0x7FC00000), (float("-inf"), 0xFF800000), (1, 0x3F800000)):
+        y = message_dropout(make(np.ones((2, 3, 5), np.float32)), 1.0, fill=fill)
+        assert (np.asarray(y).view(np.uint32) == word).all()
+
+
+@both
+def test_fill_of_other_dtypes(make):
+    assert (np.asarray(message_dropout(make(np.zeros((2, 3, 5), np.int8)), 1.0, fill=-128)) == -128).all()
+    assert np.asarray(message_dropout(make(np.zeros((2, 3, 5), bool)), 1.0, fill=True)).all()
+    assert (np.asarray(message_dropout(make(np.zeros((2, 3, 5), np.complex64)), 1.0, fill=2 - 1j)) == 2 - 1j).all()
+
+
+@both
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 4)])
+def test_empty_arrays(make, shape):
+    x = make(np.zeros(shape, np.float32))
+    y, mask = message_dropout(x, 0.5, seed=1, return_mask=True)
+    assert tuple(y.shape) == shape
+    dims = 2 if len(shape) == 3 else 1
+    assert np.array_equal(np.asarray(mask), keep_mask(shape[:dims], 0.5, seed=1))
+
+
+@both
+def test_two_dims_are_one_row_and_message_dims_choose(make):
+    x = make(np.ones((6, 4), np.float32))
+    _, mask = message_dropout(x, 0.5, seed=1, return_mask=True)
+    assert np.array_equal(np.asarray(mask), keep_mask(6, 0.5, seed=1, keys=0))
+    x = make(np.ones((2, 3, 4, 5), np.float32))
+    for dims in (1, 2, 3):
+        _, mask = message_dropout(x, 0.5, seed=1, message_dims=dims, return_mask=True)
+        assert np.array_equal(np.asarray(mask), keep_mask((2, 3, 4)[:dims], 0.5, seed=1))
+
+
+@both
+def test_keys_of_any_kind_name_the_same_rows(make):
+    x = make(np.ones((3, 8, 1), np.float32))
+    want = np.asarray(message_dropout(x, 0.5, seed=1, keys=np.array([2**64 - 5, 2**63, 7], np.uint64)))
+    for keys in ([-5, 2**63, 7], (2**64 - 5, -(2**63), np.int8(7)), torch.tensor([-5, -(2**63), 7])):
+        assert np.array_equal(np.asarray(message_dropout(x, 0.5, seed=1, keys=keys)), want)
+    small = np.array([1, 2, 3], ">i2")
+    assert np.array_equal(keep_mask((3, 8), seed=1, keys=small), keep_mask((3, 8), seed=1, keys=[1, 2, 3]))
+
+
+def test_keys_may_lack_trailing_dims():
+    mask = keep_mask((2, 3, 8), 0.5, seed=9, keys=[4, -4])
+    for b, key in enumerate((4, -4)):
+        for r in range(3):
+            assert np.array_equal(mask[b, r], keep_mask(8, 0.5, seed=9, keys=fold_in(key % 2**64, r)))
+
+
+def test_seeds_of_any_kind():
+    want = keep_mask((3, 8), seed=2**64 - 3)
+    assert np.array_equal(keep_mask((3, 8), seed=np.uint64(2**64 - 3)), want)
+    assert np.array_equal(keep_mask((3, 8), seed=torch.tensor(-3)), want)
+    assert fold_in(torch.tensor(-3), 1) == fold_in(2**64 - 3, 1)
+
+
+def test_numpy_seeds_come_from_the_generator_or_fresh_entropy():
+    x = np.ones((4, 64, 1), np.float32)
+    first, second = (message_dropout(x, generator=np.random.default_rng(5)) for _ in range(2))
+    assert np.array_equal(first, second)
+    state = np.random.get_state()[1].copy()
+    assert not np.array_equal(message_dropout(x), message_dropout(x))
+    assert np.array_equal(np.random.get_state()[1], state)
+
+
+@both
+def test_lengths_protect_padding(make, chunks):
+    x = odd_array(3, 2100)
+    lengths = np.array([2100, 1500, 0])
+    y, mask = message_dropout(make(x), 1.0, scale=True, lengths=lengths, return_mask=True)
+    valid = np.arange(2100) < lengths[:, None]
+    assert np.array_equal(np.asarray(mask), ~valid)
+    assert np.array_equal(np.asarray(y).view(np.uint32), np.where(valid[..., None], 0, x.view(np.uint32)))
+
+
+# ---- where it is written
+
+
+@both
+def test_layouts(make):
+    base = np.arange(4 * 5 * 6, dtype=np.float32).reshape(4, 5, 6)
+    layouts = [base.transpose(1, 0, 2), base.transpose(0, 2, 1), base[::2], base[:, :, ::2], base[:, 1:3]]
+    for view in layouts:
+        want = message_dropout(np.ascontiguousarray(view), 0.5, seed=2)
+        # the same strides for both kinds: the layout of a view of a copy
+        x = make(base) if isinstance(make(base), np.ndarray) else torch.from_numpy(base.copy())
+        strided = torch.as_strided if not isinstance(x, np.ndarray) else np.lib.stride_tricks.as_strided
+        offset = (view.__array_interface__["data"][0] - base.__array_interface__["data"][0]) // 4
+        steps = tuple(s // 4 for s in view.strides)
+        if isinstance(x, np.ndarray):
+            x = strided(x.ravel()[offset:], view.shape, view.strides, writeable=True)
+        else:
+            x = strided(x, view.shape, steps, offset)
+        assert np.array_equal(np.asarray(message_dropout(x, 0.5, seed=2)), want)
+        out = make(np.zeros(view.shape[::-1], np.float32)).T if x.ndim == 2 else make(np.zeros(view.shape, np.float32))
+        assert np.array_equal(np.asarray(message_dropout(x, 0.5, seed=2, out=out)), want)
+        assert message_dropout(x, 0.5, True, True, seed=2) is x
+        assert np.array_equal(np.asarray(x), want)
+
+
+def test_numpy_negative_strides_and_foreign_byte_order():
+    base = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    want = message_dropout(base[::-1, ::-1].copy(), 0.5, seed=2, scale=True)
+    assert np.array_equal(message_dropout(base[::-1, ::-1], 0.5, seed=2, scale=True), want)
+    foreign = base[::-1, ::-1].astype(">f4")
+    y = message_dropout(foreign, 0.5, seed=2, scale=True)
+    assert y.dtype == foreign.dtype
+    assert np.array_equal(y, want)
+    assert message_dropout(foreign, 0.5, inplace=True, seed=2, scale=True) is foreign
+    assert np.array_equal(foreign, want)
+    assert (message_dropout(foreign, 1.0, fill=3.0) == 3.0).all()
+
+
+@both
+def test_out_may_be_strided_or_x_itself(make):
+    x = make(np.ones((4, 5, 6), np.float32))
+    want = np.asarray(message_dropout(x, 0.5, seed=2))
+    store = make(np.full((4, 2, 5, 6), 7, np.float32))
+    assert np.array_equal(np.asarray(message_dropout(x, 0.5, seed=2, out=store[:, 1])), want)
+    assert (np.asarray(store)[:, 0] == 7).all()
+    assert np.array_equal(np.asarray(message_dropout(x, 0.5, seed=2, out=x[:])), want)
+    assert np.array_equal(np.asarray(x), want)
+    # interleaved with x, without an element in common
+    store = make(np.ones((4, 2, 5, 6), np.float32))
+    message_dropout(store[:, 0], 0.5, seed=2, out=store[:, 1])
+    assert np.array_equal(np.asarray(store)[:, 1], want)
+    assert np.asarray(store)[:, 0].all()
+
+
+# ---- bad input
+
+X = np.ones((2, 3, 4), np.float32)
+BAD = [
+    ({"p": -0.1}, ValueError, "p must be a probability.*-0.1"),
+    ({"p": 1.5}, ValueError, "p must be a probability.*1.5"),
+    ({"p": float("nan")}, ValueError, "p must be.*nan"),
+    ({"p": "0.5"}, TypeError, "p must be.*'0.5'"),
+    ({"p": None}, TypeError, "p must be.*None"),
+    ({"p": True}, TypeError, "p must be.*True"),
+    ({"p": [0.5]}, TypeError, r"p must be.*\[0.5\]"),
+    ({"message_dims": 0}, ValueError, "message_dims.*0"),
+    ({"message_dims": 3}, ValueError, r"feature dim.*\(2, 3, 4\)"),
+    ({"message_dims": -1}, ValueError, "message_dims.*-1"),
+    ({"message_dims": 1.0}, TypeError, "message_dims.*1.0"),
+    ({"message_dims": True}, TypeError, "message_dims.*True"),
+    ({"fill": "a"}, TypeError, "fill must be.*'a'"),
+    ({"fill": None}, TypeError, "fill must be.*None"),
+    ({"fill": 1e39}, ValueError, "fill must be.*1e\\+39"),
+    ({"fill": 1j}, ValueError, "fill must be.*1j"),
+    ({"seed": -1}, ValueError, "seed must be.*-1"),
+    ({"seed": 2**64}, ValueError, f"seed must be.*{2**64}"),
+    ({"seed": 1.0}, TypeError, "seed must be.*1.0"),
+    ({"seed": True}, TypeError, "seed must be.*True"),
+    ({"seed": torch.tensor([1])}, TypeError, "seed tensor must be 0-d int64"),
+    ({"seed": torch.tensor(1.0)}, TypeError, "seed tensor must be 0-d int64"),
+    ({"keys": [1, 2, 3]}, ValueError, r"keys must have shape \(2,\).*\(3,\)"),
+    ({"keys": [[1], [2]]}, ValueError, r"keys must have shape \(2,\).*\(2, 1\)"),
+    ({"keys": [1.0, 2.0]}, TypeError, "keys must be integers.*1.0"),
+    ({"keys": np.array([1.0, 2.0])}, TypeError, "keys must be integers.*float64"),
+    ({"keys": torch.tensor([1.0, 2.0])}, TypeError, "keys must be integers.*float32"),
+    ({"keys": np.array([True, False])}, TypeError, "keys must be integers.*bool"),
+    ({"keys": ["a", "b"]}, TypeError, "keys must be integers.*'a'"),
+    ({"keys": [1, None]}, TypeError, "keys must be integers.*None"),
+    ({"keys": [1, 2**64]}, ValueError, f"keys must be in.*{2**64}"),
+    ({"keys": [1, -(2**63) - 1]}, ValueError, "keys must be in"),
+    ({"lengths": [1]}, ValueError, r"lengths must have shape \(2,\).*\(1,\)"),
+    ({"lengths": [1, 4]}, ValueError, "lengths must be from 0 to 3.*4"),
+    ({"lengths": [-1, 3]}, ValueError, "lengths must be from 0 to 3.*-1"),
+    ({"lengths": [1.0, 2.0]}, TypeError, "lengths must be integers"),
+    ({"generator": 3}, TypeError, "generator must be.*3"),
+]  # fmt: skip
+
+
+@both
+@pytest.mark.parametrize(("options", "error", "message"), BAD)
+def test_bad_arguments(make, options, error, message):
+    out = make(np.full_like(X, 7))
+    for written, more in ((out, {"out": out}), (make(X), {"inplace": True})):
+        before = np.asarray(written).copy()
+        with pytest.raises(error, match=message):
+            message_dropout(written if more.get("inplace") else make(X), **{"seed": 0, **more, **unseed(options)})
+        assert np.array_equal(np.asarray(written), before)
+
+
+def unseed(options: dict) -> dict:
+    return {"seed": None, **options} if "generator" in options else options
+
+
+@both
+def test_bad_dtypes(make):
+    for dtype in (np.int32, np.bool_):
+        with pytest.raises(TypeError, match=r"scale=True needs.*(int32|bool)"):
+            message_dropout(make(X.astype(dtype)), scale=True)
+    for fill in (0.5, 2**31, float("nan"), float("inf"), -(2**31) - 1, 1j):
+        with pytest.raises(ValueError, match="fill must be"):
+            message_dropout(make(X.astype(np.int32)), fill=fill)
+    with pytest.raises(ValueError, match=r"fill must be.*2"):
+        message_dropout(make(X.astype(bool)), fill=2)
+    with pytest.raises(ValueError, match=r"feature dim.*\(5,\)"):
+        message_dropout(make(np.ones(5, np.float32)))
+    with pytest.raises(ValueError, match=r"feature dim.*\(\)"):
+        message_dropout(make(np.ones((), np.float32)))
+
+
+@both
+def test_bad_targets(make):
+    x = make(X)
+    wrong = {
+        "out must have x's shape": make(np.zeros((2, 3, 5), np.float32)),
+        "dtype .*float64": make(np.zeros((2, 3, 4), np.float64)),
+        "out must be": 3,
+        "out must be a": [[1.0]],
+    }
+    for message, out in wrong.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            message_dropout(x, out=out)
+    with pytest.raises(ValueError, match="inplace=True or out, not both"):
+        message_dropout(x, inplace=True, out=make(X))
+    store = make(np.arange(36, dtype=np.float32).reshape(3, 3, 4))
+    before = np.asarray(store).copy()
+    with pytest.raises(ValueError, match="out overlaps x in part"):
+        message_dropout(store[:2], out=store[1:])
+    assert np.array_equal(np.asarray(store), before)
+
+
+def test_bad_numpy_targets():
+    locked = np.zeros_like(X)
+    locked.flags.writeable = False
+    with pytest.raises(ValueError, match="out must be writable"):
+        message_dropout(X, out=locked)
+    with pytest.raises(ValueError, match="in place, must be writable"):
+        message_dropout(locked, inplace=True)
+    with pytest.raises(ValueError, match="must not be expanded"):
+        message_dropout(X, out=np.lib.stride_tricks.as_strided(np.zeros(4, np.float32), X.shape, (0, 0, 4)))
+    with pytest.raises(TypeError, match="out must be a NumPy array"):
+        message_dropout(X, out=torch.zeros(2, 3, 4))
+    with pytest.raises(TypeError, match=r"generator must be a numpy.*Generator"):
+        message_dropout(X, generator=torch.Generator())
+    with pytest.raises(ValueError, match="seed or generator, not both"):
+        message_dropout(X, seed=1, generator=np.random.default_rng())
+
+
+@pytest.mark.parametrize("x", [[[1.0]], "abc", None, 3.0, ((1.0,),)])
+def test_other_kinds_of_x(x):
+    with pytest.raises(TypeError, match="x must be a NumPy array or a torch tensor"):
+        message_dropout(x)
+
+
+@pytest.mark.parametrize("dtype", [object, "U3", "V4", "M8[s]", [("a", "f4"), ("b", "i4")]])
+def test_arrays_that_hold_no_numbers(dtype):
+    with pytest.raises(TypeError, match="x must be an array of numbers"):
+        message_dropout(np.zeros((2, 3, 4), dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (2, -1), (2.0, 3), (True, 2), "ab"])
+def test_bad_mask_shapes(shape):
+    with pytest.raises(ValueError, match="shape must be"):
+        keep_mask(shape, seed=0)
+
+
+def test_bad_mask_arguments():
+    with pytest.raises(ValueError, match="a row has at most"):
+        keep_mask((1, 2**34 + 1), seed=0)
+    with pytest.raises(TypeError, match="seed must be"):
+        keep_mask((2, 3), seed=None)
+    with pytest.raises(TypeError, match="data must be integers"):
+        fold_in(1, 2.0)
+    with pytest.raises(ValueError, match="data must be in"):
+        fold_in(1, 2**64)

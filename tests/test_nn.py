@@ -1,0 +1,74 @@
+"""MessageDropout, the layer."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+
+from msgdrop_numba import MessageDropout, keep_mask
+
+torch = pytest.importorskip("torch")
+
+
+def test_train_and_eval():
+    layer = MessageDropout(0.5)
+    x = torch.ones(4, 64, 2)
+    assert layer.train()(x).any(dim=2).float().mean() < 1
+    assert layer.eval()(x) is x
+
+
+def test_forward_takes_seed_keys_lengths_and_gives_the_mask():
+    layer = MessageDropout(0.5)
+    x = torch.ones(2, 8, 3)
+    options = {"seed": 4, "keys": [10, 20], "lengths": [8, 3]}
+    y, mask = layer(x, return_mask=True, **options)
+    assert torch.equal(mask, keep_mask((2, 8), 0.5, device="cpu", **options))
+    assert torch.equal(y, mask[..., None].expand(2, 8, 3).float())
+
+
+def test_options_reach_the_function():
+    x = torch.ones(4, 64, 2)
+    layer = MessageDropout(0.5, inplace=True, scale=True, fill=-3, message_dims=1)
+    y, mask = layer(x, return_mask=True)
+    assert y is x
+    assert mask.shape == (4,)
+    assert set(y.unique().tolist()) <= {2.0, -3.0}
+
+
+def test_repr():
+    assert repr(MessageDropout(0.3)) == "MessageDropout(p=0.3, inplace=False)"
+    layer = MessageDropout(1, True, scale=True, fill=2.0, message_dims=3)
+    assert repr(layer) == "MessageDropout(p=1.0, inplace=True, scale=True, fill=2.0, message_dims=3)"
+
+
+def test_state_dict_deepcopy_and_pickle():
+    layer = MessageDropout(0.3, scale=True, fill=1.5)
+    assert layer.state_dict() == {}
+    layer.load_state_dict({})
+    x = torch.ones(4, 64, 2)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert repr(other) == repr(layer)
+        assert torch.equal(other(x, seed=1), layer(x, seed=1))
+
+
+def test_in_a_model():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), MessageDropout(0.5), torch.nn.Linear(5, 4))
+    x = torch.randn(3, 7, 6)
+    torch.manual_seed(2)
+    first = model(x)
+    torch.manual_seed(2)
+    assert torch.equal(model(x), first)
+    first.sum().backward()
+    assert model[0].weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("p", "error"),
+    [(-0.1, ValueError), (1.1, ValueError), (float("nan"), ValueError), ("a", TypeError), (None, TypeError)],
+)
+def test_bad_p_fails_at_construction(p, error):
+    with pytest.raises(error, match="p must be"):
+        MessageDropout(p)

@@ -1,0 +1,83 @@
+"""The golden vectors against every backend, and against naive.py, which says how to make them again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import naive
+import numpy as np
+import pytest
+
+from msgdrop_numba import fold_in, keep_mask, message_dropout, philox
+from msgdrop_numba.keys import sample_key
+
+torch = pytest.importorskip("torch")
+
+VECTORS = json.loads((Path(__file__).parent / "mask_vectors.json").read_text())
+pytestmark = pytest.mark.kernels
+
+RULES = {"exact", "span", "min_keep"}  # not in this release
+MASKS = [v for v in VECTORS["keep_masks"] if not RULES & set(v) and not isinstance(v["p"], list)]
+
+
+def expected(vector: dict) -> np.ndarray:
+    return np.array([[c == "1" for c in row] for row in vector["keep"]])
+
+
+def arguments(vector: dict) -> dict:
+    return {name: value for name, value in vector.items() if name not in ("shape", "p", "keep")}
+
+
+def test_version():
+    assert VECTORS["version"] == 1
+
+
+@pytest.mark.parametrize("vector", VECTORS["philox4x32_10"])
+def test_philox(vector):
+    counter, key, out = ([int(word, 16) for word in vector[name]] for name in ("counter", "key", "out"))
+    assert list(naive.philox4x32_10(counter, key)) == out
+    assert list(philox.philox4x32_10(*map(np.uint64, counter + key))) == out
+
+
+@pytest.mark.parametrize("vector", VECTORS["draw"])
+def test_draws(vector):
+    seed, key, stream, draws = (vector[name] for name in ("seed", "key", "stream", "draws"))
+    assert [naive.draw(seed, key, i, stream) for i in range(len(draws))] == draws
+    words = np.empty(12, np.uint32)
+    philox.draw_block(np.uint64(seed), np.uint64(key % 2**64), np.uint64(stream), np.uint64(0), words)
+    assert words[: len(draws)].tolist() == draws
+
+
+@pytest.mark.parametrize("vector", VECTORS["fold_in"])
+def test_fold_in(vector):
+    assert naive.fold_in(vector["seed"], vector["data"]) == vector["out"]
+    assert fold_in(vector["seed"], vector["data"]) == vector["out"]
+
+
+@pytest.mark.parametrize("vector", VECTORS["string_keys"])
+def test_string_keys(vector):
+    assert sample_key(vector["id"]) == vector["key"]
+    assert sample_key(vector["id"].encode()) == vector["key"]
+
+
+@pytest.mark.parametrize("vector", VECTORS["keep_masks"])
+def test_naive_masks(vector):
+    mask = naive.keep_mask(vector["shape"], vector["p"], **arguments(vector))
+    assert np.array_equal(mask, expected(vector))
+
+
+@pytest.mark.parametrize("vector", MASKS)
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_keep_masks(vector, device, chunks):
+    mask = keep_mask(tuple(vector["shape"]), vector["p"], device=device, **arguments(vector))
+    assert mask.dtype == (np.bool_ if device is None else torch.bool)
+    assert np.array_equal(np.asarray(mask), expected(vector))
+
+
+@pytest.mark.parametrize("vector", MASKS)
+@pytest.mark.parametrize("make", [np.ones, torch.ones])
+def test_message_dropout(vector, make, chunks):
+    y, mask = message_dropout(make((*vector["shape"], 2)), vector["p"], return_mask=True, **arguments(vector))
+    assert np.array_equal(np.asarray(mask), expected(vector))
+    assert np.array_equal(np.asarray(y), np.repeat(expected(vector)[..., None], 2, axis=2))
