@@ -1,4 +1,4 @@
-"""Message dropout: drop whole messages `x[b, s, :]`, the same ones everywhere, faster than copying the data."""
+"""Message dropout: drop whole messages `x[b, s, :]`, the same ones on every thread, worker and machine."""
 
 from __future__ import annotations
 

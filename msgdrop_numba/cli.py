@@ -60,11 +60,11 @@ def demo(epochs: int, p: float, seeds: int, output: Path) -> None:
         task = progress.add_task("", total=len(experiment.ARMS) * seeds * epochs)
         results = experiment.run(p, epochs, seeds, lambda: progress.advance(task))
     table = Table(title=f"Test accuracy (%), mean ± spread of {seeds} seeds, p = {p:g}, {epochs} epochs")
-    table.add_column("frames lost")
+    table.add_column("frames lost", no_wrap=True)
     for lost in experiment.LOST:
         table.add_column(f"{lost:.0%}", justify="right")
     for arm, row in experiment.summary(results).items():
-        table.add_row(arm, *(f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in row))
+        table.add_row(arm, *(f"{100 * mean:.1f}±{100 * spread:.1f}" for mean, spread in row))
     console.print(table)
     numbers = experiment.save(results, {"p": p, "epochs": epochs, "seeds": seeds}, output)
     click.echo(f"Plot: {output}\nNumbers: {numbers}")

@@ -165,7 +165,7 @@ class MessageDropoutCollate:
             )
         keys, samples = _split_keys(samples)
         if self.seed is None:
-            seed = fresh_seed(None)
+            seed = fresh_seed(None) if self.p else 0  # p = 0 draws nothing, in a batch as elsewhere
         elif keys is None:
             raise ValueError(
                 f"seed={self.seed} needs the samples' ids, or every batch would repeat the masks of the one before: "

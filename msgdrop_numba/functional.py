@@ -62,7 +62,7 @@ def message_dropout(
         >>> x = np.ones((2, 4, 3), np.float32)  # 2 samples of 4 messages of 3 features
         >>> message_dropout(x, 0.5, seed=0).any(axis=-1)
         array([[False,  True,  True,  True],
-               [False,  True, False,  True]])
+               [ True,  True, False,  True]])
 
     Source: the mask contract, version 1 (README), on Philox4x32-10 (Salmon et al., SC'11).
     """
@@ -106,8 +106,8 @@ def keep_mask(
 
     Example:
         >>> keep_mask((2, 6), 0.5, seed=0, keys=[17, -3])
-        array([[ True,  True, False,  True, False,  True],
-               [False,  True, False, False,  True,  True]])
+        array([[False, False, False,  True, False, False],
+               [ True, False, False,  True, False,  True]])
 
     Source: the mask contract, version 1 (README).
     """

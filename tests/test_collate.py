@@ -162,6 +162,9 @@ def test_without_a_seed_torch_governs():
     assert torch.equal(collate(EVEN), first[0])
     assert torch.equal(collate(EVEN), first[1])
     assert not torch.equal(*first)
+    state = torch.get_rng_state()
+    assert torch.equal(MessageDropoutCollate(0.0)(EVEN), torch.stack(EVEN))
+    assert torch.equal(torch.get_rng_state(), state)
     # workers draw differently, from their own seeds
     loader = DataLoader([EVEN[0]] * 2, batch_size=1, num_workers=2, collate_fn=MessageDropoutCollate(0.5))
     batches = [list(loader) for _ in range(10)]

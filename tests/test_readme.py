@@ -1,0 +1,54 @@
+"""The README is true: its code runs, its figures are those of the committed results, its commands those of CI."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_there_is_code_to_run():
+    assert len(BLOCKS) == README.count("```python") == 5
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_code(block, tmp_path):
+    script = tmp_path / "block.py"
+    script.write_text(block)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_demo_table_is_that_of_the_committed_run():
+    results = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    rows = ["| frames lost | " + " | ".join(f"{lost:.0%}" for lost in results["lost"]) + " |", "|---" * 6 + "|"]
+    for arm, row in results["accuracy"].items():
+        cells = (f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in row)
+        rows.append(f"| {arm} | " + " | ".join(cells) + " |")
+    table = re.search(r"<!-- demo: .*? -->\n(.*?)\n<!-- end demo -->", README, flags=re.DOTALL)
+    assert table is not None
+    assert table[1] == "\n".join(rows)
+    assert results["settings"] == {"p": 0.5, "epochs": 30, "seeds": 5}
+
+
+def test_the_two_commands_are_there():
+    commands = re.findall(r"```sh\n(.*?)\n```", README, flags=re.DOTALL)
+    assert commands == [
+        'pip install torch==2.13.0 ".[demo]" && msgdrop demo',
+        'pip install torch==2.13.0 -e ".[test]" && pytest',
+    ]
+
+
+def test_links_to_files_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).is_file()
