@@ -105,6 +105,7 @@ def test_rows_longer_than_a_block(start, chunks):
     assert np.array_equal(y, np.where(mask[..., None], x, 0))
 
 
+@pytest.mark.kernels
 def test_bfloat16_is_scaled_like_torch(chunks):
     bits16 = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     x = bits16.view(torch.bfloat16).reshape(64, 16, 64)
@@ -116,6 +117,7 @@ def test_bfloat16_is_scaled_like_torch(chunks):
     assert torch.equal(y.view(torch.int16)[~nan], want.view(torch.int16)[~nan])
 
 
+@pytest.mark.kernels
 def test_float16_is_scaled_like_numpy(chunks):
     x = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(64, 16, 64)
     y, mask = message_dropout(x, 0.3, scale=True, seed=1, return_mask=True)
