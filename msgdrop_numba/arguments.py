@@ -10,25 +10,50 @@ from typing import Any
 
 import numpy as np
 
-from msgdrop_numba.kernels._jit import jit
-from msgdrop_numba.philox import fold_in
+from msgdrop_numba.kernels.rules import fold_rows
+from msgdrop_numba.rule import check_p
 
 _U64 = 2**64 - 1
 _MAX_WORK: Any = 100_000  # steps of the exact search for shared memory; past them it counts as shared
+
+
+def message_dims(shape: tuple[int, ...], dims: int | None) -> int:
+    """How many leading dims of `shape` index messages: `dims`, by default 2 of 3 or more, else 1."""
+    dims = (2 if len(shape) >= 3 else 1) if dims is None else check_message_dims(dims)
+    if len(shape) <= dims:
+        raise ValueError(
+            f"x must have {dims} message dims and at least one feature dim, but got shape {tuple(shape)}; "
+            "add one with x[..., None], or set message_dims"
+        )
+    return dims
+
+
+def check_message_dims(dims: Any) -> int:
+    """message_dims as an int of at least 1."""
+    if isinstance(dims, bool) or not isinstance(dims, numbers.Integral):
+        raise TypeError(f"message_dims must be an integer or None, but got {dims!r}")
+    if dims < 1:
+        raise ValueError(f"message_dims must be at least 1, but got {dims}")
+    return int(dims)
 
 
 def check_seed(seed: Any) -> int:
     """A seed as Python int: an integer in [0, 2**64), or a 0-d int64 tensor with the same bits."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(seed, torch.Tensor):
-        if seed.ndim != 0 or seed.dtype != torch.int64:
-            raise TypeError(f"a seed tensor must be 0-d int64, but got {seed!r}")
+        check_seed_tensor(seed)
         return int(seed) & _U64
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise TypeError(f"seed must be an integer in [0, 2**64), but got {seed!r}")
     if not 0 <= int(seed) <= _U64:
         raise ValueError(f"seed must be an integer in [0, 2**64), but got {seed!r}")
     return int(seed)
+
+
+def check_seed_tensor(seed: Any) -> None:
+    """Refuse a tensor that is no 0-d int64."""
+    if seed.ndim != 0 or str(seed.dtype) != "torch.int64":
+        raise TypeError(f"a seed tensor must be 0-d int64, but got {seed.dtype} of shape {tuple(seed.shape)}")
 
 
 def check_key(name: str, value: Any) -> int:
@@ -59,19 +84,13 @@ def _integers(name: str, values: Any) -> np.ndarray:
         if values.dtype.is_floating_point or values.dtype.is_complex:
             raise TypeError(f"{name} must be integers, but got dtype {values.dtype}")
         values = values.detach().cpu().clone().numpy()  # .numpy() of the user's own would fix its storage's size
-    array = np.asarray(values)
+    array: np.ndarray = np.asarray(values)
     if array.dtype == object:
         bits = [check_key(name, value) for value in array.ravel()]
         return np.array(bits, dtype=np.uint64).reshape(array.shape).view(np.int64)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, but got dtype {array.dtype}")
     return array
-
-
-@jit
-def _fold_rows(keys: Any, inner: int, folded: Any) -> None:
-    for row in range(folded.size):
-        folded[row] = fold_in(keys[row // inner], np.uint64(row % inner))
 
 
 def row_keys(keys: Any, row_shape: tuple[int, ...]) -> np.ndarray | None:
@@ -93,7 +112,7 @@ def row_keys(keys: Any, row_shape: tuple[int, ...]) -> np.ndarray | None:
         return flat
     folded = np.empty(math.prod(row_shape), np.uint64)
     if folded.size:
-        _fold_rows(flat, folded.size // flat.size, folded)
+        fold_rows(flat, folded.size // flat.size, folded)
     return folded
 
 
@@ -110,9 +129,48 @@ def row_lengths(lengths: Any, row_shape: tuple[int, ...], size: int) -> np.ndarr
     return np.ascontiguousarray(array, dtype=np.int64).ravel()
 
 
-def address(array: np.ndarray | None) -> int:
-    """Where an array's bytes begin; 0 for None."""
-    return 0 if array is None else int(array.__array_interface__["data"][0])
+def split_p(p: Any) -> tuple[float | None, Any]:
+    """p as (number, None) or, where it is an array or tensor, (None, array)."""
+    if type(p) is float:
+        return p, None
+    if getattr(p, "ndim", 0) > 0:
+        return None, p
+    return check_p(p.item() if hasattr(p, "item") else p), None
+
+
+def probabilities(p: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of probabilities as float64, checked: one a position, or one a message of `shape`."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(p, torch.Tensor):
+        p = p.detach().cpu().to(torch.float64, copy=True).numpy() if p.dtype != torch.bool else p.numpy()
+    if p.dtype.kind not in "fiu":
+        raise TypeError(f"p must hold floating-point numbers, but got dtype {p.dtype}")
+    if p.shape not in (shape[-1:], shape):
+        raise ValueError(f"p must be a number or have shape {shape[-1:]} or {shape}, but got {p.shape}")
+    p = np.ascontiguousarray(p, dtype=np.float64)
+    if p.size and not (p.min() >= 0 and p.max() <= 1):
+        wrong = p[~((p >= 0) & (p <= 1))].flat[0]
+        raise ValueError(f"p must hold probabilities of dropping, from 0 to 1, but got {wrong}")
+    return p
+
+
+def thresholds(p: np.ndarray) -> np.ndarray:
+    """T(p) of the contract, for each element."""
+    rounded: np.ndarray = np.rint(p * 2.0**32)
+    return rounded.astype(np.uint64)
+
+
+def factors(p: np.ndarray) -> np.ndarray:
+    """1/(1-p) for each element, and 1 where p is 1."""
+    result: np.ndarray = 1 / np.where(p < 1, 1 - p, 1)
+    return result
+
+
+def address(array: Any) -> int:
+    """Where the bytes of an array or a tensor begin; 0 for None."""
+    if array is None:
+        return 0
+    return int(array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data_ptr())
 
 
 def is_zero(fill: Any) -> bool:
@@ -120,20 +178,27 @@ def is_zero(fill: Any) -> bool:
     return type(fill) in (int, float) and fill == 0 and math.copysign(1.0, fill) > 0
 
 
-def check_number(name: str, fill: Any, kind: str, low: float, high: float, dtype: Any) -> None:
-    """Refuse a `fill` that a dtype can't hold: `kind` as NumPy's (i: whole, f: real, c: complex), range [low, high]."""
-    if not isinstance(fill, (numbers.Complex, np.bool_)):
-        raise TypeError(f"{name} must be a number, but got {fill!r}")
-    parts: list[Any] = [fill.real, fill.imag] if kind == "c" else [fill]
+def check_number(name: str, value: Any, kind: str, low: float, high: float, dtype: Any) -> None:
+    """Refuse a number that a dtype can't hold: `kind` i: whole, f: real, c: complex, finite in [low, high]."""
+    check_is_number(name, value)
+    if isinstance(value, np.generic):
+        value = value.item()  # Python compares whole and floating-point numbers exactly
+    parts: list[Any] = [value.real, value.imag] if kind == "c" else [value]
     for part in parts:
-        if kind != "c" and not isinstance(fill, (numbers.Real, np.bool_)):
+        if isinstance(part, complex):
             fits = False
-        elif math.isfinite(part):
-            fits = bool(low <= float(part) <= high) and (kind != "i" or part == int(part))
-        else:
+        elif isinstance(part, float) and not math.isfinite(part):
             fits = kind != "i"
+        else:
+            fits = low <= part <= high and (kind != "i" or part == int(part))
         if not fits:
-            raise ValueError(f"{name} must be a number that {dtype} can hold, but got {fill!r}")
+            raise ValueError(f"{name} must be a number that {dtype} can hold, but got {value!r}")
+
+
+def check_is_number(name: str, value: Any) -> None:
+    """Refuse what is no number."""
+    if not isinstance(value, (numbers.Complex, np.bool_)):
+        raise TypeError(f"{name} must be a number, but got {value!r}")
 
 
 class _Bytes:
@@ -145,16 +210,19 @@ class _Bytes:
         }  # fmt: skip
 
 
-def check_target(name: str, x: tuple[Any, ...], out: tuple[Any, ...]) -> None:
-    """Refuse to write into memory that holds an element twice, or that x shares in part.
+def check_memory(name: str, x: tuple[Any, ...], out: tuple[Any, ...]) -> None:
+    """Refuse to write into memory that may hold an element twice, or that x shares in part.
 
     Args:
         name: of the argument to be written.
         x, out: (address, shape, strides in bytes, itemsize) each; equal: in place.
     """
-    _, shape, strides, _ = out
-    if math.prod(shape) and any(step == 0 and dim > 1 for step, dim in zip(strides, shape, strict=True)):
-        raise ValueError(f"{name} must not be expanded, but got strides {strides}: copy it first")
+    _, shape, strides, reach = out
+    if math.prod(shape):
+        for step, dim in sorted((abs(step), dim) for step, dim in zip(strides, shape, strict=True) if dim > 1):
+            if step < reach:
+                raise ValueError(f"{name} must not hold elements twice, but got strides {strides}: copy it first")
+            reach += step * (dim - 1)
     if x == out:
         return
     try:
@@ -162,4 +230,4 @@ def check_target(name: str, x: tuple[Any, ...], out: tuple[Any, ...]) -> None:
     except np.exceptions.TooHardError:
         overlap = True
     if overlap:
-        raise ValueError(f"{name} overlaps x in part; give x itself, or memory of its own")
+        raise ValueError(f"{name} overlaps x in part, at {out[0]:#x} and {x[0]:#x}; give x itself, or other memory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from msgdrop_numba.arguments import check_key, check_seed
-from msgdrop_numba.batch import Stack
+from msgdrop_numba.arguments import check_is_number, check_seed, probabilities, split_p
 from msgdrop_numba.functional import fold_in, message_dropout
 from msgdrop_numba.keys import sample_key
 from msgdrop_numba.rule import DropRule
+from msgdrop_numba.stack import Stack
 from msgdrop_numba.torch_ops import fresh_seed
 
 
@@ -63,7 +64,7 @@ class KeyedDataset(Dataset[Keyed]):
             return Keyed(sample_key(self.key(sample)), sample)
         if isinstance(index, Tensor):
             index = index.item()
-        if isinstance(index, int) and index < 0:  # the same sample has the same key
+        if isinstance(index, numbers.Integral) and index < 0:  # the same sample has the same key
             index += len(self.dataset)
         return Keyed(sample_key(index), sample)
 
@@ -93,7 +94,8 @@ class MessageDropoutCollate:
     workers, batches and ranks are; ids come from a `KeyedDataset`.
 
     Args:
-        p: probability that a message is **dropped**, in [0, 1].
+        p: probability that a message is **dropped**, in [0, 1]; or an array of them, one a position, for at least as
+            many positions as the longest sample has.
         fields: index, name or list of them: where messages are dropped; all of them drop the same ones. None: the
             sample itself where it is an array, its first element where it is a tuple or list. A dict must name them.
         pad: pad the fields to the longest sample and add `lengths` (int64, one a sample): `(batch, lengths)` for
@@ -101,8 +103,8 @@ class MessageDropoutCollate:
         pad_value: number that padding holds.
         seed: integer in [0, 2**64); needs the samples' ids, without which every epoch would repeat its masks.
         collate_fn: a collate function of your own: it gets the bare samples and returns as many rows in the same
-            order, in which messages are then dropped in place. Not with `pad`.
-        scale, fill: as for `message_dropout`.
+            order, in which messages are then dropped in place, its own padding too. Not with `pad`.
+        scale, exact, span, min_keep, fill: as for `message_dropout`.
         return_mask: add the keep mask after the lengths, or under `"keep_mask"`.
 
     Raises:
@@ -122,7 +124,7 @@ class MessageDropoutCollate:
 
     def __init__(
         self,
-        p: float = 0.5,
+        p: Any = 0.5,
         *,
         fields: Any = None,
         pad: bool = False,
@@ -130,21 +132,30 @@ class MessageDropoutCollate:
         seed: int | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         scale: bool = False,
-        fill: complex = 0.0,
+        exact: bool = False,
+        span: int = 1,
+        min_keep: int = 0,
+        fill: Any = 0.0,
         return_mask: bool = False,
     ) -> None:
         if pad and collate_fn is not None:
             raise ValueError("pad=True can't be used with collate_fn, which pads for itself: leave one out")
-        if isinstance(fields, (str, int)):
+        if isinstance(fields, (str, numbers.Integral)):
             fields = [fields]
-        elif fields is not None and not (fields := list(fields)):
-            raise ValueError("fields must name at least one field, or be None, but got none")
-        self.p = DropRule(p).p
+        elif fields is not None and (not isinstance(fields, (list, tuple)) or not fields):
+            raise ValueError(f"fields must name at least one field, or be None, but got {fields!r}")
+        number, array = split_p(p)
+        self.rule = DropRule(number, exact, span, min_keep)
+        self._p = None if array is None else probabilities(array, array.shape[:1])
         self.fields = fields
         self.pad, self.pad_value = pad, pad_value
         self.seed = None if seed is None else check_seed(seed)
         self.collate_fn = collate_fn
-        self.scale, self.fill, self.return_mask = scale, fill, return_mask
+        self.scale, self.return_mask = scale, return_mask
+        if not isinstance(fill, (Tensor, np.ndarray)):
+            check_is_number("fill", fill)
+        check_is_number("pad_value", pad_value)
+        self.fill = torch.from_numpy(fill.copy()) if isinstance(fill, np.ndarray) else fill
         # Shared memory: persistent workers keep the collate that they were started with, and must see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
@@ -153,9 +164,15 @@ class MessageDropoutCollate:
 
         A running persistent worker sees it too. Copies made by deepcopy or pickle keep the epoch that they had.
         """
-        if check_key("epoch", epoch) >= 2**63:
-            raise ValueError(f"epoch must be in [0, 2**63), but got {epoch!r}")
+        if isinstance(epoch, bool) or not isinstance(epoch, numbers.Integral):
+            raise TypeError(f"epoch must be an integer in [0, 2**63), but got {epoch!r}")
+        if not 0 <= epoch < 2**63:
+            raise ValueError(f"epoch must be an integer in [0, 2**63), but got {epoch!r}")
         self._epoch.fill_(int(epoch))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch.share_memory_()  # a copy's epoch must reach that copy's workers; one sent to a worker is shared
 
     def __call__(self, samples: list[Any]) -> Any:
         if not isinstance(samples, list):
@@ -165,7 +182,7 @@ class MessageDropoutCollate:
             )
         keys, samples = _split_keys(samples)
         if self.seed is None:
-            seed = fresh_seed(None) if self.p else 0  # p = 0 draws nothing, in a batch as elsewhere
+            seed = 0 if self.rule.p == 0 else fresh_seed(None)  # p = 0 draws nothing, in a batch as elsewhere
         elif keys is None:
             raise ValueError(
                 f"seed={self.seed} needs the samples' ids, or every batch would repeat the masks of the one before: "
@@ -181,7 +198,7 @@ class MessageDropoutCollate:
     def _build(self, samples: list[Any], seed: int, row_keys: np.ndarray, keys: list[int] | None) -> Any:
         first = samples[0]
         names = _field_names(self.fields, first)
-        stack = Stack(self.p, self.scale, self.fill, self.pad, self.pad_value, seed, row_keys, keys)
+        stack = Stack(self.rule, self._p, self.scale, self.fill, self.pad, self.pad_value, seed, row_keys, keys)
         if names is None:
             return _extend(stack.build("", samples), self._extras(stack))
 
@@ -200,7 +217,7 @@ class MessageDropoutCollate:
 
     def _drop_in(self, batch: Any, seed: int, row_keys: np.ndarray) -> Any:
         names = _field_names(self.fields, batch)
-        mask = None
+        mask: Any = None
         for name in [None] if names is None else names:
             x = batch if name is None else _field(batch, name, None)
             if not isinstance(x, (Tensor, np.ndarray)) or x.ndim < 3 or len(x) != len(row_keys):
@@ -208,8 +225,15 @@ class MessageDropoutCollate:
                 raise ValueError(
                     f"collate_fn must return (samples, messages, features) with {len(row_keys)} rows, but got {shape}"
                 )
+            if mask is not None and mask.shape != x.shape[:2]:
+                raise ValueError(
+                    f"field {name!r} must have {mask.shape[1]} messages, as the other fields, but got "
+                    f"{x.shape[1]}: fields share one mask"
+                )
+            rule = self.rule
             _, mask = message_dropout(
-                x, self.p, inplace=True, scale=self.scale, fill=self.fill, message_dims=2,
+                x, rule.p if self._p is None else self._p[: x.shape[1]], inplace=True, scale=self.scale,
+                exact=rule.exact, span=rule.span, min_keep=rule.min_keep, fill=self.fill, message_dims=2,
                 seed=seed, keys=row_keys, return_mask=True,
             )  # fmt: skip
         return _extend(batch, {"keep_mask": mask} if self.return_mask else {})

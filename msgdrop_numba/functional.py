@@ -8,18 +8,21 @@ from typing import Any
 import numpy as np
 
 from msgdrop_numba import arguments, numpy_ops, philox
-from msgdrop_numba.plan import mask_plan
+from msgdrop_numba.plan import mask_shape
 
 
 def message_dropout(
     x: Any,
-    p: float = 0.5,
+    p: Any = 0.5,
     training: bool = True,
     inplace: bool = False,
     *,
     scale: bool = False,
+    exact: bool = False,
+    span: int = 1,
+    min_keep: int = 0,
     lengths: Any = None,
-    fill: complex = 0.0,
+    fill: Any = 0.0,
     message_dims: int | None = None,
     seed: Any = None,
     keys: Any = None,
@@ -67,8 +70,9 @@ def message_dropout(
     Source: the mask contract, version 1 (README), on Philox4x32-10 (Salmon et al., SC'11).
     """
     return _library(x).message_dropout(
-        x, p, training, inplace, scale, lengths, fill, message_dims, seed, keys, generator, out, return_mask
-    )
+        x, p, training, inplace, scale, exact, span, min_keep, lengths, fill, message_dims,
+        seed, keys, generator, out, return_mask,
+    )  # fmt: skip
 
 
 def _library(x: Any) -> Any:
@@ -84,8 +88,11 @@ def _library(x: Any) -> Any:
 
 def keep_mask(
     shape: int | tuple[int, ...],
-    p: float = 0.5,
+    p: Any = 0.5,
     *,
+    exact: bool = False,
+    span: int = 1,
+    min_keep: int = 0,
     lengths: Any = None,
     seed: Any,
     keys: Any = None,
@@ -111,7 +118,7 @@ def keep_mask(
 
     Source: the mask contract, version 1 (README).
     """
-    mask = numpy_ops.keep_mask(mask_plan(shape, p), seed, keys, lengths)
+    mask = numpy_ops.keep_mask(mask_shape(shape), p, exact, span, min_keep, lengths, seed, keys)
     if device is None:
         return mask
     import torch

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msgdrop_numba.arguments import check_is_number, check_message_dims, split_p
 from msgdrop_numba.functional import message_dropout
 from msgdrop_numba.rule import DropRule
 
@@ -18,10 +19,10 @@ class MessageDropout(torch.nn.Module):
     when asked to. Backward keeps one byte a message and no copy of the data.
 
     Args:
-        p: probability that a message is **dropped**, in [0, 1].
+        p: probability that a message is **dropped**, in [0, 1], or an array or tensor of them, one a position.
         inplace: write into the input.
-        scale: multiply kept messages by 1/(1-p).
-        fill: number that the elements of a dropped message become.
+        scale, exact, span, min_keep: as for `message_dropout`.
+        fill: what a dropped message becomes: a number, or a tensor over the features, an `nn.Parameter` to learn it.
         message_dims: how many leading dims index messages; None: 2 where the input has 3 or more dims, else 1.
 
     Shape:
@@ -43,40 +44,61 @@ class MessageDropout(torch.nn.Module):
 
     def __init__(
         self,
-        p: float = 0.5,
+        p: Any = 0.5,
         inplace: bool = False,
         *,
         scale: bool = False,
-        fill: complex = 0.0,
+        exact: bool = False,
+        span: int = 1,
+        min_keep: int = 0,
+        fill: Any = 0.0,
         message_dims: int | None = None,
     ) -> None:
         super().__init__()
-        self.p = DropRule(p).p
-        self.inplace = inplace
-        self.scale = scale
-        self.fill = fill
-        self.message_dims = message_dims
+        number, array = split_p(p)
+        rule = DropRule(number, exact, span, min_keep)
+        if message_dims is not None:
+            check_message_dims(message_dims)
+        if isinstance(array, Tensor):
+            self.register_buffer("p", array)
+        else:
+            self.p = rule.p if array is None else array
+        self.inplace, self.scale, self.message_dims = inplace, scale, message_dims
+        self.exact, self.span, self.min_keep = rule.exact, rule.span, rule.min_keep
+        if isinstance(fill, Tensor) and not isinstance(fill, torch.nn.Parameter):
+            self.register_buffer("fill", fill)
+        else:
+            if not isinstance(fill, Tensor):
+                check_is_number("fill", fill)
+            self.fill = fill
 
     def forward(
         self, x: Tensor, *, lengths: Any = None, keys: Any = None, seed: Any = None, return_mask: bool = False
     ) -> Any:
-        """Drop messages of x; lengths, keys, seed and return_mask as for `message_dropout`."""
+        """Drop messages of x.
+
+        Args:
+            x: `(*message dims, *features)`.
+            lengths, keys, seed, return_mask: as for `message_dropout`.
+
+        Returns:
+            A tensor like x, or `(y, keep)` with `return_mask`.
+        """
         return message_dropout(
-            x,
-            self.p,
-            self.training,
-            self.inplace,
-            scale=self.scale,
-            lengths=lengths,
-            fill=self.fill,
-            message_dims=self.message_dims,
-            seed=seed,
-            keys=keys,
-            return_mask=return_mask,
-        )
+            x, self.p, self.training, self.inplace, scale=self.scale, exact=self.exact, span=self.span,
+            min_keep=self.min_keep, lengths=lengths, fill=self.fill, message_dims=self.message_dims, seed=seed,
+            keys=keys, return_mask=return_mask,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
-        shown = [f"p={self.p}", f"inplace={self.inplace}"]
-        defaults = {"scale": False, "fill": 0.0, "message_dims": None}
-        shown += [f"{name}={getattr(self, name)}" for name, usual in defaults.items() if getattr(self, name) != usual]
-        return ", ".join(shown)
+        usual = {"scale": False, "exact": False, "span": 1, "min_keep": 0, "fill": 0.0, "message_dims": None}
+        shown = {"p": self.p, "inplace": self.inplace}
+        for name, default in usual.items():
+            value = getattr(self, name)
+            if hasattr(value, "shape") or value != default:
+                shown[name] = value
+        return ", ".join(f"{name}={_short(value)}" for name, value in shown.items())
+
+
+def _short(value: Any) -> str:
+    return f"{type(value).__name__}{tuple(value.shape)}" if hasattr(value, "shape") else repr(value)

@@ -10,36 +10,45 @@ import numpy as np
 from msgdrop_numba import arguments
 from msgdrop_numba.arguments import address
 from msgdrop_numba.kernels.cpu import COPY, FLOAT16, FLOAT32, FLOAT64
-from msgdrop_numba.plan import Plan
+from msgdrop_numba.plan import Draw, Plan, follow, kept_factors, row_arguments
 from msgdrop_numba.plan import plan as make_plan
 from msgdrop_numba.threads import launch
 
 _SCALED = {"f2": FLOAT16, "f4": FLOAT32, "c8": FLOAT32, "f8": FLOAT64, "c16": FLOAT64}
 
 
-def keep_mask(plan: Plan, seed: Any, keys: Any, lengths: Any) -> np.ndarray:
-    """The bool mask of a plan."""
-    row_keys = arguments.row_keys(keys, plan.shape[:-1])
-    row_lengths = arguments.row_lengths(lengths, plan.shape[:-1], plan.size)
+def keep_mask(
+    shape: tuple[int, ...], p: Any, exact: bool, span: int, min_keep: int, lengths: Any, seed: Any, keys: Any
+) -> np.ndarray:
+    """The bool mask over the message dims `shape`."""
+    number, array = arguments.split_p(p)
+    plan = make_plan((*shape, 0), 0, COPY, len(shape), number, exact, span, min_keep)
+    draw = row_arguments(plan, array, False, None, lengths, arguments.check_seed(seed), keys)
+    return draw_mask(plan, draw)
+
+
+def draw_mask(plan: Plan, draw: Draw) -> np.ndarray:
+    """The mask alone."""
     mask = np.empty(plan.shape, np.bool_)
-    if mask.size:
-        launch(plan, 0, 0, 0, address(mask), address(row_lengths), arguments.check_seed(seed), address(row_keys))
+    if plan.messages:
+        launch(plan, draw, 0, 0, address(mask))
     return mask
 
 
 def message_dropout(
-    x: np.ndarray, p: float, training: bool, inplace: bool, scale: bool, lengths: Any, fill: Any,
-    message_dims: int | None, seed: Any, keys: Any, generator: Any, out: Any, return_mask: bool,
+    x: np.ndarray, p: Any, training: bool, inplace: bool, scale: bool, exact: bool, span: int, min_keep: int,
+    lengths: Any, fill: Any, message_dims: int | None, seed: Any, keys: Any, generator: Any, out: Any,
+    return_mask: bool,
 ) -> Any:  # fmt: skip
     """`functional.message_dropout` for an array."""
     kind = _kind(x.dtype, scale)
-    plan = make_plan(x.shape, x.itemsize, kind, p, message_dims)
+    number, array = arguments.split_p(p)
+    plan = make_plan(x.shape, x.itemsize, kind, message_dims, number, exact, span, min_keep)
     message = _fill_message(fill, x.dtype, x.shape[len(plan.shape) :])
     target = _target(x, inplace, out)
-    row_keys = arguments.row_keys(keys, plan.shape[:-1])
-    row_lengths = arguments.row_lengths(lengths, plan.shape[:-1], plan.size)
     seed = arguments.check_source(seed, generator, np.random.Generator)
-    if not training or p == 0:
+    draw = row_arguments(plan, array, scale, message, lengths, seed, keys)
+    if not training or number == 0:
         if target is None:
             target = x
         elif target is not x:
@@ -47,20 +56,34 @@ def message_dropout(
         return (target, np.ones(plan.shape, np.bool_)) if return_mask else target
 
     if seed is None:
-        seed = _fresh_seed(generator)
+        draw = draw._replace(seed=_fresh_seed(generator))
     mask = np.empty(plan.shape, np.bool_) if return_mask else None
-    native = x.dtype if kind == COPY else x.dtype.newbyteorder("=")
-    source = np.ascontiguousarray(x, native)
-    result = np.empty(x.shape, x.dtype) if target is None else target
-    buffer = result if result.flags.c_contiguous and result.dtype == native else np.empty(x.shape, native)
-    if plan.messages:
-        launch(
-            plan, address(source), address(buffer), address(message), address(mask), address(row_lengths),
-            seed, address(row_keys),
-        )  # fmt: skip
-    if buffer is not result:
-        result[...] = buffer
+    result = np.empty_like(x, subok=False) if target is None else target
+    if not (x.flags.c_contiguous and result.flags.c_contiguous):
+        plan = follow(plan, x.strides, result.strides)
+    if plan.messages and plan.followed and (kind == COPY or x.dtype.isnative):
+        launch(plan, draw, address(x), address(result), address(mask))
+    elif plan.messages:
+        mask = draw_mask(plan, draw)
+        _write(plan, draw, x, result, mask)
     return (result, mask) if return_mask else result
+
+
+def _write(plan: Plan, draw: Draw, x: np.ndarray, result: np.ndarray, mask: np.ndarray) -> None:
+    """What the kernels do, in NumPy's operations: for layouts and byte orders that they can't follow."""
+    wide = (*plan.shape, *(1,) * (x.ndim - mask.ndim))
+    kept = mask.reshape(wide)
+    if plan.kind != COPY:
+        by, valid = (array.reshape(wide) for array in kept_factors(plan, draw))
+        real = np.float64 if plan.kind == FLOAT64 else np.float32
+        parts = [(x.real, result.real), (x.imag, result.imag)] if x.dtype.kind == "c" else [(x, result)]
+        with np.errstate(all="ignore"):
+            for part, into in parts:
+                np.multiply(part, by.astype(real), out=into, where=kept & valid, dtype=real, casting="same_kind")
+        kept = kept & ~valid
+    np.copyto(result, x, where=kept)
+    fill = np.zeros((), x.dtype) if draw.fill is None else draw.fill
+    np.copyto(result, fill, where=~mask.reshape(wide))
 
 
 def _fresh_seed(generator: np.random.Generator | None) -> int:
@@ -80,9 +103,16 @@ def _kind(dtype: np.dtype[Any], scale: bool) -> int:
 
 
 def _fill_message(fill: Any, dtype: np.dtype[Any], features: tuple[int, ...]) -> np.ndarray | None:
-    """One message of `fill`, or None where that is zeros."""
+    """One message of `fill`, a number or an array over the features, of x's dtype; None: zeros."""
     if arguments.is_zero(fill):
         return None
+    if isinstance(fill, np.ndarray):
+        if fill.shape != features or fill.dtype != dtype:
+            raise ValueError(
+                f"fill must be a number or an array like one message of x, {features} {dtype}, "
+                f"but got {fill.shape} {fill.dtype}"
+            )
+        return np.ascontiguousarray(fill)
     if dtype.kind in "fc":
         high = float(np.finfo(dtype).max)
         arguments.check_number("fill", fill, dtype.kind, -high, high, dtype)
@@ -109,7 +139,7 @@ def _target(x: np.ndarray, inplace: bool, out: Any) -> np.ndarray | None:
         )
     if not out.flags.writeable:
         raise ValueError(f"{name} must be writable, but got a read-only array")
-    arguments.check_target(name, _memory(x), _memory(out))
+    arguments.check_memory(name, _memory(x), _memory(out))
     return out
 
 

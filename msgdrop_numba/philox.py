@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from msgdrop_numba.kernels._jit import jit
+from msgdrop_numba.kernels._jit import inlined_jit, jit
 
 U64 = Any  # np.uint64, compiled or not
 
@@ -24,7 +24,7 @@ _FOLD_STREAM = np.uint64(0xFFFFFFFF)
 _0 = np.uint64(0)
 
 
-@jit
+@inlined_jit
 def philox4x32_10(c0: U64, c1: U64, c2: U64, c3: U64, k0: U64, k1: U64) -> tuple[U64, U64, U64, U64]:
     """Four 32-bit words for a 128-bit counter (c0..c3) and a 64-bit key (k0, k1)."""
     for _ in range(10):
@@ -41,7 +41,7 @@ def philox4x32_10(c0: U64, c1: U64, c2: U64, c3: U64, k0: U64, k1: U64) -> tuple
     return c0, c1, c2, c3
 
 
-@jit
+@inlined_jit
 def fold_in(seed: U64, data: U64) -> U64:
     """A new uint64 seed from a uint64 seed and uint64 data (contract, section 2)."""
     w0, w1, _, _ = philox4x32_10(_0, _FOLD_STREAM, data & _M32, data >> _32, seed & _M32, seed >> _32)

@@ -1,4 +1,4 @@
-"""What is the same for every call on arrays of one shape: how many messages, how wide, dropped by which rule."""
+"""What of a call is the same for all arrays of one shape: how many messages, how wide, dropped by which rule."""
 
 from __future__ import annotations
 
@@ -7,10 +7,25 @@ import numbers
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from msgdrop_numba.kernels.cpu import COPY
-from msgdrop_numba.rule import DropRule
+import numpy as np
 
-MAX_ROW = 2**34  # positions: the contract's 32-bit counter numbers four draws each
+from msgdrop_numba import arguments
+from msgdrop_numba.kernels.cpu import OTHER
+from msgdrop_numba.kernels.rules import PLAN
+from msgdrop_numba.rule import MAX_ROW, DropRule
+
+
+class Draw(NamedTuple):
+    """What decides the masks of one call beside the plan; arrays are kept alive here while a kernel reads them."""
+
+    fill: Any = None  # one message, an array or tensor; None: zeros
+    lengths: np.ndarray[Any, Any] | None = None  # int64, one a row
+    seed: int = 0
+    keys: np.ndarray[Any, Any] | None = None  # uint64, one a row; None: the row's index
+    thresholds: np.ndarray[Any, Any] | None = None  # uint64, for p one a position, or one a message
+    factors: np.ndarray[Any, Any] | None = None  # float64, as thresholds, where those scale
+    per_row: bool = False  # whether thresholds and factors are one a message
+    given: bool = False  # the mask is there already: nothing is drawn
 
 
 class Plan(NamedTuple):
@@ -18,60 +33,123 @@ class Plan(NamedTuple):
 
     shape: tuple[int, ...]  # the message dims
     messages: int
-    size: int  # positions in a row
-    width: int  # bytes in a message
+    size: int  # messages in a row
+    nbytes: int  # that a call writes, at most
     kind: int  # what is done to kept elements, see kernels.cpu
-    threshold: int
-    factor: float  # what kept elements are multiplied by, if kind says so
+    followed: bool  # whether the kernels know the dtype and can follow the strides
+    rule: DropRule
+    arguments: tuple[Any, ...]  # that it was made from, but for strides
+    record: np.ndarray[Any, Any]  # one PLAN, what the kernels read
+    address: int  # of the record
 
 
-def plan(shape: tuple[int, ...], itemsize: int, kind: int, p: float, message_dims: int | None) -> Plan:
-    """The plan for an array of `shape`, made once for each set of arguments: it costs as much as a small kernel.
+def plan(
+    shape: tuple[int, ...], itemsize: int, kind: int, message_dims: int | None,
+    p: float | None, exact: bool, span: int, min_keep: int,
+    strides: tuple[int, ...] | None = None, out_strides: tuple[int, ...] | None = None,
+) -> Plan:  # fmt: skip
+    """The plan for arrays of `shape`, made once for each set of arguments: it costs as much as a small kernel.
 
     Args:
         shape: of the whole array, features included.
         itemsize: bytes in an element.
         kind: COPY, or the type that kept elements are scaled in.
-        p: probability of dropping, read by `DropRule`.
         message_dims: how many leading dims index messages; None: 2 of 3 or more, else 1.
+        p, exact, span, min_keep: as for `DropRule`.
+        strides, out_strides: of the array read and the one written, in bytes; None: C order.
     """
-    if type(p) is float:
-        return _cached(shape, itemsize, kind, p, message_dims)
-    return _make(shape, itemsize, kind, p, message_dims)
+    try:
+        return _cached(shape, itemsize, kind, message_dims, p, exact, span, min_keep, strides, out_strides)
+    except TypeError:  # of a wrong type, or unhashable: made again, to say which
+        pass
+    return _make(shape, itemsize, kind, message_dims, p, exact, span, min_keep, strides, out_strides)
 
 
-def mask_plan(shape: Any, p: float) -> Plan:
-    """The plan for a mask alone: messages of no bytes."""
+def _make(
+    shape: tuple[int, ...], itemsize: int, kind: int, message_dims: int | None,
+    p: float | None, exact: bool, span: int, min_keep: int,
+    strides: tuple[int, ...] | None, out_strides: tuple[int, ...] | None,
+) -> Plan:  # fmt: skip
+    rule = DropRule(p, exact, span, min_keep)
+    dims = arguments.message_dims(shape, message_dims)
+    if shape[dims - 1] > MAX_ROW:
+        raise ValueError(f"a row has at most 2**34 messages, but x has shape {tuple(shape)}")
+    steps = [_steps(shape, itemsize, dims, s) for s in (strides, out_strides)]
+    followed = steps[0] is not None and steps[1] is not None and kind != OTHER
+    width = math.prod(shape[dims:]) * itemsize
+    record = np.zeros(1, PLAN)
+    record[0] = (
+        shape[dims - 1], width, kind, rule.scale, *(steps[0] or (0, 0)), *(steps[1] or (0, 0)),
+        rule.threshold, rule.p == 1, rule.exact, rule.span, rule.min_keep,
+    )  # fmt: skip
+    messages = math.prod(shape[:dims])
+    return Plan(
+        tuple(shape[:dims]), messages, shape[dims - 1], messages * (width or 1), kind, followed, rule,
+        (shape, itemsize, kind, message_dims, p, exact, span, min_keep), record,
+        record.__array_interface__["data"][0],
+    )  # fmt: skip
+
+
+_cached = lru_cache(maxsize=1024, typed=True)(_make)
+
+
+def row_arguments(plan: Plan, p: Any, scale: bool, fill: Any, lengths: Any, seed: int | None, keys: Any) -> Draw:
+    """The arguments that are arrays over rows or messages, checked and laid out for the kernels; p None: a number."""
+    draw = Draw(
+        fill,
+        arguments.row_lengths(lengths, plan.shape[:-1], plan.size),
+        seed or 0,
+        arguments.row_keys(keys, plan.shape[:-1]),
+    )
+    if p is None:
+        return draw
+    p = arguments.probabilities(p, plan.shape)
+    return draw._replace(
+        thresholds=arguments.thresholds(p), factors=arguments.factors(p) if scale else None, per_row=p.ndim > 1
+    )
+
+
+def kept_factors(plan: Plan, draw: Draw) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """What the kernels multiply each message by (float64), and where they do, not in padding, over the message dims."""
+    rows = plan.shape[:-1]
+    lengths = np.full(rows, plan.size) if draw.lengths is None else draw.lengths.reshape(rows)
+    if draw.factors is not None:
+        factors = draw.factors
+    elif plan.rule.exact:
+        factors = np.array([plan.rule.row_scale(int(n)) for n in lengths.flat]).reshape(*rows, 1)
+    else:
+        factors = np.array(plan.rule.scale)
+    return np.broadcast_to(factors, plan.shape), np.arange(plan.size) < lengths[..., None]
+
+
+def follow(contiguous: Plan, strides: tuple[int, ...], out_strides: tuple[int, ...]) -> Plan:
+    """The same plan for arrays that aren't in C order; `followed` says whether the kernels can."""
+    return plan(*contiguous.arguments, strides, out_strides)
+
+
+def mask_shape(shape: Any) -> tuple[int, ...]:
+    """The message dims that an integer or a sequence of them names."""
     dims = (shape,) if isinstance(shape, numbers.Integral) else tuple(shape)
     if not dims or any(isinstance(d, bool) or not isinstance(d, numbers.Integral) or d < 0 for d in dims):
         raise ValueError(f"shape must be the message dims, integers of 0 or more, but got {shape!r}")
-    dims = tuple(int(d) for d in dims)
-    return _make((*dims, 0), 0, COPY, p, len(dims))
+    return tuple(map(int, dims))
 
 
-def _make(shape: tuple[int, ...], itemsize: int, kind: int, p: float, message_dims: int | None) -> Plan:
-    rule = DropRule(p)
-    dims = _message_dims(shape, message_dims)
-    messages, size = math.prod(shape[:dims]), shape[dims - 1]
-    if size > MAX_ROW:
-        raise ValueError(f"a row has at most 2**34 messages, but x has shape {tuple(shape)}")
-    width = math.prod(shape[dims:]) * itemsize
-    return Plan(tuple(shape[:dims]), messages, size, width, kind, rule.threshold, rule.scale)
-
-
-_cached = lru_cache(maxsize=512, typed=True)(_make)
-
-
-def _message_dims(shape: tuple[int, ...], message_dims: int | None) -> int:
-    if message_dims is None:
-        message_dims = 2 if len(shape) >= 3 else 1
-    elif isinstance(message_dims, bool) or not isinstance(message_dims, numbers.Integral):
-        raise TypeError(f"message_dims must be an integer or None, but got {message_dims!r}")
-    elif message_dims < 1:
-        raise ValueError(f"message_dims must be at least 1, but got {message_dims}")
-    if len(shape) <= message_dims:
-        raise ValueError(
-            f"x must have {message_dims} message dims and at least one feature dim, but got shape {tuple(shape)}; "
-            "add one with x[..., None], or set message_dims"
-        )
-    return int(message_dims)
+def _steps(shape: tuple[int, ...], itemsize: int, dims: int, strides: tuple[int, ...] | None) -> tuple[int, int] | None:
+    """Bytes from row to row and from position to position; None where rows or features don't lie so."""
+    if strides is None:
+        step = math.prod(shape[dims:]) * itemsize
+        return step * shape[dims - 1], step
+    width = itemsize
+    for dim in reversed(range(dims, len(shape))):
+        if shape[dim] > 1 and strides[dim] != width:
+            return None
+        width *= shape[dim]
+    row, above = None, 0
+    for dim in reversed(range(dims - 1)):
+        if shape[dim] > 1:
+            if row is not None and strides[dim] != above:
+                return None
+            row = strides[dim] if row is None else row
+            above = strides[dim] * shape[dim]
+    return row or 0, strides[dims - 1]

@@ -4,41 +4,88 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
+from typing import Any
 
 ONE = 2**32  # a threshold of 1.0: every 32-bit draw lies below it
+MAX_ROW = 2**34  # messages: the contract's 32-bit counter numbers four draws each
 
 
 @dataclass(frozen=True, slots=True)
 class DropRule:
-    """The rule of a mask: `p`, the probability that a message is dropped.
+    """The rule of a mask.
 
     Args:
-        p: a real number in [0, 1].
+        p: probability that a message is dropped, a real number in [0, 1]; None where it is an array, kept elsewhere.
+        exact: drop a fixed count in each row, floor(n * p) of its n valid messages, instead of each on its own.
+        span: drop runs of this many neighbouring messages together.
+        min_keep: at least so many valid messages of a row are kept.
 
     Raises:
-        TypeError: `p` is no real number (a bool is none: it is most likely a misplaced `training`).
-        ValueError: `p` lies outside [0, 1] or is NaN.
+        TypeError: `p` is no real number (a bool is none: it is most likely a misplaced `training`), `exact` no bool,
+            `span` or `min_keep` no integer.
+        ValueError: one of them is out of range, or `exact` is combined with `span` or with an array of probabilities.
 
     Example:
         >>> DropRule(0.25).threshold == 2**30
         True
+        >>> DropRule(0.8, exact=True, span=2)
+        Traceback (most recent call last):
+        ValueError: exact can't be combined with span=2: exact drops single messages
+
+    Source: the mask contract, version 1 (README).
     """
 
-    p: float
+    p: float | None
+    exact: bool = False
+    span: int = 1
+    min_keep: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.p, bool) or not isinstance(self.p, numbers.Real):
-            raise TypeError(f"p must be a number, the probability of dropping a message, but got {self.p!r}")
-        if not 0 <= self.p <= 1:
-            raise ValueError(f"p must be a probability of dropping, from 0 to 1, but got {self.p!r}")
-        object.__setattr__(self, "p", float(self.p))
+        if self.p is not None:
+            object.__setattr__(self, "p", check_p(self.p))
+        if not isinstance(self.exact, bool):
+            raise TypeError(f"exact must be True or False, but got {self.exact!r}")
+        object.__setattr__(self, "span", _check_count("span", self.span, 1))
+        object.__setattr__(self, "min_keep", _check_count("min_keep", self.min_keep, 0))
+        if self.exact and self.span > 1:
+            raise ValueError(f"exact can't be combined with span={self.span}: exact drops single messages")
+        if self.exact and self.p is None:
+            raise ValueError("exact needs p to be a single number, but got an array")
 
     @property
     def threshold(self) -> int:
-        """T(p) of the contract: a message drops where its draw lies below this."""
-        return round(self.p * ONE)
+        """T(p) of the contract: a message drops where its draw lies below this; 0 where p is an array."""
+        return 0 if self.p is None else round(self.p * ONE)
 
     @property
     def scale(self) -> float:
-        """What a kept message is multiplied by to keep the expectation: 1/(1-p), and 1 where all drop."""
-        return 1 / (1 - self.p) if self.p < 1 else 1.0
+        """What a kept message is multiplied by to keep the expectation: 1/(1-p), and 1 where p is 1 or an array."""
+        return 1.0 if self.p is None or self.p == 1 else 1 / (1 - self.p)
+
+    def row_scale(self, valid: int) -> float:
+        """The same for a row of `valid` messages, of which the exact rule drops a fixed count."""
+        if not self.exact or self.p == 1:
+            return self.scale
+        dropped = min((valid * (2 * self.threshold + 1)) >> 33, max(0, valid - self.min_keep))
+        return valid / max(1, valid - dropped)
+
+
+def check_p(p: Any) -> float:
+    """p as a float; refused where it is no probability."""
+    if isinstance(p, bool) or not isinstance(p, numbers.Real):
+        raise TypeError(
+            f"p must be a number, the probability of dropping a message, or an array of them, but got {p!r}"
+        )
+    number = float(p)
+    if not 0 <= number <= 1:
+        raise ValueError(f"p must be a probability of dropping, from 0 to 1, but got {p!r}")
+    return number
+
+
+def _check_count(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, but got {value!r}")
+    count = int(value)
+    if not least <= count <= MAX_ROW:
+        raise ValueError(f"{name} must be an integer from {least} to 2**34, but got {value!r}")
+    return count

@@ -3,192 +3,131 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from msgdrop_numba import arguments
-from msgdrop_numba.arguments import address, is_zero
-from msgdrop_numba.kernels.cpu import BFLOAT16, COPY, FLOAT16, FLOAT32, FLOAT64
-from msgdrop_numba.plan import Plan
+from msgdrop_numba import arguments, traced
+from msgdrop_numba.arguments import is_zero
+from msgdrop_numba.kernels import tensor
+from msgdrop_numba.kernels.cpu import COPY
+from msgdrop_numba.plan import Draw, Plan, follow, kept_factors, row_arguments
 from msgdrop_numba.plan import plan as make_plan
+from msgdrop_numba.tensors import check_target, fill_message, scaled_kind
 from msgdrop_numba.threads import launch
 from msgdrop_numba.torch_state import is_plain
 
-_SCALED = {
-    torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float32: FLOAT32, torch.float64: FLOAT64,
-    torch.complex64: FLOAT32, torch.complex128: FLOAT64,
-}  # fmt: skip
 
-
-class _Draw(NamedTuple):
-    """What decides a mask, and what its dropped messages become, beside the plan."""
-
-    fill: Tensor | None
-    lengths: np.ndarray | None
-    seed: int
-    keys: np.ndarray | None
-    given: bool = False  # the mask is there already
-
-
-def _write(plan: Plan, draw: _Draw, x: Tensor, target: Tensor | None, mask: Tensor | None) -> Tensor:
+def _write(plan: Plan, draw: Draw, x: Tensor, target: Tensor | None, mask: Tensor | None) -> Tensor:
     """Run the kernel from x into `target`, a new tensor where None; the mask is written, or read if given."""
-    fill, lengths, seed, keys, given = draw
-    source = x.contiguous()
-    buffer = torch.empty_like(source) if target is None or not target.is_contiguous() else target
-    if plan.messages:
-        launch(
-            plan, source.data_ptr(), buffer.data_ptr(), 0 if fill is None else fill.data_ptr(),
-            0 if mask is None else mask.data_ptr(), address(lengths), seed, address(keys), given,
-        )  # fmt: skip
-    if target is None:
-        return buffer
-    if buffer is not target:
-        target.copy_(buffer)
-    elif not target.is_inference():
-        increment_version(target)  # torch can't see a write through a pointer
-    return target
+    result = torch.empty_like(x) if target is None else target
+    if not (x.is_contiguous() and result.is_contiguous()):
+        size = x.element_size()
+        plan = follow(plan, *(tuple(step * size for step in t.stride()) for t in (x, result)))
+    if plan.messages and plan.followed:
+        launch(plan, draw, x.data_ptr(), result.data_ptr(), 0 if mask is None else mask.data_ptr())
+        if target is not None and not target.is_inference():
+            increment_version(target)  # torch can't see a write through a pointer
+    elif plan.messages:
+        result.copy_(_where(plan, draw, x, draw_mask(plan, draw, mask)))
+    return result
 
 
-def _draw_mask(plan: Plan, draw: _Draw, mask: Tensor) -> None:
-    """Write the mask alone: messages of no bytes."""
-    launch(plan._replace(width=0), 0, 0, 0, mask.data_ptr(), address(draw.lengths), draw.seed, address(draw.keys))
+def draw_mask(plan: Plan, draw: Draw, mask: Tensor | None = None) -> Tensor:
+    """The mask alone, in `mask` where there is one."""
+    if mask is None:
+        mask = torch.empty(plan.shape, dtype=torch.bool, device="cpu")
+    if plan.messages and not draw.given:
+        launch(plan, draw, 0, 0, mask.data_ptr())
+    return mask
 
 
 class _DropMessages(torch.autograd.Function):
     """Saves the keep mask, one byte a message, and nothing of the data."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, plan: Plan, draw: _Draw, inplace: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, fill: Tensor | None, mask: Tensor, plan: Plan, draw: Draw, inplace: bool
+    ) -> Tensor:
         if inplace:
             ctx.mark_dirty(x)
         y = _write(plan, draw, x, x if inplace else None, mask)
         ctx.save_for_backward(mask)
         # The user may change lengths before backward; unscaled, padding passes like any kept message.
         lengths = None if draw.lengths is None or plan.kind == COPY else draw.lengths.copy()
-        ctx.plan, ctx.draw = plan, _Draw(None, lengths, 0, None, given=True)
+        ctx.plan, ctx.draw = plan, Draw(lengths=lengths, factors=draw.factors, per_row=draw.per_row, given=True)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (mask,) = ctx.saved_tensors
-        if not is_plain(grad):
-            grad = _where(ctx.plan, ctx.draw, grad, mask)
-        elif torch.is_grad_enabled() and grad.requires_grad:
-            grad = _drop_messages(grad, mask, ctx.plan, ctx.draw, False)
-        else:
-            grad = _write(ctx.plan, ctx.draw, grad, None, mask)
-        return grad, None, None, None, None
+        grad_x = grad_fill = None
+        if ctx.needs_input_grad[1]:
+            grad_fill = grad[~mask].sum(0)
+        if ctx.needs_input_grad[0]:
+            if not is_plain(grad):
+                grad_x = _where(ctx.plan, ctx.draw, grad, mask)
+            elif torch.is_grad_enabled() and grad.requires_grad:
+                grad_x = _drop_messages(grad, None, mask, ctx.plan, ctx.draw, False)
+            else:
+                grad_x = _write(ctx.plan, ctx.draw, grad, None, mask)
+        return grad_x, grad_fill, None, None, None, None
 
 
 _drop_messages: Any = _DropMessages.apply
 
 
-def _where(plan: Plan, draw: _Draw, x: Tensor, mask: Tensor, inplace: bool = False) -> Tensor:
-    """What the kernels do, in torch operations: for batched gradients and for views that autograd must follow."""
-    features = (1,) * (x.ndim - mask.ndim)
-    dropped = ~mask.reshape(*mask.shape, *features)
-    fill = 0 if draw.fill is None else draw.fill.reshape(-1)[0]
+def _where(plan: Plan, draw: Draw, x: Tensor, mask: Tensor) -> Tensor:
+    """What the kernels do, in torch's operations: for layouts that they can't follow and what autograd must see."""
+    factors = valid = None
     if plan.kind != COPY:
-        factor: Any = plan.factor
-        if draw.lengths is not None:
-            valid = torch.arange(plan.size, device="cpu") < torch.from_numpy(draw.lengths)[:, None]
-            real = torch.float64 if plan.kind == FLOAT64 else torch.float32
-            factor = torch.where(valid, factor, 1.0).to(real).reshape(*mask.shape, *features)
-        x = x.mul_(factor) if inplace else (x * factor).to(x.dtype)
-    return x.masked_fill_(dropped, fill) if inplace else x.masked_fill(dropped, fill)
+        arrays = kept_factors(plan, draw)
+        factors, valid = (torch.from_numpy(np.array(array)) for array in arrays)
+    return tensor.select(x, mask, draw.fill, factors, valid)
 
 
 def message_dropout(
-    x: Tensor, p: float, training: bool, inplace: bool, scale: bool, lengths: Any, fill: Any,
-    message_dims: int | None, seed: Any, keys: Any, generator: Any, out: Any, return_mask: bool,
+    x: Tensor, p: Any, training: bool, inplace: bool, scale: bool, exact: bool, span: int, min_keep: int,
+    lengths: Any, fill: Any, message_dims: int | None, seed: Any, keys: Any, generator: Any, out: Any,
+    return_mask: bool,
 ) -> Any:  # fmt: skip
     """`functional.message_dropout` for a tensor."""
-    if not is_plain(x):
-        raise TypeError(
-            f"x must be an ordinary CPU tensor outside torch.compile and torch.func, but got {type(x).__name__} "
-            f"on {x.device}; move it with x.cpu() or call this outside the transform"
-        )
+    if not is_plain(x) or not all(is_plain(t) for t in (lengths, fill, seed, keys, p, out) if isinstance(t, Tensor)):
+        return traced.message_dropout(
+            x, p, training, inplace, scale, exact, span, min_keep, lengths, fill, message_dims, seed, keys,
+            generator, out, return_mask,
+        )  # fmt: skip
     kind = scaled_kind(x.dtype) if scale else COPY
-    plan = make_plan(x.shape, x.itemsize, kind, p, message_dims)
-    message = fill_message(fill, x.dtype, x.shape[len(plan.shape) :])
-    target = _target(x, inplace, out) if inplace or out is not None else None
-    row_keys = row_lengths = None
-    if keys is not None:
-        row_keys = arguments.row_keys(keys, plan.shape[:-1])
-    if lengths is not None:
-        row_lengths = arguments.row_lengths(lengths, plan.shape[:-1], plan.size)
+    number, array = (p, None) if type(p) is float else arguments.split_p(p)
+    plan = make_plan(x.shape, x.itemsize, kind, message_dims, number, exact, span, min_keep)
+    message = None if is_zero(fill) else fill_message(fill, x, len(plan.shape))
+    target = check_target(x, inplace, out) if inplace or out is not None else None
+    if target is not None:
+        arguments.check_memory("x, to be changed in place," if inplace else "out", _memory(x), _memory(target))
     seed = arguments.check_source(seed, generator, torch.Generator)
-    if not training or p == 0:
+    draw = row_arguments(plan, array, scale, message, lengths, seed, keys)
+    if not training or number == 0:
         if target is None:
             target = x
         elif target is not x:
             target.copy_(x)
         return (target, torch.ones(plan.shape, dtype=torch.bool, device="cpu")) if return_mask else target
 
-    draw = _Draw(message, row_lengths, fresh_seed(generator) if seed is None else seed, row_keys)
-    follow = x.requires_grad and torch.is_grad_enabled()
-    mask: Any = torch.empty(plan.shape, dtype=torch.bool, device="cpu") if return_mask or follow else None
-    if not follow:
+    if seed is None:
+        draw = draw._replace(seed=fresh_seed(generator))
+    graph = torch.is_grad_enabled() and (x.requires_grad or (message is not None and message.requires_grad))
+    mask: Any = torch.empty(plan.shape, dtype=torch.bool, device="cpu") if return_mask or graph else None
+    if not graph:
         result = _write(plan, draw, x, target, mask)
     elif inplace and x._is_view():
-        _draw_mask(plan, draw, mask)
-        result = _where(plan, draw, x, mask, inplace=True)
+        draw_mask(plan, draw, mask)
+        result = x.copy_(_where(plan, draw, x, mask))
     else:
-        result = _drop_messages(x, mask, plan, draw, inplace)
+        result = _drop_messages(x, message, mask, plan, draw, inplace)
     return (result, mask) if return_mask else result
-
-
-def scaled_kind(dtype: torch.dtype) -> int:
-    """The type that the kernels scale `dtype` in."""
-    if dtype not in _SCALED:
-        raise TypeError(f"scale=True needs a floating or complex dtype that can be multiplied, but x has {dtype}")
-    return _SCALED[dtype]
-
-
-def fill_message(fill: Any, dtype: torch.dtype, features: tuple[int, ...]) -> Tensor | None:
-    """One message of `fill`, or None where that is zeros."""
-    if is_zero(fill):
-        return None
-    check_number("fill", fill, dtype)
-    return torch.full(features, fill, dtype=dtype, device="cpu")
-
-
-def check_number(name: str, value: Any, dtype: torch.dtype) -> None:
-    """Refuse a number that `dtype` can't hold."""
-    if dtype.is_floating_point or dtype.is_complex:
-        high = torch.finfo(dtype).max
-        arguments.check_number(name, value, "c" if dtype.is_complex else "f", -high, high, dtype)
-    else:
-        low, high = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-        arguments.check_number(name, value, "i", low, high, dtype)
-
-
-def _target(x: Tensor, inplace: bool, out: Any) -> Tensor:
-    """The tensor to write, x or out, checked."""
-    if inplace and out is not None:
-        raise ValueError("give inplace=True or out, not both")
-    if inplace:
-        out = x
-    name = "x, to be changed in place," if inplace else "out"
-    if not isinstance(out, Tensor) or not is_plain(out):
-        kind = f"{type(out).__name__} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
-        raise TypeError(f"{name} must be an ordinary CPU tensor like x, but got {kind}")
-    if out.shape != x.shape or out.dtype != x.dtype:
-        raise ValueError(
-            f"{name} must have x's shape {tuple(x.shape)} and dtype {x.dtype}, "
-            f"but got {tuple(out.shape)} and {out.dtype}"
-        )
-    if torch.is_grad_enabled():
-        if inplace and x.requires_grad and x.is_leaf:
-            raise ValueError("inplace=True can't change a leaf that requires grad: drop out of place, or under no_grad")
-        if not inplace and (x.requires_grad or out.requires_grad):
-            raise ValueError("out can't be used where a gradient is needed: leave it out, or call under no_grad")
-    arguments.check_target(name, _memory(x), _memory(out))
-    return out
 
 
 def _memory(x: Tensor) -> tuple[Any, ...]:

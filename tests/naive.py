@@ -101,17 +101,32 @@ def multiply(x: Any, s: float) -> Any:
         return type(x)(accumulator(x) * accumulator(s))
 
 
+def scales(keep: np.ndarray, p: Any, lengths: Any, exact: bool, min_keep: int) -> np.ndarray:
+    """What each message is multiplied by."""
+    s = np.ones(keep.shape)
+    p = np.broadcast_to(np.asarray(p, dtype=np.float64), keep.shape)
+    for index in np.ndindex(keep.shape):
+        n = keep.shape[-1] if lengths is None else int(np.asarray(lengths)[index[:-1]])
+        if exact:
+            d = min((n * (2 * threshold(p[index]) + 1)) >> 33, max(0, n - min_keep))
+            s[index] = n / (n - d) if n > d and p[index] < 1 else 1
+        else:
+            s[index] = 1 / (1 - p[index]) if p[index] < 1 else 1
+    return s
+
+
 def drop(
-    x: np.ndarray, keep: np.ndarray, *, fill: Any = 0, p: float = 0.5, scale: bool = False, lengths: Any = None
-) -> np.ndarray:
+    x: np.ndarray, keep: np.ndarray, *, fill: Any = 0, p: Any = 0.5, scale: bool = False, lengths: Any = None,
+    exact: bool = False, span: int = 1, min_keep: int = 0,
+) -> np.ndarray:  # fmt: skip
     """`where(keep, x * s, fill)`, message by message; padding is left as it is."""
     y = x.copy()
-    s = 1 / (1 - p) if p < 1 else 1.0
+    s = scales(keep, p, lengths, exact, min_keep)
     for index in np.ndindex(keep.shape):
         n = keep.shape[-1] if lengths is None else np.asarray(lengths)[index[:-1]]
         if not keep[index]:
             y[index] = fill
         elif scale and index[-1] < n:
             for feature in np.ndindex(x.shape[keep.ndim :]):
-                y[index + feature] = multiply(x[index + feature], s)
+                y[index + feature] = multiply(x[index + feature], s[index])
     return y

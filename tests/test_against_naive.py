@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
+from unittest import mock
 
 import naive
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from msgdrop_numba import keep_mask, message_dropout, threads
+from msgdrop_numba import keep_mask, message_dropout, threads, torch_ops
 
-torch = pytest.importorskip("torch")
-
-DTYPES = ["float32", "float64", "float16", "complex64", "complex128", "int8", "uint16", "int32", "int64", "bool"]
+DTYPES = [
+    "float32", "float64", "float16", "complex64", "complex128",
+    "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
+]  # fmt: skip
 P = [0.0, 1.0, 0.5, 0.3, 0.01, 0.99, 2.0**-33, 1 - 2.0**-33]
 
 
@@ -34,47 +40,89 @@ def numbers(rng: random.Random, shape: tuple[int, ...], dtype: str) -> np.ndarra
         return (values + 1j * draws.standard_normal(shape) if dtype.startswith("c") else values).astype(dtype)
 
 
+def rule(rng: random.Random, shape: tuple[int, ...]) -> tuple[Any, dict[str, Any]]:
+    """A probability or an array of them, and the other numbers of a rule."""
+    p: Any = rng.choice(P) if rng.random() < 0.5 else rng.random()
+    kind = rng.choice(["default", "default", "exact", "span", "array"])
+    options: dict[str, Any] = {"min_keep": rng.randint(0, 6)} if rng.random() < 0.3 else {}
+    if kind == "exact":
+        return p, {**options, "exact": True}
+    if kind == "array":
+        per = rng.choice([shape[-1:], shape])
+        values = [rng.choice([*P, rng.random()]) for _ in range(math.prod(per))]
+        p = np.array(values, dtype=np.float64).reshape(per)
+    return p, {**options, "span": rng.randint(1, 7)} if kind != "default" else options
+
+
 def case(rng: random.Random, size: int) -> dict[str, Any]:
     dims = rng.choice([1, 1, 2, 2, 2, 3])
     shape = (*(rng.randint(0 if rng.random() < 0.1 else 1, 3) for _ in range(dims - 1)), rng.randint(0, size))
     rows = shape[:-1]
     lengths = keys = None
     if rng.random() < 0.3:
-        lengths = np.array(
-            [rng.randint(0, shape[-1]) for _ in range(np.prod(rows, dtype=int))], dtype=np.int64
-        ).reshape(rows)
+        values = [rng.randint(0, shape[-1]) for _ in range(math.prod(rows))]
+        lengths = np.array(values, dtype=np.int64).reshape(rows)
     if rng.random() < 0.5:
         named = rows[: rng.randint(0, len(rows))]
-        keys = np.array([rng.getrandbits(64) for _ in range(np.prod(named, dtype=int))], dtype=np.uint64).reshape(named)
+        keys = np.array([rng.getrandbits(64) for _ in range(math.prod(named))], dtype=np.uint64).reshape(named)
         keys = keys.view(np.int64) if rng.random() < 0.5 else keys
-    p = rng.choice(P) if rng.random() < 0.5 else rng.random()
-    return {"shape": shape, "p": p, "seed": rng.getrandbits(64), "keys": keys, "lengths": lengths}
+    p, options = rule(rng, shape)
+    return {"shape": shape, "p": p, "seed": rng.getrandbits(64), "keys": keys, "lengths": lengths, **options}
+
+
+def laid_out(rng: random.Random, x: np.ndarray) -> tuple[np.ndarray, Any]:
+    """The same numbers as a NumPy and as a torch view of some other layout: dims permuted, every second element."""
+    order = list(range(x.ndim))
+    if rng.random() < 0.5:
+        rng.shuffle(order)
+    stored = x.transpose(order)
+    steps = [rng.choice([1, 1, 1, 2]) if rng.random() < 0.3 else 1 for _ in order]
+    storage = np.zeros([n * step for n, step in zip(stored.shape, steps, strict=True)], x.dtype)
+    every = tuple(slice(None, None, step) for step in steps)
+    storage[every] = stored
+    back = [order.index(dim) for dim in range(x.ndim)]
+    array, tensor = storage.copy()[every].transpose(back), torch.from_numpy(storage.copy())[every].permute(back)
+    if x.ndim and rng.random() < 0.3:
+        dim = rng.randrange(x.ndim)
+        array = np.flip(np.flip(array, dim).copy(order="K"), dim)  # a negative stride
+    return array, tensor
 
 
 def check(rng: random.Random, size: int) -> None:
     c = case(rng, size)
-    shape, p, seed, keys, lengths = c.values()
-    keep = naive.keep_mask(shape, p, seed=seed, keys=keys, lengths=lengths)
-    assert np.array_equal(keep_mask(shape, p, seed=seed, keys=keys, lengths=lengths), keep), c
+    shape, p, seed, keys, lengths = (c[name] for name in ("shape", "p", "seed", "keys", "lengths"))
+    rules = {name: c[name] for name in ("exact", "span", "min_keep") if name in c}
+    keep = naive.keep_mask(**c)
+    assert np.array_equal(keep_mask(**c), keep), c
     dtype = rng.choice(DTYPES)
     scale = dtype[0] in "fc" and rng.random() < 0.5
-    fill = (
-        rng.choice([0, 1, 0.0]) if rng.random() < 0.7 or dtype[0] not in "fc" else rng.choice([-0.0, 2.5, float("inf")])
-    )
     x = numbers(rng, (*shape, *rng.choice([(1,), (3,), (2, 2), (0,), (17,)])), dtype)
-    want = naive.drop(x, keep, fill=fill, p=p, scale=scale, lengths=lengths) if p else x
-    options = {"scale": scale, "fill": fill, "message_dims": len(shape), "seed": seed, "lengths": lengths}
+    fill: Any = rng.choice([0, 1, 0.0])
+    if rng.random() < 0.3:
+        fill = numbers(rng, x.shape[len(shape) :], dtype)
+    elif dtype[0] in "fc" and rng.random() < 0.3:
+        fill = rng.choice([-0.0, 2.5, float("inf")])
+    want = x
+    if not isinstance(p, float) or p > 0:
+        want = naive.drop(x, keep, fill=fill, p=p, scale=scale, lengths=lengths, **rules)
+    options = {"scale": scale, "message_dims": len(shape), "seed": seed, "lengths": lengths, **rules}
+    array, tensor = laid_out(rng, x)
     signed = None if keys is None else torch.from_numpy(keys.view(np.int64).copy())
-    for make, row_keys in ((np.copy, keys), (lambda a: torch.from_numpy(a.copy()), signed)):
-        y, mask = message_dropout(make(x), p, keys=row_keys, return_mask=True, **options)
-        assert bits(mask) == bits(keep), c
-        assert bits(y) == bits(want), (c, dtype, options)
-        y = make(x)
-        assert message_dropout(y, p, inplace=True, keys=row_keys, **options) is y
-        assert bits(y) == bits(want), (c, dtype, options)
-        out = make(np.zeros_like(x))
-        assert message_dropout(make(x), p, out=out, keys=row_keys, **options) is out
-        assert bits(out) == bits(want), (c, dtype, options)
+    tensor_fill = torch.from_numpy(fill) if isinstance(fill, np.ndarray) else fill
+    told = (c, dtype, options, array.strides, fill)
+    with mock.patch.object(torch_ops, "is_plain", return_value=False):
+        y, mask = message_dropout(tensor, p, keys=signed, fill=tensor_fill, return_mask=True, **options)
+        assert bits(mask) == bits(keep), told
+        assert bits(y) == bits(want), told
+    for x_, keys_, fill_ in ((array, keys, fill), (tensor, signed, tensor_fill)):
+        y, mask = message_dropout(x_, p, keys=keys_, fill=fill_, return_mask=True, **options)
+        assert bits(mask) == bits(keep), told
+        assert bits(y) == bits(want), told
+        out = laid_out(rng, np.zeros_like(x))[isinstance(x_, torch.Tensor)]
+        assert message_dropout(x_, p, out=out, keys=keys_, fill=fill_, **options) is out
+        assert bits(out) == bits(want), told
+        assert message_dropout(x_, p, inplace=True, keys=keys_, fill=fill_, **options) is x_
+        assert bits(x_) == bits(want), told
 
 
 @pytest.mark.kernels
@@ -94,14 +142,30 @@ def test_ten_thousand_cases(seed, monkeypatch):
         check(rng, 40)
 
 
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@given(rng=st.randoms(use_true_random=False), parts=st.integers(1, 8))
+def test_property(rng, parts):
+    with mock.patch.object(threads, "chunks", return_value=parts):
+        check(rng, 12)
+
+
+@pytest.mark.long
+@settings(max_examples=20_000, deadline=None, database=None)
+@given(rng=st.randoms(use_true_random=False), parts=st.integers(1, 8))
+def test_property_at_length(rng, parts):
+    with mock.patch.object(threads, "chunks", return_value=parts):
+        check(rng, 40)
+
+
 @pytest.mark.parametrize("start", [0, 1, 2, 3])
-def test_rows_longer_than_a_block(start, chunks):
+@pytest.mark.parametrize("rules", [{}, {"exact": True}, {"span": 7}, {"min_keep": 2000}, {"span": 3, "min_keep": 1600}])
+def test_rows_longer_than_a_block(start, rules, chunks):
     """Rows cross the kernel's blocks, and chunks begin at every position of a Philox counter."""
     shape = (3, 2500 + start)
-    mask = keep_mask(shape, 0.4, seed=start, keys=[5, 2**63, 7])
-    assert np.array_equal(mask, naive.keep_mask(shape, 0.4, seed=start, keys=[5, 2**63, 7]))
+    mask = keep_mask(shape, 0.4, seed=start, keys=[5, 2**63, 7], **rules)
+    assert np.array_equal(mask, naive.keep_mask(shape, 0.4, seed=start, keys=[5, 2**63, 7], **rules))
     x = np.arange(3 * shape[1] * 2, dtype=np.int32).reshape(*shape, 2)
-    y = message_dropout(x, 0.4, seed=start, keys=[5, 2**63, 7])
+    y = message_dropout(x, 0.4, seed=start, keys=[5, 2**63, 7], **rules)
     assert np.array_equal(y, np.where(mask[..., None], x, 0))
 
 

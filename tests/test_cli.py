@@ -8,9 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("click")
-pytest.importorskip("sktime")
 from click.testing import CliRunner
 
 from msgdrop_numba import demo

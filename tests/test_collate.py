@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import naive
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from msgdrop_numba import Keyed, KeyedDataset, MessageDropoutCollate, fold_in, keep_mask
-
-torch = pytest.importorskip("torch")
-from torch.utils.data import DataLoader, IterableDataset, default_collate  # noqa: E402
 
 LENGTHS = (5, 7, 3, 6, 7, 1, 4)
 

@@ -6,10 +6,9 @@ import copy
 import pickle
 
 import pytest
+import torch
 
 from msgdrop_numba import MessageDropout, keep_mask
-
-torch = pytest.importorskip("torch")
 
 
 def test_train_and_eval():

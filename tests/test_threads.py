@@ -8,10 +8,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from msgdrop_numba import keep_mask, message_dropout, threads
-
-torch = pytest.importorskip("torch")
 
 PRELUDE = """
 import hashlib, multiprocessing, os, sys, threading

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import naive
 import numpy as np
 import pytest
+import torch
 
 from msgdrop_numba import fold_in, keep_mask, message_dropout, philox
 from msgdrop_numba.keys import sample_key
 
-torch = pytest.importorskip("torch")
-
 VECTORS = json.loads((Path(__file__).parent / "mask_vectors.json").read_text())
 pytestmark = pytest.mark.kernels
 
-RULES = {"exact", "span", "min_keep"}  # not in this release
-MASKS = [v for v in VECTORS["keep_masks"] if not RULES & set(v) and not isinstance(v["p"], list)]
+MASKS = VECTORS["keep_masks"]
 
 
 def expected(vector: dict) -> np.ndarray:
     return np.array([[c == "1" for c in row] for row in vector["keep"]])
+
+
+def probability(vector: dict) -> Any:
+    return np.array(vector["p"]) if isinstance(vector["p"], list) else vector["p"]
 
 
 def arguments(vector: dict) -> dict:
@@ -70,7 +73,7 @@ def test_naive_masks(vector):
 @pytest.mark.parametrize("vector", MASKS)
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_keep_masks(vector, device, chunks):
-    mask = keep_mask(tuple(vector["shape"]), vector["p"], device=device, **arguments(vector))
+    mask = keep_mask(tuple(vector["shape"]), probability(vector), device=device, **arguments(vector))
     assert mask.dtype == (np.bool_ if device is None else torch.bool)
     assert np.array_equal(np.asarray(mask), expected(vector))
 
@@ -78,6 +81,6 @@ def test_keep_masks(vector, device, chunks):
 @pytest.mark.parametrize("vector", MASKS)
 @pytest.mark.parametrize("make", [np.ones, torch.ones])
 def test_message_dropout(vector, make, chunks):
-    y, mask = message_dropout(make((*vector["shape"], 2)), vector["p"], return_mask=True, **arguments(vector))
+    y, mask = message_dropout(make((*vector["shape"], 2)), probability(vector), return_mask=True, **arguments(vector))
     assert np.array_equal(np.asarray(mask), expected(vector))
     assert np.array_equal(np.asarray(y), np.repeat(expected(vector)[..., None], 2, axis=2))

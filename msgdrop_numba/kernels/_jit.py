@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -18,12 +20,31 @@ def jit(function: F) -> F:
     return _cached(function, **_OPTIONS)
 
 
+def inlined_jit(function: F) -> F:
+    """Compile into the caller's own loop: LLVM vectorises it there, and CUDA kernels need no linker for it."""
+    return _cached(function, inline="always", **_OPTIONS)
+
+
 def parallel_jit(function: F) -> F:
     """Compile at the first call, its `prange` loops run by numba's threads."""
     return _cached(function, parallel=True, **_OPTIONS)
 
 
+def _sources() -> str:
+    """A digest of all compiled sources: numba looks at the file of a kernel alone, not at those that it calls."""
+    folder = Path(__file__).parent
+    files = [folder.parent / "philox.py", *sorted(folder.glob("*.py"))]
+    try:
+        return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=8).hexdigest()
+    except OSError:  # no files, as in a zip: no cache either
+        return ""
+
+
+_DIGEST = _sources()
+
+
 def _cached(function: F, **options: Any) -> F:
+    function.__qualname__ += "-" + _DIGEST  # part of the cache file's name
     try:
         return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
     except RuntimeError:  # numba raises here, not at the first write, where no folder can be written

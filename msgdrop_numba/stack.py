@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from msgdrop_numba import numpy_ops
-from msgdrop_numba.arguments import address
+from msgdrop_numba.arguments import address, factors, thresholds
 from msgdrop_numba.kernels.cpu import COPY
-from msgdrop_numba.plan import mask_plan
+from msgdrop_numba.plan import Draw
 from msgdrop_numba.plan import plan as make_plan
+from msgdrop_numba.rule import DropRule
+from msgdrop_numba.tensors import check_number, fill_message, scaled_kind
 from msgdrop_numba.threads import launch
-from msgdrop_numba.torch_ops import check_number, fill_message, scaled_kind
 
 
 class _Source(NamedTuple):
@@ -30,13 +31,13 @@ class _Source(NamedTuple):
 
 
 class Stack:
-    """The fields of one batch, which share seed, keys and lengths and thereby the mask."""
+    """The fields of one batch, which share rule, seed, keys and lengths and thereby the mask."""
 
     def __init__(
-        self, p: float, scale: bool, fill: Any, pad: bool, pad_value: Any,
+        self, rule: DropRule, p: np.ndarray | None, scale: bool, fill: Any, pad: bool, pad_value: Any,
         seed: int, row_keys: np.ndarray, ids: list[int] | None,
     ) -> None:  # fmt: skip
-        self.p, self.scale, self.fill, self.pad, self.pad_value = p, scale, fill, pad, pad_value
+        self.rule, self.p, self.scale, self.fill, self.pad, self.pad_value = rule, p, scale, fill, pad, pad_value
         self.seed, self.row_keys, self.ids = seed, row_keys, ids
         self.lengths: list[int] | None = None
 
@@ -45,28 +46,30 @@ class Stack:
         sources = [self._source(field, row, sample) for row, sample in enumerate(samples)]
         self._check(field, sources)
         _, shape, dtype, _ = sources[0]
-        lengths = [source.shape[0] for source in sources]
+        longest = max(source.shape[0] for source in sources)
         kind = scaled_kind(dtype) if self.scale else COPY
-        message = fill_message(self.fill, dtype, shape[1:])
         check_number("pad_value", self.pad_value, dtype)
-        out = _empty((len(sources), max(lengths), *shape[1:]), dtype)
-        stride = out.stride(0) * out.element_size()
+        out = _empty((len(sources), longest, *shape[1:]), dtype)
+        draw = Draw(fill_message(self.fill, out, 2), seed=self.seed)
+        if self.p is not None:
+            draw = draw._replace(thresholds=thresholds(self.p), factors=factors(self.p) if self.scale else None)
+        rule = self.rule
         for row, source in enumerate(sources):
-            plan = make_plan(source.shape, dtype.itemsize, kind, self.p, 1)
+            plan = make_plan(source.shape, dtype.itemsize, kind, 1, rule.p, rule.exact, rule.span, rule.min_keep)
             if plan.messages:
-                launch(
-                    plan, source.start, out.data_ptr() + row * stride, 0 if message is None else message.data_ptr(),
-                    0, 0, self.seed, address(self.row_keys) + 8 * row,
-                )  # fmt: skip
-            if plan.size < out.shape[1]:
+                launch(plan, draw._replace(keys=self.row_keys[row : row + 1]), source.start, out[row].data_ptr(), 0)
+            if plan.size < longest:
                 out[row, plan.size :] = self.pad_value
         return out
 
     def mask(self) -> Tensor:
         """The keep mask `(samples, messages)` of the fields built, padding kept."""
         assert self.lengths is not None
-        plan = mask_plan((len(self.lengths), max(self.lengths)), self.p)
-        return torch.from_numpy(numpy_ops.keep_mask(plan, self.seed, self.row_keys, self.lengths))
+        shape, rule = (len(self.lengths), max(self.lengths)), self.rule
+        p = rule.p if self.p is None else self.p[: shape[1]]
+        return torch.from_numpy(
+            numpy_ops.keep_mask(shape, p, rule.exact, rule.span, rule.min_keep, self.lengths, self.seed, self.row_keys)
+        )
 
     def _source(self, field: str, row: int, sample: Any) -> _Source:
         if isinstance(sample, Tensor):
@@ -109,6 +112,11 @@ class Stack:
                     f"but got {shape[0]}: fields share one mask"
                 )
         self.lengths = [source.shape[0] for source in sources]
+        if self.p is not None and max(self.lengths) > len(self.p):
+            raise ValueError(
+                f"p must have one probability for each of the {max(self.lengths)} messages of a sample, "
+                f"but has {len(self.p)}"
+            )
 
     def _at(self, field: str, row: int) -> str:
         key = "" if self.ids is None else f" (key {self.ids[row]})"

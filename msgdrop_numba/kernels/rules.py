@@ -1,0 +1,189 @@
+"""Which messages of a row drop: every rule of the contract, a block of positions at a time.
+
+A position is a *candidate* where the rule by itself drops it. Where the number of dropped messages is limited (`exact`,
+`min_keep`), a candidate drops only if its (draw, position) lies below a cutoff, found by radix selection. Both are
+functions of the position alone, so that a row may be cut anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from msgdrop_numba.kernels._jit import jit
+from msgdrop_numba.kernels.memory import view
+from msgdrop_numba.philox import draw_block, fold_in
+
+Array = np.ndarray[Any, Any]
+
+# What of a call depends on the array's shape and the rule alone: the plan, read by the kernels through its address.
+PLAN = np.dtype(
+    [
+        ("size", np.int64),  # positions in a row
+        ("width", np.int64),  # bytes in a message
+        ("kind", np.int64),  # what is done to the elements of a kept message
+        ("factor", np.float64),  # what they are multiplied by, where kind says so
+        ("x_row", np.int64),  # bytes from row to row, and from position to position
+        ("x_step", np.int64),
+        ("out_row", np.int64),
+        ("out_step", np.int64),
+        ("threshold", np.int64),  # T(p)
+        ("certain", np.int64),  # p = 1
+        ("exact", np.int64),
+        ("span", np.int64),
+        ("min_keep", np.int64),
+    ]
+)
+
+# Positions drawn at a time: words and flags stay in the first-level cache.
+BLOCK = 1024
+
+_STREAM_DRAW, _STREAM_PHASE, _STREAM_LIMIT = np.uint64(0), np.uint64(1), np.uint64(2)
+_EVERYTHING = np.uint64(2**32)  # a cutoff above all draws
+_8, _255 = np.uint64(8), np.uint64(255)
+
+
+@jit
+def _draw(words: Array, seed: Any, key: Any, stream: Any, first: int, count: int) -> Array:
+    """The draws of `count` positions from `first` on, in `words`."""
+    skip = first % 4
+    draw_block(seed, key, stream, np.uint64(first // 4), words[: (skip + count + 3) // 4 * 4])
+    return words[skip : skip + count]
+
+
+@jit
+def _phase(words: Array, plan: Any, seed: Any, key: Any) -> Any:
+    """Where in a span the row begins, so that every position keeps the marginal probability p."""
+    if plan["span"] == 1:
+        return 0
+    draws = _draw(words, seed, key, _STREAM_PHASE, 0, 1)
+    return _multiply_shift(plan["span"], np.int64(draws[0]), 32)
+
+
+@jit
+def _multiply_shift(a: Any, b: Any, shift: int) -> Any:
+    """(a * b) >> shift for a < 2**34, b < 2**34, 17 <= shift: the product may not fit into 64 bits."""
+    high, low = b >> 17, b & 0x1FFFF
+    return (a * high + ((a * low) >> 17)) >> (shift - 17)
+
+
+@jit
+def dropped_exactly(plan: Any, valid: int) -> Any:
+    """How many of `valid` messages the exact rule drops: floor(valid * p), in integers."""
+    wanted = _multiply_shift(valid, 2 * plan["threshold"] + 1, 33)
+    return min(wanted, max(0, valid - plan["min_keep"]))
+
+
+@jit
+def _candidates(
+    drop: Array, words: Array, plan: Any, seed: Any, key: Any, phase: int, first: int, thresholds: int
+) -> None:
+    """Set drop[j]: whether position first + j drops by the rule itself, before any limit on their number."""
+    if plan["exact"]:
+        drop[:] = True
+        return
+    span, threshold = plan["span"], np.uint64(plan["threshold"])
+    group, inside = (first + phase) // span, (first + phase) % span
+    groups = (first + phase + drop.size - 1) // span - group + 1
+    draws = _draw(words, seed, key, _STREAM_DRAW, group, groups)
+    if span == 1 and not thresholds:
+        for j in range(drop.size):
+            drop[j] = np.uint64(draws[j]) < threshold
+        return
+    own = view(thresholds + 8 * first, drop.size if thresholds else 0, np.uint64)
+    group = 0
+    for j in range(drop.size):
+        drop[j] = np.uint64(draws[group]) < (own[j] if thresholds else threshold)
+        inside += 1
+        if inside == span:
+            inside = 0
+            group += 1
+
+
+@jit
+def _cutoff(
+    drop: Array, words: Array, plan: Any, seed: Any, key: Any, phase: int, valid: int, thresholds: int
+) -> tuple[Any, int]:
+    """The (draw, position) below which candidates drop, so that no more do than may.
+
+    Radix selection on the 32-bit draws, eight bits a pass, drawn anew in each pass: O(n), no memory of size n.
+    """
+    stream = _STREAM_DRAW if plan["exact"] else _STREAM_LIMIT
+    limit = dropped_exactly(plan, valid) if plan["exact"] else max(0, valid - plan["min_keep"])
+    prefix, counts = np.uint64(0), np.zeros(256, np.int64)
+    for shift in (24, 16, 8, 0):
+        low = np.uint64(shift)
+        counts[:] = 0
+        for first in range(0, valid, BLOCK):
+            count = min(BLOCK, valid - first)
+            _candidates(drop[:count], words, plan, seed, key, phase, first, thresholds)
+            draws = _draw(words, seed, key, stream, first, count)
+            for j in range(count):
+                digits = np.uint64(draws[j]) >> low
+                if drop[j] and digits >> _8 == prefix:
+                    counts[digits & _255] += 1
+        if shift == 24 and counts.sum() <= limit:
+            return _EVERYTHING, 0
+        digit = 0
+        while limit >= counts[digit]:
+            limit -= counts[digit]
+            digit += 1
+        prefix = (prefix << _8) | np.uint64(digit)
+        if limit == 0:
+            return prefix << low, 0
+    return prefix, _after_ties(drop, words, plan, seed, key, phase, valid, thresholds, stream, prefix, limit)
+
+
+@jit
+def _after_ties(
+    drop: Array, words: Array, plan: Any, seed: Any, key: Any, phase: int, valid: int, thresholds: int,
+    stream: Any, draw: Any, ties: int,
+) -> int:  # fmt: skip
+    """The position behind the first `ties` candidates with exactly this draw."""
+    for first in range(0, valid, BLOCK):
+        count = min(BLOCK, valid - first)
+        _candidates(drop[:count], words, plan, seed, key, phase, first, thresholds)
+        draws = _draw(words, seed, key, stream, first, count)
+        for j in range(count):
+            if drop[j] and draws[j] == draw:
+                ties -= 1
+                if ties == 0:
+                    return first + j + 1
+    return valid
+
+
+@jit
+def row_rule(
+    drop: Array, words: Array, plan: Any, seed: Any, key: Any, valid: int, thresholds: int
+) -> tuple[int, Any, int]:
+    """What holds for a whole row: its phase, and the (draw, position) below which candidates drop."""
+    phase = _phase(words, plan, seed, key)
+    if not (plan["exact"] or plan["min_keep"]):
+        return phase, _EVERYTHING, 0
+    draw, position = _cutoff(drop, words, plan, seed, key, phase, valid, thresholds)
+    return phase, draw, position
+
+
+@jit
+def keep_block(
+    keep: Array, words: Array, plan: Any, seed: Any, key: Any, phase: int, cutoff: Any, ties_end: int, first: int,
+    thresholds: int,
+) -> None:  # fmt: skip
+    """Set keep[j] for the positions of a row from `first` on; the rest is `row_rule`'s."""
+    _candidates(keep, words, plan, seed, key, phase, first, thresholds)
+    if cutoff == _EVERYTHING:
+        for j in range(keep.size):
+            keep[j] = not keep[j]
+        return
+    draws = _draw(words, seed, key, _STREAM_DRAW if plan["exact"] else _STREAM_LIMIT, first, keep.size)
+    for j in range(keep.size):
+        draw = np.uint64(draws[j])
+        keep[j] = not (keep[j] and (draw < cutoff or (draw == cutoff and first + j < ties_end)))
+
+
+@jit
+def fold_rows(keys: Array, inner: int, folded: Array) -> None:
+    """The keys of all rows from keys that lack their trailing dims, `inner` rows each."""
+    for row in range(folded.size):
+        folded[row] = fold_in(keys[row // inner], np.uint64(row % inner))

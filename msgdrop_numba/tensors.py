@@ -1,0 +1,74 @@
+"""Reading and checking what message_dropout is told of a tensor: dtype, fill and where to write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msgdrop_numba import arguments
+from msgdrop_numba.kernels.cpu import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, OTHER
+
+_SCALED = {
+    torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float32: FLOAT32, torch.float64: FLOAT64,
+    torch.complex32: FLOAT16, torch.complex64: FLOAT32, torch.complex128: FLOAT64,
+}  # fmt: skip
+
+
+def scaled_kind(dtype: torch.dtype) -> int:
+    """The type that the kernels scale `dtype` in; OTHER where torch's own operations do."""
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise TypeError(f"scale=True needs a floating or complex dtype, but x has {dtype}")
+    return _SCALED.get(dtype, OTHER)
+
+
+def fill_message(fill: Any, x: Tensor, message_dims: int) -> Tensor | None:
+    """One message of `fill`, a number or a tensor over the features, of x's dtype; None: zeros."""
+    if arguments.is_zero(fill):
+        return None
+    features = x.shape[message_dims:]
+    if not isinstance(fill, Tensor):
+        check_number("fill", fill, x.dtype)
+        return torch.full(features, fill, dtype=x.dtype, device=x.device)
+    if fill.shape != features or fill.dtype != x.dtype or fill.device != x.device:
+        raise ValueError(
+            f"fill must be a number or a tensor like one message of x, {tuple(features)} {x.dtype} on {x.device}, "
+            f"but got {tuple(fill.shape)} {fill.dtype} on {fill.device}"
+        )
+    return fill.contiguous()
+
+
+def check_number(name: str, value: Any, dtype: torch.dtype) -> None:
+    """Refuse a number that `dtype` can't hold."""
+    if dtype.is_floating_point or dtype.is_complex:
+        high = torch.finfo(dtype).max
+        arguments.check_number(name, value, "c" if dtype.is_complex else "f", -high, high, dtype)
+    else:
+        low, high = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        arguments.check_number(name, value, "i", low, high, dtype)
+
+
+def check_target(x: Tensor, inplace: bool, out: Any) -> Tensor | None:
+    """The tensor to write, x or out; None: a new one."""
+    if inplace and out is not None:
+        raise ValueError(f"give inplace=True or out, not both: got out of shape {tuple(out.shape)}")
+    if inplace:
+        if torch.is_grad_enabled() and x.requires_grad and x.is_leaf:
+            raise ValueError(
+                f"inplace=True can't change a leaf that requires grad, but x is one, of shape {tuple(x.shape)}: "
+                "drop out of place, or under torch.no_grad()"
+            )
+        return x
+    if out is None:
+        return None
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor like x, but got {type(out).__name__}")
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        raise ValueError(
+            f"out must be like x, {tuple(x.shape)} {x.dtype} on {x.device}, "
+            f"but got {tuple(out.shape)} {out.dtype} on {out.device}"
+        )
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        raise ValueError("out can't be used where a gradient is needed: leave it out, or call under torch.no_grad()")
+    return out
