@@ -147,11 +147,11 @@ def probabilities(p: Any, shape: tuple[int, ...]) -> np.ndarray:
         raise TypeError(f"p must hold floating-point numbers, but got dtype {p.dtype}")
     if p.shape not in (shape[-1:], shape):
         raise ValueError(f"p must be a number or have shape {shape[-1:]} or {shape}, but got {p.shape}")
-    p = np.ascontiguousarray(p, dtype=np.float64)
-    if p.size and not (p.min() >= 0 and p.max() <= 1):
-        wrong = p[~((p >= 0) & (p <= 1))].flat[0]
+    values: np.ndarray = np.ascontiguousarray(p, dtype=np.float64)
+    if values.size and not (values.min() >= 0 and values.max() <= 1):
+        wrong = values[~((values >= 0) & (values <= 1))].flat[0]
         raise ValueError(f"p must hold probabilities of dropping, from 0 to 1, but got {wrong}")
-    return p
+    return values
 
 
 def thresholds(p: np.ndarray) -> np.ndarray:

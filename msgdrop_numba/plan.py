@@ -124,7 +124,7 @@ def kept_factors(plan: Plan, draw: Draw) -> tuple[np.ndarray[Any, Any], np.ndarr
 
 def follow(contiguous: Plan, strides: tuple[int, ...], out_strides: tuple[int, ...]) -> Plan:
     """The same plan for arrays that aren't in C order; `followed` says whether the kernels can."""
-    return plan(*contiguous.arguments, strides, out_strides)
+    return _cached(*contiguous.arguments, strides, out_strides)
 
 
 def mask_shape(shape: Any) -> tuple[int, ...]:

@@ -16,8 +16,9 @@ import numpy as np
 from numba import config
 from numba.core.compiler_lock import global_compiler_lock
 
-from msgdrop_numba.kernels.cpu import GIVEN, drop_parallel, drop_serial
-from msgdrop_numba.plan import Plan
+from msgdrop_numba.arguments import address
+from msgdrop_numba.kernels.cpu import drop_parallel, drop_serial
+from msgdrop_numba.plan import Draw, Plan
 
 # Below this many bytes written, waking threads costs more than it saves.
 PARALLEL_BYTES = 256 * 1024
@@ -69,20 +70,18 @@ def chunks(nbytes: int) -> int:
     return budget if budget > 1 and _layer.may_start() else 1
 
 
-def launch(
-    plan: Plan, x: int, out: int, fill: int, mask: int, lengths: int, seed: int, keys: int, given: bool = False
-) -> None:
-    """Run the kernel on addresses (0: none), serial or parallel; with `given` the mask is read, not drawn."""
-    _, messages, size, width, kind, threshold, factor = plan
-    if given:
-        threshold = GIVEN
-    parts = chunks(messages * (width or 1))
+def launch(plan: Plan, draw: Draw, x: int, out: int, mask: int) -> None:
+    """Run the kernel, serial or parallel, from address x to address out; without out, make the mask alone."""
+    fill, lengths, seed, keys, thresholds, factors, per_row, given = draw
+    parts = chunks(plan.nbytes if out else plan.messages)
+    job = (
+        plan.messages, plan.address, x, out, address(fill), mask, int(given), address(lengths), address(keys),
+        address(thresholds), int(per_row), address(factors), np.uint64(seed),
+    )  # fmt: skip
     if parts == 1:
-        drop_serial(messages, x, out, width, kind, factor, fill, mask, size, lengths, np.uint64(seed), keys, threshold)
+        drop_serial(*job)
     else:
-        drop_parallel(
-            messages, x, out, width, kind, factor, fill, mask, size, lengths, np.uint64(seed), keys, threshold, parts
-        )
+        drop_parallel(*job, parts)
 
 
 def _after_fork_in_child() -> None:
