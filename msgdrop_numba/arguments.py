@@ -109,7 +109,7 @@ def row_keys(keys: Any, row_shape: tuple[int, ...]) -> np.ndarray | None:
     flat = np.ascontiguousarray(array, dtype=np.uint64 if array.dtype.kind == "u" else np.int64).ravel()
     flat = flat.view(np.uint64)
     if array.ndim == len(row_shape):
-        return flat
+        return flat.copy()  # the user's own memory may be what is written
     folded = np.empty(math.prod(row_shape), np.uint64)
     if folded.size:
         fold_rows(flat, folded.size // flat.size, folded)
@@ -126,7 +126,7 @@ def row_lengths(lengths: Any, row_shape: tuple[int, ...], size: int) -> np.ndarr
     if array.size and not (array.min() >= 0 and array.max() <= size):
         wrong = array[(array < 0) | (array > size)].flat[0]
         raise ValueError(f"lengths must be from 0 to {size}, the messages of a row, but got {wrong}")
-    return np.ascontiguousarray(array, dtype=np.int64).ravel()
+    return np.array(array, dtype=np.int64, order="C").ravel()  # the user's own memory may be what is written
 
 
 def split_p(p: Any) -> tuple[float | None, Any]:
@@ -178,11 +178,12 @@ def is_zero(fill: Any) -> bool:
     return type(fill) in (int, float) and fill == 0 and math.copysign(1.0, fill) > 0
 
 
-def check_number(name: str, value: Any, kind: str, low: float, high: float, dtype: Any) -> None:
-    """Refuse a number that a dtype can't hold: `kind` i: whole, f: real, c: complex, finite in [low, high]."""
-    check_is_number(name, value)
-    if isinstance(value, np.generic):
-        value = value.item()  # Python compares whole and floating-point numbers exactly
+def check_number(name: str, number: Any, kind: str, low: float, high: float, dtype: Any) -> complex:
+    """The Python number; refused where a dtype can't hold it: `kind` i: whole, f: real, c: complex, in [low, high]."""
+    check_is_number(name, number)
+    value: Any = number.item() if isinstance(number, np.generic) else number
+    if not isinstance(value, (int, float, complex)):
+        value = float(value)
     parts: list[Any] = [value.real, value.imag] if kind == "c" else [value]
     for part in parts:
         if isinstance(part, complex):
@@ -192,7 +193,8 @@ def check_number(name: str, value: Any, kind: str, low: float, high: float, dtyp
         else:
             fits = low <= part <= high and (kind != "i" or part == int(part))
         if not fits:
-            raise ValueError(f"{name} must be a number that {dtype} can hold, but got {value!r}")
+            raise ValueError(f"{name} must be a number that {dtype} can hold, but got {number!r}")
+    return value  # type: ignore[no-any-return]
 
 
 def check_is_number(name: str, value: Any) -> None:
@@ -217,9 +219,10 @@ def check_memory(name: str, x: tuple[Any, ...], out: tuple[Any, ...]) -> None:
         name: of the argument to be written.
         x, out: (address, shape, strides in bytes, itemsize) each; equal: in place.
     """
+    x, out = ((start, *_long_dims(shape, strides), size) for start, shape, strides, size in (x, out))
     _, shape, strides, reach = out
     if math.prod(shape):
-        for step, dim in sorted((abs(step), dim) for step, dim in zip(strides, shape, strict=True) if dim > 1):
+        for step, dim in sorted((abs(step), dim) for step, dim in zip(strides, shape, strict=True)):
             if step < reach:
                 raise ValueError(f"{name} must not hold elements twice, but got strides {strides}: copy it first")
             reach += step * (dim - 1)
@@ -231,3 +234,9 @@ def check_memory(name: str, x: tuple[Any, ...], out: tuple[Any, ...]) -> None:
         overlap = True
     if overlap:
         raise ValueError(f"{name} overlaps x in part, at {out[0]:#x} and {x[0]:#x}; give x itself, or other memory")
+
+
+def _long_dims(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides without the dims of size 1, whose strides mean nothing."""
+    kept = [dim for dim, size in enumerate(shape) if size != 1]
+    return tuple(shape[dim] for dim in kept), tuple(strides[dim] for dim in kept)

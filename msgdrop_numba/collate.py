@@ -201,9 +201,10 @@ class MessageDropoutCollate:
         stack = Stack(self.rule, self._p, self.scale, self.fill, self.pad, self.pad_value, seed, row_keys, keys)
         if names is None:
             return _extend(stack.build("", samples), self._extras(stack))
+        _check_structure(samples)
 
         def leaf(name: Any) -> Any:
-            values = [_field(sample, name, position) for position, sample in enumerate(samples)]
+            values = [sample[name] for sample in samples]
             return stack.build(f"field {name!r}", values) if name in names else default_collate(values)
 
         if isinstance(first, Mapping):
@@ -212,29 +213,31 @@ class MessageDropoutCollate:
         return _extend(_like(first, leaves), self._extras(stack))
 
     def _extras(self, stack: Stack) -> dict[str, Tensor]:
-        extras: dict[str, Tensor] = {"lengths": torch.tensor(stack.lengths)} if self.pad else {}
+        extras: dict[str, Tensor] = {"lengths": torch.tensor(stack.lengths, device="cpu")} if self.pad else {}
         return {**extras, "keep_mask": stack.mask()} if self.return_mask else extras
 
     def _drop_in(self, batch: Any, seed: int, row_keys: np.ndarray) -> Any:
         names = _field_names(self.fields, batch)
-        mask: Any = None
-        for name in [None] if names is None else names:
-            x = batch if name is None else _field(batch, name, None)
+        fields = {None: batch} if names is None else {name: batch[name] for name in names}
+        sizes = set()
+        for name, x in fields.items():
             if not isinstance(x, (Tensor, np.ndarray)) or x.ndim < 3 or len(x) != len(row_keys):
                 shape = tuple(x.shape) if isinstance(x, (Tensor, np.ndarray)) else type(x).__name__
+                where = "" if name is None else f" in field {name!r}"
                 raise ValueError(
-                    f"collate_fn must return (samples, messages, features) with {len(row_keys)} rows, but got {shape}"
+                    f"collate_fn must return (samples, messages, features) with {len(row_keys)} rows{where}, "
+                    f"but got {shape}"
                 )
-            if mask is not None and mask.shape != x.shape[:2]:
-                raise ValueError(
-                    f"field {name!r} must have {mask.shape[1]} messages, as the other fields, but got "
-                    f"{x.shape[1]}: fields share one mask"
-                )
-            rule = self.rule
+            sizes.add(x.shape[1])
+        if len(sizes) > 1:
+            raise ValueError(
+                f"fields {list(fields)} must have as many messages each, but got {sorted(sizes)}: they share one mask"
+            )
+        rule, p = self.rule, self.rule.p if self._p is None else self._p[: sizes.pop()]
+        for x in fields.values():
             _, mask = message_dropout(
-                x, rule.p if self._p is None else self._p[: x.shape[1]], inplace=True, scale=self.scale,
-                exact=rule.exact, span=rule.span, min_keep=rule.min_keep, fill=self.fill, message_dims=2,
-                seed=seed, keys=row_keys, return_mask=True,
+                x, p, inplace=True, scale=self.scale, exact=rule.exact, span=rule.span, min_keep=rule.min_keep,
+                fill=self.fill, message_dims=2, seed=seed, keys=row_keys, return_mask=True,
             )  # fmt: skip
         return _extend(batch, {"keep_mask": mask} if self.return_mask else {})
 
@@ -272,12 +275,21 @@ def _field_names(fields: list[Any] | None, sample: Any) -> list[Any] | None:
     return fields
 
 
-def _field(sample: Any, name: Any, position: int | None) -> Any:
-    try:
-        return sample[name]
-    except (KeyError, IndexError):
-        where = "the batch" if position is None else f"sample {position}"
-        raise ValueError(f"{where} has no field {name!r}, which the first sample has") from None
+def _check_structure(samples: list[Any]) -> None:
+    """Refuse a sample whose fields are not those of the first: zipping them would lose some silently."""
+    first = samples[0]
+    for position, sample in enumerate(samples):
+        same = type(sample) is type(first) and len(sample) == len(first)
+        if not same or (isinstance(first, Mapping) and set(sample) != set(first)):
+            raise ValueError(
+                f"sample {position} must have the fields of the first, {_fields(first)}, but got {_fields(sample)}"
+            )
+
+
+def _fields(sample: Any) -> str:
+    if isinstance(sample, Mapping):
+        return f"{type(sample).__name__} with {list(sample)}"
+    return f"{type(sample).__name__} of {len(sample)}" if hasattr(sample, "__len__") else type(sample).__name__
 
 
 def _like(sample: Any, leaves: list[Any]) -> Any:

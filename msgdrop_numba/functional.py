@@ -81,6 +81,10 @@ def _library(x: Any) -> Any:
         from msgdrop_numba import torch_ops
 
         return torch_ops
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            "x must be a plain NumPy array, but got a masked one, whose mask would be lost: give x.filled()"
+        )
     if isinstance(x, np.ndarray):
         return numpy_ops
     raise TypeError(f"x must be a NumPy array or a torch tensor, but got {type(x).__name__}; make it one first")

@@ -45,10 +45,11 @@ def message_dropout(
     number, array = arguments.split_p(p)
     plan = make_plan(x.shape, x.itemsize, kind, message_dims, number, exact, span, min_keep)
     message = _fill_message(fill, x.dtype, x.shape[len(plan.shape) :])
-    target = _target(x, inplace, out)
+    active = training and number != 0
+    target = _target(x, inplace, out, active)
     seed = arguments.check_source(seed, generator, np.random.Generator)
     draw = row_arguments(plan, array, scale, message, lengths, seed, keys)
-    if not training or number == 0:
+    if not active:
         if target is None:
             target = x
         elif target is not x:
@@ -112,21 +113,21 @@ def _fill_message(fill: Any, dtype: np.dtype[Any], features: tuple[int, ...]) ->
                 f"fill must be a number or an array like one message of x, {features} {dtype}, "
                 f"but got {fill.shape} {fill.dtype}"
             )
-        return np.ascontiguousarray(fill)
+        return np.array(fill, order="C")  # the user's own memory may be what is written
     if dtype.kind in "fc":
         high = float(np.finfo(dtype).max)
-        arguments.check_number("fill", fill, dtype.kind, -high, high, dtype)
+        number = arguments.check_number("fill", fill, dtype.kind, -high, high, dtype)
     else:
-        low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
-        arguments.check_number("fill", fill, "i", low, high, dtype)
-    return np.full(features, fill, dtype)
+        low, high = (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+        number = arguments.check_number("fill", fill, "i", low, high, dtype)
+    return np.full(features, number, dtype)
 
 
-def _target(x: np.ndarray, inplace: bool, out: Any) -> np.ndarray | None:
-    """The array to write, checked; None where it is still to be made."""
+def _target(x: np.ndarray, inplace: bool, out: Any, active: bool) -> np.ndarray | None:
+    """The array to write, checked; None where it is still to be made, or x stays as it is."""
     if inplace and out is not None:
-        raise ValueError("give inplace=True or out, not both")
-    if inplace:
+        raise ValueError(f"give inplace=True or out, not both: got out={type(out).__name__}")
+    if inplace and active:
         out = x
     if out is None:
         return None

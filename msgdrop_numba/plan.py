@@ -129,7 +129,10 @@ def follow(contiguous: Plan, strides: tuple[int, ...], out_strides: tuple[int, .
 
 def mask_shape(shape: Any) -> tuple[int, ...]:
     """The message dims that an integer or a sequence of them names."""
-    dims = (shape,) if isinstance(shape, numbers.Integral) else tuple(shape)
+    try:
+        dims = (shape,) if isinstance(shape, numbers.Integral) else tuple(shape)
+    except TypeError:
+        dims = ()
     if not dims or any(isinstance(d, bool) or not isinstance(d, numbers.Integral) or d < 0 for d in dims):
         raise ValueError(f"shape must be the message dims, integers of 0 or more, but got {shape!r}")
     return tuple(map(int, dims))

@@ -19,6 +19,7 @@ from msgdrop_numba.plan import plan as make_plan
 from msgdrop_numba.rule import DropRule
 from msgdrop_numba.tensors import check_number, fill_message, scaled_kind
 from msgdrop_numba.threads import launch
+from msgdrop_numba.torch_state import is_plain
 
 
 class _Source(NamedTuple):
@@ -48,7 +49,7 @@ class Stack:
         _, shape, dtype, _ = sources[0]
         longest = max(source.shape[0] for source in sources)
         kind = scaled_kind(dtype) if self.scale else COPY
-        check_number("pad_value", self.pad_value, dtype)
+        pad_value: Any = check_number("pad_value", self.pad_value, dtype)
         out = _empty((len(sources), longest, *shape[1:]), dtype)
         draw = Draw(fill_message(self.fill, out, 2), seed=self.seed)
         if self.p is not None:
@@ -59,7 +60,7 @@ class Stack:
             if plan.messages:
                 launch(plan, draw._replace(keys=self.row_keys[row : row + 1]), source.start, out[row].data_ptr(), 0)
             if plan.size < longest:
-                out[row, plan.size :] = self.pad_value
+                out[row, plan.size :] = pad_value
         return out
 
     def mask(self) -> Tensor:
@@ -73,11 +74,15 @@ class Stack:
 
     def _source(self, field: str, row: int, sample: Any) -> _Source:
         if isinstance(sample, Tensor):
-            if sample.device.type != "cpu" or sample.layout != torch.strided:
-                raise TypeError(f"{self._at(field, row)} must be a dense CPU tensor, but got one on {sample.device}")
-            owner: Any = sample.detach().resolve_conj().resolve_neg().contiguous()
+            owner: Any = sample.detach().resolve_conj().resolve_neg()
+            if not is_plain(owner):
+                raise TypeError(
+                    f"{self._at(field, row)} must be an ordinary CPU tensor, but got {type(sample).__name__} on "
+                    f"{sample.device}"
+                )
+            owner = owner.contiguous()
             source = _Source(owner.data_ptr(), tuple(sample.shape), sample.dtype, owner)
-        elif isinstance(sample, np.ndarray):
+        elif isinstance(sample, np.ndarray) and not isinstance(sample, np.ma.MaskedArray):
             owner = np.ascontiguousarray(sample, sample.dtype.newbyteorder("="))
             source = _Source(address(owner), sample.shape, self._torch_dtype(field, row, owner.dtype), owner)
         else:

@@ -15,6 +15,9 @@ _SCALED = {
     torch.complex32: FLOAT16, torch.complex64: FLOAT32, torch.complex128: FLOAT64,
 }  # fmt: skip
 
+_WITHOUT_ZERO = {torch.float8_e8m0fnu}
+_INFINITIES = (float("inf"), -float("inf"))
+
 
 def scaled_kind(dtype: torch.dtype) -> int:
     """The type that the kernels scale `dtype` in; OTHER where torch's own operations do."""
@@ -25,12 +28,12 @@ def scaled_kind(dtype: torch.dtype) -> int:
 
 def fill_message(fill: Any, x: Tensor, message_dims: int) -> Tensor | None:
     """One message of `fill`, a number or a tensor over the features, of x's dtype; None: zeros."""
-    if arguments.is_zero(fill):
+    if arguments.is_zero(fill) and x.dtype not in _WITHOUT_ZERO:
         return None
     features = x.shape[message_dims:]
     if not isinstance(fill, Tensor):
-        check_number("fill", fill, x.dtype)
-        return torch.full(features, fill, dtype=x.dtype, device=x.device)
+        number = check_number("fill", fill, x.dtype)
+        return torch.full(features, number, dtype=x.dtype, device=x.device)
     if fill.shape != features or fill.dtype != x.dtype or fill.device != x.device:
         raise ValueError(
             f"fill must be a number or a tensor like one message of x, {tuple(features)} {x.dtype} on {x.device}, "
@@ -39,26 +42,31 @@ def fill_message(fill: Any, x: Tensor, message_dims: int) -> Tensor | None:
     return fill.contiguous()
 
 
-def check_number(name: str, value: Any, dtype: torch.dtype) -> None:
-    """Refuse a number that `dtype` can't hold."""
+def check_number(name: str, value: Any, dtype: torch.dtype) -> complex:
+    """The Python number; refused where `dtype` can't hold it."""
     if dtype.is_floating_point or dtype.is_complex:
-        high = torch.finfo(dtype).max
-        arguments.check_number(name, value, "c" if dtype.is_complex else "f", -high, high, dtype)
-    else:
-        low, high = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-        arguments.check_number(name, value, "i", low, high, dtype)
+        info = torch.finfo(dtype)
+        low, high = (info.tiny if dtype in _WITHOUT_ZERO else -info.max), info.max
+        number = arguments.check_number(name, value, "c" if dtype.is_complex else "f", low, high, dtype)
+        if dtype.itemsize == 1 and number in _INFINITIES and torch.full((), number, dtype=dtype).float() != number:
+            raise ValueError(f"{name} must be a number that {dtype} can hold, but got {value!r}")
+        return number
+    low, high = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return arguments.check_number(name, value, "i", low, high, dtype)
 
 
-def check_target(x: Tensor, inplace: bool, out: Any) -> Tensor | None:
-    """The tensor to write, x or out; None: a new one."""
+def check_target(x: Tensor, inplace: bool, out: Any, active: bool) -> Tensor | None:
+    """The tensor to write, x or out; None: a new one, or x stays as it is."""
     if inplace and out is not None:
-        raise ValueError(f"give inplace=True or out, not both: got out of shape {tuple(out.shape)}")
-    if inplace:
+        raise ValueError(f"give inplace=True or out, not both: got out={type(out).__name__}")
+    if inplace and active:
         if torch.is_grad_enabled() and x.requires_grad and x.is_leaf:
             raise ValueError(
                 f"inplace=True can't change a leaf that requires grad, but x is one, of shape {tuple(x.shape)}: "
                 "drop out of place, or under torch.no_grad()"
             )
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError("x is an inference tensor, which can only be changed under torch.inference_mode()")
         return x
     if out is None:
         return None
@@ -69,6 +77,8 @@ def check_target(x: Tensor, inplace: bool, out: Any) -> Tensor | None:
             f"out must be like x, {tuple(x.shape)} {x.dtype} on {x.device}, "
             f"but got {tuple(out.shape)} {out.dtype} on {out.device}"
         )
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("out is an inference tensor, which can only be written under torch.inference_mode()")
     if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
         raise ValueError("out can't be used where a gradient is needed: leave it out, or call under torch.no_grad()")
     return out

@@ -1,8 +1,9 @@
 """How many threads, and whether a parallel kernel may start here at all.
 
-numba's layers die in ways that take the process along: under omp a forked child that starts a parallel kernel after
-its parent did is killed; under workqueue two Python threads in parallel kernels abort. So a parallel kernel starts
-only where it may, and the serial one, which writes the same bytes, runs everywhere else. Nothing global is set.
+Threads that go wrong take the process along: under omp a forked child that starts a parallel kernel is killed if its
+parent did so, and hangs if its parent ran a parallel operation of torch, which shares the OpenMP library; under
+workqueue two Python threads in parallel kernels abort. So a parallel kernel starts only where it may, and the serial
+one, which writes the same bytes, runs everywhere else. No setting of the user's is changed.
 """
 
 from __future__ import annotations
@@ -24,27 +25,15 @@ from msgdrop_numba.plan import Draw, Plan
 PARALLEL_BYTES = 256 * 1024
 
 
-def _started() -> bool:
-    """Whether a threading layer runs in this process, started by us or by anybody."""
-    try:
-        numba.threading_layer()
-    except ValueError:
-        return False
-    return True
-
-
 class _Layer:
     """What is known of this process's threading layer."""
 
-    inherited: bool  # a parent started it before it forked us: its threads are not here
-    usable: bool | None  # whether parallel kernels may run on it; None until the first one asks
-
-    def __init__(self, inherited: bool) -> None:
-        self.inherited = inherited
-        self.usable = None
+    def __init__(self, forked: bool) -> None:
+        self.forked = forked  # its parent's threads are not here, nor can it know whether there were any
+        self.usable: bool | None = None  # whether parallel kernels may run on it; None until the first one asks
 
     def may_start(self) -> bool:
-        if self.inherited:
+        if self.forked:
             return False
         if self.usable is None:
             numba.get_num_threads()  # starts the layer, which alone tells its name
@@ -52,8 +41,8 @@ class _Layer:
         return self.usable
 
 
-# Imported for the first time in a multiprocessing child, a running layer counts as the parent's.
-_layer = _Layer(inherited=multiprocessing.parent_process() is not None and _started())
+# Imported for the first time in a child of multiprocessing, a fork isn't seen; spawned children have this argument.
+_layer = _Layer(forked=multiprocessing.parent_process() is not None and "--multiprocessing-fork" not in sys.orig_argv)
 
 
 def chunks(nbytes: int) -> int:
@@ -85,7 +74,7 @@ def launch(plan: Plan, draw: Draw, x: int, out: int, mask: int) -> None:
 
 
 def _after_fork_in_child() -> None:
-    _layer.inherited, _layer.usable = _started(), None
+    _layer.forked = True
 
 
 if hasattr(os, "register_at_fork"):  # Windows never forks

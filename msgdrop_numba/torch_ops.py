@@ -28,6 +28,8 @@ def _write(plan: Plan, draw: Draw, x: Tensor, target: Tensor | None, mask: Tenso
         size = x.element_size()
         plan = follow(plan, *(tuple(step * size for step in t.stride()) for t in (x, result)))
     if plan.messages and plan.followed:
+        if x.data_ptr() == 0 and plan.nbytes and x.numel():
+            raise ValueError(f"x has no memory, though its shape is {tuple(x.shape)}: its storage was freed")
         launch(plan, draw, x.data_ptr(), result.data_ptr(), 0 if mask is None else mask.data_ptr())
         if target is not None and not target.is_inference():
             increment_version(target)  # torch can't see a write through a pointer
@@ -56,14 +58,16 @@ class _DropMessages(torch.autograd.Function):
             ctx.mark_dirty(x)
         y = _write(plan, draw, x, x if inplace else None, mask)
         ctx.save_for_backward(mask)
-        # The user may change lengths before backward; unscaled, padding passes like any kept message.
-        lengths = None if draw.lengths is None or plan.kind == COPY else draw.lengths.copy()
+        # Unscaled, padding passes like any kept message.
+        lengths = None if plan.kind == COPY else draw.lengths
         ctx.plan, ctx.draw = plan, Draw(lengths=lengths, factors=draw.factors, per_row=draw.per_row, given=True)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (mask,) = ctx.saved_tensors
+        mask = ctx.saved_tensors[0].contiguous()  # hooks may have changed its layout
+        if grad.layout != torch.strided:
+            grad = grad.to_dense()
         grad_x = grad_fill = None
         if ctx.needs_input_grad[1]:
             grad_fill = grad[~mask].sum(0)
@@ -104,12 +108,15 @@ def message_dropout(
     number, array = (p, None) if type(p) is float else arguments.split_p(p)
     plan = make_plan(x.shape, x.itemsize, kind, message_dims, number, exact, span, min_keep)
     message = None if is_zero(fill) else fill_message(fill, x, len(plan.shape))
-    target = check_target(x, inplace, out) if inplace or out is not None else None
+    active = training and number != 0
+    target = check_target(x, inplace, out, active) if inplace or out is not None else None
     if target is not None:
+        if message is not None:
+            message = message.clone()  # the user's own memory may be what is written
         arguments.check_memory("x, to be changed in place," if inplace else "out", _memory(x), _memory(target))
     seed = arguments.check_source(seed, generator, torch.Generator)
     draw = row_arguments(plan, array, scale, message, lengths, seed, keys)
-    if not training or number == 0:
+    if not active:
         if target is None:
             target = x
         elif target is not x:
