@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ OPTIONS = [
     {"fill": 2.5},
     {"message_dims": 1},
     {"scale": True, "lengths": [1, 4], "keys": [7, -7]},
+    {"scale": True, "exact": True, "lengths": [3, 4]},
+    {"span": 2, "min_keep": 2},
+    {"scale": True, "p": torch.tensor([0.1, 0.9, 0.5, 0.3])},
 ]
 
 
@@ -26,10 +30,10 @@ def test_gradcheck(options, dtype):
     x = torch.randn(2, 4, 3, dtype=dtype, requires_grad=True)
 
     def f(x):
-        return message_dropout(x, 0.5, seed=3, **options)
+        return message_dropout(x, **{"p": 0.3, "seed": 3, **options})
 
     def g(x):
-        return message_dropout(x * 1, 0.5, inplace=True, seed=3, **options)
+        return message_dropout(x * 1, **{"p": 0.3, "inplace": True, "seed": 3, **options})
 
     for function in (f, g):
         assert torch.autograd.gradcheck(function, x, check_batched_grad=True)
@@ -39,12 +43,12 @@ def test_gradcheck(options, dtype):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradient_is_the_same_map(options, chunks):
     x = torch.randn(2, 4, 3, requires_grad=True)
-    y, mask = message_dropout(x, 0.5, seed=3, return_mask=True, **options)
+    y, mask = message_dropout(x, **{"p": 0.5, "seed": 3, "return_mask": True, **options})
     grad = torch.randn(2, 4, 3)
     grad[~mask] = float("nan")  # where a message is dropped, no NaN may come back
     assert not mask.all()
     y.backward(grad)
-    want = message_dropout(grad, 0.5, seed=3, **{**options, "fill": 0.0})
+    want = message_dropout(grad, **{"p": 0.5, "seed": 3, **options, "fill": 0.0})
     assert torch.equal(x.grad, want)
     assert not x.grad.isnan().any()
 
@@ -93,6 +97,80 @@ def test_backward_keeps_one_byte_a_message():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         message_dropout(x, 0.5)
     assert saved == [8 * 16]
+
+
+def test_nothing_holds_the_data():
+    x = torch.randn(8, 16, 128, requires_grad=True)
+    inner = x * 2
+    data = weakref.ref(inner.untyped_storage())
+    y = message_dropout(inner, 0.5)
+    del inner
+    gone = y.grad_fn
+    assert y.shape == x.shape
+    assert gone is not None
+    assert data() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"lengths": [9, 5]}, {"exact": True, "lengths": [9, 5]}])
+def test_views_and_batched_gradients_equal_the_kernels(dtype, options):
+    """What torch's own operations write, bit for bit what the kernels do: infinities, padding, rounding of the scale."""
+    x = torch.randn(2, 9, 3, dtype=dtype) / 3
+    x[0, 8] = float("inf") if not dtype.is_complex else complex(float("inf"), 1)
+    options = {"scale": True, "seed": 3, **options}
+    want = message_dropout(x, 0.3, **options)
+    real = torch.view_as_real if dtype.is_complex else torch.clone
+    base = torch.stack([x, x]).requires_grad_().clone()
+    assert torch.equal(real(message_dropout(base[1], 0.3, inplace=True, **options)), real(want))
+    leaf = torch.zeros_like(x, requires_grad=True)
+    grads = torch.stack([x, x.conj() * 2])
+    (batched,) = torch.autograd.grad(message_dropout(leaf, 0.3, **options), leaf, grads, is_grads_batched=True)
+    for got, grad in zip(batched, grads, strict=True):
+        (single,) = torch.autograd.grad(message_dropout(leaf, 0.3, **options), leaf, grad)
+        assert torch.equal(real(got.resolve_conj()), real(single.resolve_conj()))
+
+
+def test_a_sparse_gradient():
+    x = torch.randn(2, 4, 3, requires_grad=True)
+    index = torch.zeros(2, 4, 1, dtype=torch.int64)
+    torch.gather(message_dropout(x, 0.5, seed=1), 2, index, sparse_grad=True).sum().backward()
+    keep = torch.from_numpy(keep_mask((2, 4), seed=1))
+    assert torch.equal(x.grad[..., 0], keep.float())
+
+
+def test_freed_storage_is_refused():
+    x = torch.ones(2, 4, 3)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="x has no memory"):
+        message_dropout(x)
+
+
+def test_inference_tensors_are_not_changed_outside():
+    with torch.inference_mode():
+        x = torch.ones(2, 4, 3)
+    for options in ({"inplace": True}, {"out": x}):
+        with pytest.raises(ValueError, match="inference tensor"):
+            message_dropout(x if "inplace" in options else torch.ones(2, 4, 3), **options)
+    assert x.all()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+)
+def test_float8(dtype):
+    x = torch.arange(256, dtype=torch.uint8).view(dtype).reshape(2, 8, 16)
+    y, mask = message_dropout(x, 0.5, seed=1, fill=2.0, return_mask=True)
+    kept, two = x.view(torch.uint8), torch.tensor(2.0).to(dtype).view(torch.uint8)
+    assert torch.equal(y.view(torch.uint8), torch.where(mask[..., None], kept, two))
+    y = message_dropout(x, 0.3, seed=1, scale=True)
+    mask = torch.from_numpy(keep_mask((2, 8), 0.3, seed=1))
+    want = torch.where(mask[..., None], x.float() * torch.tensor(1 / 0.7), 0.0).to(dtype)
+    nan = want.float().isnan()
+    assert torch.equal(y.float().isnan(), nan)
+    assert torch.equal(y.view(torch.uint8)[~nan], want.view(torch.uint8)[~nan])
+    if not torch.tensor(float("inf")).to(dtype).float().isinf():
+        with pytest.raises(ValueError, match=r"fill must be a number that torch\.float8"):
+            message_dropout(x, fill=float("inf"))
 
 
 def test_a_mask_changed_before_backward_is_an_error():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from msgdrop_numba import Keyed, KeyedDataset, MessageDropoutCollate, fold_in, keep_mask
+from msgdrop_numba import Keyed, KeyedDataset, MessageDropoutCollate, fold_in, keep_mask, message_dropout
 
 LENGTHS = (5, 7, 3, 6, 7, 1, 4)
 
@@ -120,6 +120,12 @@ def test_a_collate_function_of_ones_own():
     assert torch.equal(batch, torch.where(mask[..., None], torch.stack(EVEN), 0))
     with pytest.raises(ValueError, match=r"collate_fn must return.*6 rows.*\(3, 5, 4\)"):
         MessageDropoutCollate(0.5, collate_fn=lambda s: torch.stack(EVEN[:3]))(EVEN)
+    two = {"x": torch.ones(6, 5, 4), "y": torch.ones(6, 3, 4)}
+    with pytest.raises(ValueError, match=r"must have as many messages each.*\[3, 5\]"):
+        MessageDropoutCollate(0.5, fields=["x", "y"], collate_fn=lambda s: two)(EVEN)
+    assert two["x"].all()
+    once = MessageDropoutCollate(0.5, fields=["x", "x"], scale=True, collate_fn=lambda s: {"x": torch.ones(6, 5, 4)})
+    assert once(EVEN)["x"].unique().tolist() == [0, 2]
 
 
 # ---- keys, seeds, epochs
@@ -214,6 +220,7 @@ def test_keys_of_datasets():
     assert dataset[1] == Keyed(1, "b")
     assert dataset[-1] == Keyed(2, "c")
     assert dataset[torch.tensor(2)] == Keyed(2, "c")
+    assert dataset[np.int64(-1)] == Keyed(2, "c")
     assert len(dataset) == 3
     assert dataset.__getitems__([2, 0]) == [Keyed(2, "c"), Keyed(0, "a")]
     an_id = uuid.UUID(int=5)
@@ -234,9 +241,51 @@ def test_datasets_and_collates_can_be_copied():
         assert torch.equal(copied(collate)(list(copied(dataset)))[0], want[0])
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_epochs_reach_the_persistent_workers_of_a_copy(copied, method):
+    collate = copied(MessageDropoutCollate(0.5, seed=11))
+    loader = DataLoader(
+        KeyedDataset(EVEN), 6, num_workers=1, persistent_workers=True, collate_fn=collate,
+        multiprocessing_context=method,
+    )  # fmt: skip
+    for epoch in range(3):
+        collate.set_epoch(epoch)
+        keep = torch.from_numpy(keep_mask((6, 5), 0.5, seed=fold_in(11, epoch)))
+        assert torch.equal(next(iter(loader)), torch.where(keep[..., None], torch.stack(EVEN), 0))
+
+
+@pytest.mark.parametrize("rules", [{"exact": True}, {"span": 2}, {"min_keep": 2}, {"p": np.linspace(0, 1, 9)}])
+def test_rules(rules):
+    p = rules.pop("p", 0.6)
+    collate = MessageDropoutCollate(p, seed=3, pad=True, fill=torch.arange(4.0), scale=True, return_mask=True, **rules)
+    batch, lengths, mask = collate([Keyed(i, s) for i, s in enumerate(SAMPLES)])
+    options = {"lengths": lengths, "seed": fold_in(3, 0), **rules}
+    p = p if isinstance(p, float) else p[:7]
+    want, keep = message_dropout(padded(SAMPLES), p, fill=torch.arange(4.0), scale=True, return_mask=True, **options)
+    assert torch.equal(mask, keep)
+    assert torch.equal(batch, want)
+
+
 # ---- bad input
 
 BAD = [
+    (
+        {},
+        [(EVEN[0], 1), (EVEN[1], 2, "x")],
+        ValueError,
+        "sample 1 must have the fields of the first, tuple of 2.*tuple of 3",
+    ),
+    (
+        {"fields": "x"},
+        [{"x": EVEN[0]}, (EVEN[0],)],
+        ValueError,
+        "sample 1 must have the fields of the first.*tuple of 1",
+    ),
+    ({}, [(EVEN[0], 1), EVEN[1]], ValueError, "sample 1 must have the fields of the first.*Tensor"),
+    ({"p": np.full(4, 0.5)}, EVEN, ValueError, "p must have one probability for each of the 5.*4"),
+    ({}, [EVEN[0].to("meta")], TypeError, "sample 0 must be an ordinary CPU tensor.*meta"),
+    ({}, [np.ma.masked_array(EVEN[0].numpy())], TypeError, "sample 0 must be an array or a tensor.*MaskedArray"),
     ({}, SAMPLES, ValueError, "sample 1 must have 5 messages.*7.*pad=True"),
     ({}, [{"x": s} for s in EVEN], ValueError, r"fields must name the fields.*\['x'\]"),
     ({"fields": "y"}, [{"x": s} for s in EVEN], ValueError, r"fields must be among \['x'\].*'y'"),
@@ -244,7 +293,12 @@ BAD = [
     ({"fields": -1}, [(s, 1) for s in EVEN], ValueError, r"fields must be among \[0, 1\].*-1"),
     ({"fields": 0}, EVEN, ValueError, "fields must be None where a sample is an array"),
     ({"fields": 1}, [(s, 1) for s in EVEN], TypeError, "field 1 of sample 0 must be an array or a tensor.*int"),
-    ({"fields": "x"}, [{"x": EVEN[0]}, {"z": EVEN[0]}], ValueError, "sample 1 has no field 'x'"),
+    (
+        {"fields": "x"},
+        [{"x": EVEN[0]}, {"z": EVEN[0]}],
+        ValueError,
+        r"sample 1 must have the fields of the first, dict with \['x'\].*\['z'\]",
+    ),
     ({}, [EVEN[0], EVEN[1].double()], ValueError, "sample 1 must be like.*float64"),
     ({}, [EVEN[0], EVEN[1][:, :3]], ValueError, r"sample 1 must be like.*\(3,\)"),
     ({}, [torch.ones(3)], ValueError, r"sample 0 must be \(messages, \*features\).*\(3,\)"),
@@ -267,7 +321,7 @@ BAD = [
 @pytest.mark.parametrize(("options", "samples", "error", "message"), BAD)
 def test_bad_samples(options, samples, error, message):
     with pytest.raises(error, match=message):
-        MessageDropoutCollate(0.5, **options)(samples)
+        MessageDropoutCollate(**{"p": 0.5, **options})(samples)
 
 
 def test_errors_name_the_sample_and_its_key():
@@ -286,6 +340,10 @@ def test_errors_name_the_sample_and_its_key():
         ({"seed": 1.5}, TypeError, "seed must be.*1.5"),
         ({"pad": True, "collate_fn": default_collate}, ValueError, "pad=True can't be used with collate_fn"),
         ({"fields": []}, ValueError, "fields must name at least one"),
+        ({"fields": 1.5}, ValueError, "fields must name at least one.*1.5"),
+        ({"fill": "a"}, TypeError, "fill must be.*'a'"),
+        ({"pad_value": None}, TypeError, "pad_value must be.*None"),
+        ({"span": 0}, ValueError, "span must be.*0"),
     ],
 )
 def test_bad_construction(options, error, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,42 @@ def test_lengths_protect_padding(make, chunks):
     assert np.array_equal(np.asarray(y).view(np.uint32), np.where(valid[..., None], 0, x.view(np.uint32)))
 
 
+@both
+@pytest.mark.parametrize(
+    ("dtype", "fill"),
+    [("int64", 2**63 - 1), ("int64", -(2**63)), ("uint64", 2**64 - 1), ("uint64", np.uint64(2**63 + 5)), ("int8", np.float32(-3)),
+     ("float32", np.float64(0.1)), ("float64", Fraction(1, 3)), ("complex64", np.complex64(3 + 1j))],
+)  # fmt: skip
+def test_fills_are_exact(make, dtype, fill):
+    y = np.asarray(message_dropout(make(np.zeros((2, 3, 5), dtype)), 1.0, fill=fill))
+    want = np.full((2, 3, 5), float(fill) if isinstance(fill, Fraction) else fill, dtype)
+    assert y.tobytes() == want.tobytes()
+
+
+@both
+def test_nothing_is_checked_for_writing_where_nothing_is_written(make):
+    x = make(np.ones((2, 3, 4), np.float32))
+    if isinstance(x, np.ndarray):
+        x.flags.writeable = False
+    else:
+        x = x[:, :1].expand(2, 3, 4).requires_grad_()
+    assert message_dropout(x, 0.0, inplace=True) is x
+    assert message_dropout(x, 0.5, training=False, inplace=True) is x
+
+
+@both
+def test_arguments_may_share_the_memory_that_is_written(make):
+    x = np.arange(128).reshape(8, 8, 2)
+    for name, index in (("keys", slice(16, 24)), ("lengths", slice(0, 8))):
+        want = message_dropout(make(x), 0.9, seed=1, **{name: x.ravel()[index].copy()})
+        y = make(x)
+        message_dropout(y, 0.9, seed=1, inplace=True, **{name: y.reshape(-1)[index]})
+        assert np.array_equal(np.asarray(y), np.asarray(want))
+    y = make(x)
+    message_dropout(y, 1.0, inplace=True, fill=y[0, 3])
+    assert (np.asarray(y) == x[0, 3]).all()
+
+
 # ---- where it is written
 
 
@@ -197,7 +234,8 @@ def test_numpy_negative_strides_and_foreign_byte_order():
     assert np.array_equal(y, want)
     assert message_dropout(foreign, 0.5, inplace=True, seed=2, scale=True) is foreign
     assert np.array_equal(foreign, want)
-    assert (message_dropout(foreign, 1.0, fill=3.0) == 3.0).all()
+    for scale in (False, True):
+        assert (message_dropout(foreign, 1.0, fill=3.0, scale=scale) == 3.0).all()
 
 
 @both
@@ -209,6 +247,9 @@ def test_out_may_be_strided_or_x_itself(make):
     assert (np.asarray(store)[:, 0] == 7).all()
     assert np.array_equal(np.asarray(message_dropout(x, 0.5, seed=2, out=x[:])), want)
     assert np.array_equal(np.asarray(x), want)
+    one = make(np.ones((3, 4), np.float32))  # the same memory, but for strides of dims of size 1
+    message_dropout(one[None], 1.0, out=one.reshape(1, 3, 4))
+    assert not np.asarray(one).any()
     # interleaved with x, without an element in common
     store = make(np.ones((4, 2, 5, 6), np.float32))
     message_dropout(store[:, 0], 0.5, seed=2, out=store[:, 1])
@@ -256,6 +297,24 @@ BAD = [
     ({"lengths": [1, 4]}, ValueError, "lengths must be from 0 to 3.*4"),
     ({"lengths": [-1, 3]}, ValueError, "lengths must be from 0 to 3.*-1"),
     ({"lengths": [1.0, 2.0]}, TypeError, "lengths must be integers"),
+    ({"exact": 1}, TypeError, "exact must be.*1"),
+    ({"exact": True, "span": 2}, ValueError, "exact can't be combined with span=2"),
+    ({"exact": True, "p": np.full(3, 0.5)}, ValueError, "exact needs p to be a single number"),
+    ({"span": 0}, ValueError, "span must be.*0"),
+    ({"span": 2.0}, TypeError, "span must be.*2.0"),
+    ({"span": [2]}, TypeError, r"span must be.*\[2\]"),
+    ({"message_dims": [1]}, TypeError, r"message_dims must be.*\[1\]"),
+    ({"min_keep": -1}, ValueError, "min_keep must be.*-1"),
+    ({"min_keep": 1.5}, TypeError, "min_keep must be.*1.5"),
+    ({"p": np.full(2, 0.5)}, ValueError, r"p must be a number or have shape \(3,\) or \(2, 3\).*\(2,\)"),
+    ({"p": np.full((3, 2), 0.5)}, ValueError, r"p must be a number or have shape.*\(3, 2\)"),
+    ({"p": np.array([0.5, np.nan, 0.5])}, ValueError, "p must hold probabilities.*nan"),
+    ({"p": torch.tensor([0.5, 1.5, 0.5])}, ValueError, "p must hold probabilities.*1.5"),
+    ({"p": np.array([0.5, -0.1, 0.5])}, ValueError, "p must hold probabilities.*-0.1"),
+    ({"p": np.array([True, False, True])}, TypeError, "p must hold floating-point numbers.*bool"),
+    ({"p": torch.tensor([True, False, True])}, TypeError, "p must hold floating-point numbers.*bool"),
+    ({"p": np.array(1.5)}, ValueError, "p must be a probability.*1.5"),
+    ({"lengths": [2**63 + 1, 1]}, ValueError, "lengths must be from 0 to 3"),
     ({"generator": 3}, TypeError, "generator must be.*3"),
 ]  # fmt: skip
 
@@ -312,6 +371,22 @@ def test_bad_targets(make):
     assert np.array_equal(np.asarray(store), before)
 
 
+@both
+def test_bad_vector_fills(make):
+    for fill in (np.zeros(3, np.float32), np.zeros(4, np.float64), np.zeros((1, 4), np.float32)):
+        x = make(X)
+        with pytest.raises(ValueError, match="fill must be a number or a"):
+            message_dropout(x, fill=make(fill), inplace=True)
+        assert np.array_equal(np.asarray(x), X)
+    with pytest.raises(ValueError, match=r"fill must be a number or a tensor.*meta"):
+        message_dropout(torch.ones(2, 3, 4), fill=torch.zeros(4, device="meta"))
+
+
+def test_masked_arrays_are_refused():
+    with pytest.raises(TypeError, match="masked"):
+        message_dropout(np.ma.masked_array(X))
+
+
 def test_bad_numpy_targets():
     locked = np.zeros_like(X)
     locked.flags.writeable = False
@@ -341,7 +416,7 @@ def test_arrays_that_hold_no_numbers(dtype):
         message_dropout(np.zeros((2, 3, 4), dtype))
 
 
-@pytest.mark.parametrize("shape", [(), (2, -1), (2.0, 3), (True, 2), "ab"])
+@pytest.mark.parametrize("shape", [(), (2, -1), (2.0, 3), (True, 2), "ab", None])
 def test_bad_mask_shapes(shape):
     with pytest.raises(ValueError, match="shape must be"):
         keep_mask(shape, seed=0)

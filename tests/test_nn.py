@@ -7,8 +7,9 @@ import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
-from msgdrop_numba import MessageDropout, keep_mask
+from msgdrop_numba import MessageDropout, keep_mask, message_dropout
 
 
 def test_train_and_eval():
@@ -52,6 +53,49 @@ def test_state_dict_deepcopy_and_pickle():
         assert torch.equal(other(x, seed=1), layer(x, seed=1))
 
 
+def test_rules_and_fills_reach_the_function():
+    x = torch.randn(4, 9, 2)
+    token = torch.randn(2)
+    for options in ({"exact": True}, {"span": 3}, {"min_keep": 5}, {"p": torch.rand(9)}, {"fill": token}):
+        layer = MessageDropout(**{"p": 0.6, **options})
+        assert torch.equal(layer(x, seed=1), message_dropout(x, seed=1, **{"p": 0.6, **options}))
+    assert set(MessageDropout(torch.rand(9), fill=token).state_dict()) == {"p", "fill"}
+    assert (
+        repr(MessageDropout(torch.rand(9), fill=token))
+        == "MessageDropout(p=Tensor(9,), inplace=False, fill=Tensor(2,))"
+    )
+
+
+def test_a_mask_token_is_learnt():
+    layer = MessageDropout(0.5, fill=torch.nn.Parameter(torch.zeros(2, dtype=torch.float64)))
+    assert list(dict(layer.named_parameters())) == ["fill"]
+    x = torch.randn(4, 9, 2, dtype=torch.float64)
+    y, mask = layer(x, seed=1, return_mask=True)
+    weight = torch.randn(4, 9, 2, dtype=torch.float64)
+    (y * weight).sum().backward()
+    torch.testing.assert_close(layer.fill.grad, weight[~mask].sum(0))
+    for function in (
+        lambda f: message_dropout(x, 0.5, seed=1, fill=f),
+        lambda f: message_dropout(x * f, 0.5, seed=1, fill=f),
+    ):
+        fill = torch.randn(2, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(function, fill)
+        assert torch.autograd.gradgradcheck(function, fill)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_under_checkpoint(use_reentrant):
+    layer = MessageDropout(0.5, exact=True)
+    x = torch.randn(4, 9, 2, requires_grad=True)
+    torch.manual_seed(3)
+    (want,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.manual_seed(3)
+    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
+    torch.rand(3)
+    y.square().sum().backward()
+    assert torch.equal(x.grad, want)
+
+
 def test_in_a_model():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), MessageDropout(0.5), torch.nn.Linear(5, 4))
@@ -71,3 +115,17 @@ def test_in_a_model():
 def test_bad_p_fails_at_construction(p, error):
     with pytest.raises(error, match="p must be"):
         MessageDropout(p)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"fill": "a"}, TypeError, "fill must be.*'a'"),
+        ({"message_dims": 0}, ValueError, "message_dims must be.*0"),
+        ({"span": 2.5}, TypeError, "span must be.*2.5"),
+        ({"exact": True, "p": torch.rand(3)}, ValueError, "exact needs p"),
+    ],
+)
+def test_bad_options_fail_at_construction(options, error, message):
+    with pytest.raises(error, match=message):
+        MessageDropout(**options)

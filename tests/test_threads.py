@@ -59,11 +59,21 @@ layers = pytest.mark.parametrize("layer", ["omp", "workqueue"])
 
 
 @layers
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-@pytest.mark.parametrize("torch_too", [False, True])
+@pytest.mark.parametrize(
+    ("method", "torch_too"), [("fork", False), ("fork", True), ("spawn", True), ("forkserver", False)]
+)
 def test_children_of_a_parent_that_used_the_kernels(tmp_path, layer, method, torch_too):
-    body = f"{'import torch' if torch_too else ''}\nprint(digest())\nprint(in_child({method!r}))\nprint(digest())"
-    assert run(tmp_path, body, NUMBA_THREADING_LAYER=layer).split() == [want()] * 3
+    body = f"""
+{"import torch" if torch_too else ""}
+print(digest())
+import numba
+print(numba.threading_layer())
+print(in_child({method!r}))
+print(digest())
+"""
+    # two threads on any machine, so that the parent's kernel is parallel
+    two = {"NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    assert run(tmp_path, body, NUMBA_THREADING_LAYER=layer, **two).split() == [want(), layer, want(), want()]
 
 
 @layers
@@ -91,6 +101,19 @@ threads = [threading.Thread(target=lambda: results.extend(digest() for _ in rang
 print(len(results), len(set(results)), results[0])
 """
     assert run(tmp_path, body, NUMBA_THREADING_LAYER=layer).split() == ["120", "1", want()]
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_children_of_a_parent_that_used_torchs_threads(tmp_path, imported):
+    """torch and numba share the OpenMP library: the child of a parent where torch alone used it may not either."""
+    body = f"""
+{"import msgdrop_numba" if imported else ""}
+import torch
+torch.set_num_threads(2)
+torch.ones(10**7).sin()
+print(in_child("fork"))
+"""
+    assert run(tmp_path, body).split() == [want()]
 
 
 def test_a_fork_while_another_thread_compiles(tmp_path):
@@ -136,7 +159,7 @@ def _epoch_seed(seed: int) -> int:
 
 
 def test_the_budget(monkeypatch):
-    monkeypatch.setattr(threads._layer, "inherited", False)
+    monkeypatch.setattr(threads._layer, "forked", False)
     monkeypatch.setattr(threads._layer, "usable", True)
     monkeypatch.setattr(threads.config, "NUMBA_NUM_THREADS", 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
@@ -152,7 +175,7 @@ def test_the_budget(monkeypatch):
     monkeypatch.setattr(threads._layer, "usable", False)
     assert threads.chunks(big) == 1
     monkeypatch.setattr(threads._layer, "usable", True)
-    monkeypatch.setattr(threads._layer, "inherited", True)
+    monkeypatch.setattr(threads._layer, "forked", True)
     assert threads.chunks(big) == 1
 
 
