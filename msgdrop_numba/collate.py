@@ -20,9 +20,14 @@ from msgdrop_numba.torch_ops import fresh_seed
 
 
 class Keyed(NamedTuple):
-    """A sample with the id that names its row for the random draws."""
+    """A sample with the id that names its row for the random draws.
 
-    key: int
+    Fields:
+        key: integer, string, bytes or UUID; `KeyedDataset` gives the 64-bit integer made of it.
+        sample: what the dataset gave.
+    """
+
+    key: Any
     sample: Any
 
 
@@ -43,6 +48,8 @@ class KeyedDataset(Dataset[Keyed]):
     Example:
         >>> KeyedDataset([2.5, 3.5])[1]
         Keyed(key=1, sample=3.5)
+
+    Source: the mask contract, version 1 (README), on ids and keys.
     """
 
     def __new__(cls, dataset: Any, key: Callable[[Any], Any] | None = None) -> KeyedDataset:

@@ -36,18 +36,22 @@ def message_dropout(
     position): the same for every array library, thread count, worker and machine.
 
     Args:
-        x: NumPy array or CPU tensor of numbers or bools, `(*message dims, *features)` with at least one feature dim.
-        p: probability that a message is **dropped**, in [0, 1].
+        x: NumPy array or tensor of numbers or bools, `(*message dims, *features)` with at least one feature dim.
+        p: probability that a message is **dropped**, in [0, 1]; or an array of them, of the shape of the last message
+            dim or of all message dims.
         training: with False (or p = 0) x itself comes back, unchanged.
         inplace: write into x, only what is dropped (and, scaled, what is kept).
-        scale: multiply kept messages by 1/(1-p), for floating and complex dtypes.
+        scale: multiply kept messages by 1/(1-p), or by n/(n-d) if exactly d of n drop; floating and complex dtypes.
+        exact: drop exactly floor(n * p) of the n valid messages of each row; p a single number, without `span`.
+        span: drop runs of so many neighbouring messages together.
+        min_keep: keep at least so many valid messages of each row.
         lengths: valid messages in each row, integers of the shape of the message dims without the last. What lies
             behind is padding: left as it is, kept in the mask.
-        fill: number that the elements of a dropped message become.
+        fill: what a dropped message becomes: a number, or an array over the features, of x's dtype.
         message_dims: how many leading dims index messages; None: 2 where x has 3 or more dims, else 1. The last of
             them is the position in a row, the others index rows.
         seed: integer in [0, 2**64), or a 0-d int64 tensor of the same bits. None: drawn from `generator`, else from
-            torch's default generator (tensors) or the system's entropy (arrays).
+            torch's default generator of x's device (tensors) or the system's entropy (arrays).
         keys: integer naming each row, of the shape of the message dims without the last or a leading part of it, in
             [-2**63, 2**64); None: the row's index.
         generator: `torch.Generator` for tensors, `numpy.random.Generator` for arrays; not with `seed`.
@@ -55,7 +59,8 @@ def message_dropout(
         return_mask: give back `(y, keep)`, with keep the bool mask over the message dims, True = kept.
 
     Returns:
-        An array like x: `where(keep, x, fill)`, kept messages bit for bit as in x unless scaled.
+        An array like x: `where(keep, x, fill)`, kept messages bit for bit as in x unless scaled; x itself if `inplace`
+        or if nothing drops, `out` if given; with `return_mask` a pair. Differentiable in x and in a tensor `fill`.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype or value. Nothing was written.
@@ -106,7 +111,8 @@ def keep_mask(
 
     Args:
         shape: the message dims, e.g. `(batch, sequence)`; the last is the position in a row.
-        p, lengths, seed, keys: as for `message_dropout`.
+        p: probability that a message is dropped, 0.5 by default, or an array of them, as for `message_dropout`.
+        exact, span, min_keep, lengths, seed, keys: as for `message_dropout`; `seed` must be given.
         device: a torch device: the mask is a tensor there. None: a NumPy array.
 
     Returns:
@@ -114,6 +120,7 @@ def keep_mask(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype or value.
+        ModuleNotFoundError: `device` is given, and torch isn't installed.
 
     Example:
         >>> keep_mask((2, 6), 0.5, seed=0, keys=[17, -3])

@@ -224,6 +224,36 @@ def test_layouts(make):
         assert np.array_equal(np.asarray(x), want)
 
 
+def test_outputs_keep_the_strides_that_dropout_keeps():
+    dense = torch.randn(5, 4, 6, 3)
+    views = [
+        dense,
+        dense.transpose(0, 1),
+        dense.transpose(1, 3),
+        dense.to(memory_format=torch.channels_last),
+        dense[:, ::2],
+    ]
+    for view in [*views, dense[:, :1].expand(5, 4, 6, 3)]:
+        for x in (view, view.detach().requires_grad_()):
+            assert message_dropout(x, 0.5).stride() == torch.nn.functional.dropout(x).stride()
+    for view in views:
+        x = view.numpy()
+        assert message_dropout(x, 0.5).strides == np.empty_like(x).strides
+
+
+@pytest.mark.long
+def test_more_than_two_to_the_31_elements():
+    x = np.ones((3, 2**20 + 3, 700), np.uint8)
+    assert x.size > 2**31
+    y, mask = message_dropout(x, 0.5, seed=1, return_mask=True)
+    assert np.array_equal(mask, keep_mask(x.shape[:2], 0.5, seed=1))
+    for feature in (0, 350, 699):
+        assert np.array_equal(y[..., feature], mask)
+    t = torch.from_numpy(x)
+    message_dropout(t, 0.5, seed=1, inplace=True)
+    assert np.array_equal(x, y)
+
+
 def test_numpy_negative_strides_and_foreign_byte_order():
     base = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     want = message_dropout(base[::-1, ::-1].copy(), 0.5, seed=2, scale=True)

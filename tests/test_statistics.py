@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -54,3 +56,44 @@ def test_consecutive_seeds_and_keys_give_uniform_patterns():
     by_seed = np.array([keep_mask(4, 0.5, seed=seed) @ weights for seed in range(100_000)])
     for patterns in (by_key, by_seed):
         assert chi_square(np.bincount(patterns, minlength=16), np.full(16, 1 / 16)) > ALPHA
+
+
+@pytest.mark.parametrize(("size", "p"), [(5, 0.4), (6, 0.5), (4, 0.75)])
+def test_exact_drops_every_subset_equally_often(size, p):
+    mask = keep_mask((100_000, size), p, exact=True, seed=7)
+    dropped = int(size * p)
+    assert ((~mask).sum(axis=1) == dropped).all()
+    counts = np.bincount(mask @ (1 << np.arange(size)), minlength=2**size)
+    possible = [
+        sum(1 << i for i in range(size) if i not in set(c)) for c in itertools.combinations(range(size), dropped)
+    ]
+    assert counts.sum() == counts[possible].sum()
+    assert chi_square(counts[possible], np.full(len(possible), 1 / len(possible))) > ALPHA
+
+
+@pytest.mark.parametrize("span", [2, 5, 16])
+@pytest.mark.parametrize("p", [0.1, 0.6])
+def test_span_keeps_the_rate_at_every_position(span, p):
+    rows, size = 100_000, 24
+    dropped = ~keep_mask((rows, size), p, span=span, seed=7)
+    counts = dropped.sum(axis=0)
+    pvalues = [stats.binomtest(int(count), rows, p).pvalue for count in counts]
+    assert min(pvalues) > ALPHA / size  # the edges too
+    # and what drops are runs: neighbours agree unless a span ends between them
+    agree = (dropped[:, 1:] == dropped[:, :-1]).mean()
+    assert abs(agree - (1 - 2 * p * (1 - p) / span)) < 0.005
+
+
+def test_min_keep_saves_every_message_equally_often():
+    mask = keep_mask((100_000, 6), 1.0, min_keep=2, seed=7)
+    assert (mask.sum(axis=1) == 2).all()
+    assert chi_square(mask.sum(axis=0), np.full(6, 1 / 6)) > ALPHA
+
+
+@pytest.mark.parametrize("rule", [{}, {"exact": True}, {"span": 4}, {"min_keep": 3}])
+def test_masks_never_land_in_padding(rule):
+    lengths = np.arange(200) % 31
+    mask = keep_mask((200, 30), 0.9, lengths=lengths, seed=7, **rule)
+    padding = np.arange(30) >= lengths[:, None]
+    assert mask[padding].all()
+    assert not mask[~padding].all()
