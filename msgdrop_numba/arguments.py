@@ -142,12 +142,15 @@ def probabilities(p: Any, shape: tuple[int, ...]) -> np.ndarray:
     """An array of probabilities as float64, checked: one a position, or one a message of `shape`."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(p, torch.Tensor):
-        p = p.detach().cpu().to(torch.float64, copy=True).numpy() if p.dtype != torch.bool else p.numpy()
+        if p.dtype == torch.bool or p.is_complex():
+            raise TypeError(f"p must hold floating-point numbers, but got dtype {p.dtype}")
+        p = p.detach().cpu().to(torch.float64).numpy()
     if p.dtype.kind not in "fiu":
         raise TypeError(f"p must hold floating-point numbers, but got dtype {p.dtype}")
     if p.shape not in (shape[-1:], shape):
-        raise ValueError(f"p must be a number or have shape {shape[-1:]} or {shape}, but got {p.shape}")
-    values: np.ndarray = np.ascontiguousarray(p, dtype=np.float64)
+        either = " or ".join(str(s) for s in dict.fromkeys((shape[-1:], shape)))
+        raise ValueError(f"p must be a number or have shape {either}, but got {p.shape}")
+    values: np.ndarray = np.array(p, dtype=np.float64, order="C")
     if values.size and not (values.min() >= 0 and values.max() <= 1):
         wrong = values[~((values >= 0) & (values <= 1))].flat[0]
         raise ValueError(f"p must hold probabilities of dropping, from 0 to 1, but got {wrong}")

@@ -153,7 +153,9 @@ class MessageDropoutCollate:
             raise ValueError(f"fields must name at least one field, or be None, but got {fields!r}")
         number, array = split_p(p)
         self.rule = DropRule(number, exact, span, min_keep)
-        self._p = None if array is None else probabilities(array, array.shape[:1])
+        if array is not None and array.ndim > 1:
+            raise ValueError(f"p must be a number or have one dim, a position each, but got {tuple(array.shape)}")
+        self._p = None if array is None else probabilities(array, tuple(array.shape))
         self.fields = fields
         self.pad, self.pad_value = pad, pad_value
         self.seed = None if seed is None else check_seed(seed)
@@ -162,7 +164,9 @@ class MessageDropoutCollate:
         if not isinstance(fill, (Tensor, np.ndarray)):
             check_is_number("fill", fill)
         check_is_number("pad_value", pad_value)
-        self.fill = torch.from_numpy(fill.copy()) if isinstance(fill, np.ndarray) else fill
+        if isinstance(fill, np.ndarray):
+            fill = torch.from_numpy(fill.copy())
+        self.fill = fill.detach() if isinstance(fill, Tensor) else fill
         # Shared memory: persistent workers keep the collate that they were started with, and must see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
@@ -240,11 +244,12 @@ class MessageDropoutCollate:
             raise ValueError(
                 f"fields {list(fields)} must have as many messages each, but got {sorted(sizes)}: they share one mask"
             )
-        rule, p = self.rule, self.rule.p if self._p is None else self._p[: sizes.pop()]
-        for x in fields.values():
+        rule, p = self.rule, self.rule.p if self._p is None else self._p[: max(sizes)]
+        for x in {id(x): x for x in fields.values()}.values():  # one array under two names is dropped in once
+            fill = self.fill.numpy() if isinstance(self.fill, Tensor) and isinstance(x, np.ndarray) else self.fill
             _, mask = message_dropout(
                 x, p, inplace=True, scale=self.scale, exact=rule.exact, span=rule.span, min_keep=rule.min_keep,
-                fill=self.fill, message_dims=2, seed=seed, keys=row_keys, return_mask=True,
+                fill=fill, message_dims=2, seed=seed, keys=row_keys, return_mask=True,
             )  # fmt: skip
         return _extend(batch, {"keep_mask": mask} if self.return_mask else {})
 

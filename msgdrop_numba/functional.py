@@ -80,16 +80,20 @@ def message_dropout(
     )  # fmt: skip
 
 
+_torch: Any = None  # msgdrop_numba.torch_ops, once a tensor has come
+
+
 def _library(x: Any) -> Any:
+    global _torch
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
-        from msgdrop_numba import torch_ops
+        if _torch is None:
+            from msgdrop_numba import torch_ops
 
-        return torch_ops
+            _torch = torch_ops
+        return _torch
     if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(
-            "x must be a plain NumPy array, but got a masked one, whose mask would be lost: give x.filled()"
-        )
+        raise TypeError("x must be a plain NumPy array, but got a masked one, whose mask would be lost: give filled()")
     if isinstance(x, np.ndarray):
         return numpy_ops
     raise TypeError(f"x must be a NumPy array or a torch tensor, but got {type(x).__name__}; make it one first")
@@ -129,12 +133,12 @@ def keep_mask(
 
     Source: the mask contract, version 1 (README).
     """
-    mask = numpy_ops.keep_mask(mask_shape(shape), p, exact, span, min_keep, lengths, seed, keys)
+    dims = mask_shape(shape)
     if device is None:
-        return mask
-    import torch
+        return numpy_ops.keep_mask(dims, p, exact, span, min_keep, lengths, seed, keys)
+    from msgdrop_numba import traced
 
-    return torch.from_numpy(mask).to(device)
+    return traced.keep_mask(dims, p, exact, span, min_keep, lengths, seed, keys, device)
 
 
 def fold_in(seed: Any, data: Any) -> int:

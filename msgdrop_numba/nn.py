@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.arguments import check_is_number, check_message_dims, split_p
+from msgdrop_numba.arguments import check_is_number, check_message_dims, probabilities, split_p
 from msgdrop_numba.functional import message_dropout
 from msgdrop_numba.rule import DropRule
 
@@ -16,7 +16,7 @@ class MessageDropout(torch.nn.Module):
     """Drop whole messages `x[b, s, :]` during training, each with probability p; identity in eval mode.
 
     Unlike `torch.nn.Dropout1d` it drops along any number of message dims, never reads what it drops, and scales only
-    when asked to. Backward keeps one byte a message and no copy of the data.
+    when asked to. Backward keeps the seed, or one byte a message where arrays decide the mask, and no copy of the data.
 
     Args:
         p: probability that a message is **dropped**, in [0, 1], or an array or tensor of them, one a position.
@@ -59,10 +59,8 @@ class MessageDropout(torch.nn.Module):
         rule = DropRule(number, exact, span, min_keep)
         if message_dims is not None:
             check_message_dims(message_dims)
-        if isinstance(array, Tensor):
-            self.register_buffer("p", array)
-        else:
-            self.p = rule.p if array is None else array
+        # An array is kept as float64 and no buffer: the mask's bits must not depend on the layer's dtype.
+        self.p: Any = rule.p if array is None else torch.from_numpy(probabilities(array, tuple(array.shape)))
         self.inplace, self.scale, self.message_dims = inplace, scale, message_dims
         self.exact, self.span, self.min_keep = rule.exact, rule.span, rule.min_keep
         if isinstance(fill, Tensor) and not isinstance(fill, torch.nn.Parameter):
@@ -84,9 +82,12 @@ class MessageDropout(torch.nn.Module):
         Returns:
             A tensor like x, or `(y, keep)` with `return_mask`.
         """
+        fill = self.fill
+        if isinstance(fill, Tensor) and torch.is_autocast_enabled(x.device.type):
+            fill = fill.to(x.dtype)
         return message_dropout(
             x, self.p, self.training, self.inplace, scale=self.scale, exact=self.exact, span=self.span,
-            min_keep=self.min_keep, lengths=lengths, fill=self.fill, message_dims=self.message_dims, seed=seed,
+            min_keep=self.min_keep, lengths=lengths, fill=fill, message_dims=self.message_dims, seed=seed,
             keys=keys, return_mask=return_mask,
         )  # fmt: skip
 

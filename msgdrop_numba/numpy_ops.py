@@ -23,15 +23,15 @@ def keep_mask(
     """The bool mask over the message dims `shape`."""
     number, array = arguments.split_p(p)
     plan = make_plan((*shape, 0), 0, COPY, len(shape), number, exact, span, min_keep)
-    draw = row_arguments(plan, array, False, None, lengths, arguments.check_seed(seed), keys)
-    return draw_mask(plan, draw)
+    seed = arguments.check_seed(seed)
+    return draw_mask(plan, row_arguments(plan, array, False, None, lengths, keys), seed)
 
 
-def draw_mask(plan: Plan, draw: Draw) -> np.ndarray:
+def draw_mask(plan: Plan, draw: Draw, seed: int) -> np.ndarray:
     """The mask alone."""
     mask = np.empty(plan.shape, np.bool_)
     if plan.messages:
-        launch(plan, draw, 0, 0, address(mask))
+        launch(plan, draw, seed, 0, 0, address(mask))
     return mask
 
 
@@ -48,7 +48,7 @@ def message_dropout(
     active = training and number != 0
     target = _target(x, inplace, out, active)
     seed = arguments.check_source(seed, generator, np.random.Generator)
-    draw = row_arguments(plan, array, scale, message, lengths, seed, keys)
+    draw = row_arguments(plan, array, scale, message, lengths, keys)
     if not active:
         if target is None:
             target = x
@@ -57,15 +57,15 @@ def message_dropout(
         return (target, np.ones(plan.shape, np.bool_)) if return_mask else target
 
     if seed is None:
-        draw = draw._replace(seed=_fresh_seed(generator))
+        seed = _fresh_seed(generator)
     mask = np.empty(plan.shape, np.bool_) if return_mask else None
     result = np.empty_like(x, subok=False) if target is None else target
     if not (x.flags.c_contiguous and result.flags.c_contiguous):
         plan = follow(plan, x.strides, result.strides)
     if plan.messages and plan.followed and (kind == COPY or x.dtype.isnative):
-        launch(plan, draw, address(x), address(result), address(mask))
+        launch(plan, draw, seed, address(x), address(result), address(mask))
     elif plan.messages:
-        mask = draw_mask(plan, draw)
+        mask = draw_mask(plan, draw, seed)
         _write(plan, draw, x, result, mask)
     return (result, mask) if return_mask else result
 

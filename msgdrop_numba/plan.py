@@ -10,22 +10,43 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from msgdrop_numba import arguments
-from msgdrop_numba.kernels.cpu import OTHER
+from msgdrop_numba.arguments import address
+from msgdrop_numba.kernels.cpu import COPY, LINE, OTHER
 from msgdrop_numba.kernels.rules import PLAN
 from msgdrop_numba.rule import MAX_ROW, DropRule
 
+STREAM_BYTES = 32 * 2**20  # the last-level cache of a usual server core complex
 
-class Draw(NamedTuple):
-    """What decides the masks of one call beside the plan; arrays are kept alive here while a kernel reads them."""
 
-    fill: Any = None  # one message, an array or tensor; None: zeros
-    lengths: np.ndarray[Any, Any] | None = None  # int64, one a row
-    seed: int = 0
-    keys: np.ndarray[Any, Any] | None = None  # uint64, one a row; None: the row's index
-    thresholds: np.ndarray[Any, Any] | None = None  # uint64, for p one a position, or one a message
-    factors: np.ndarray[Any, Any] | None = None  # float64, as thresholds, where those scale
-    per_row: bool = False  # whether thresholds and factors are one a message
-    given: bool = False  # the mask is there already: nothing is drawn
+class Draw:
+    """What decides the masks of one call beside plan and seed; arrays are kept alive here while a kernel reads them.
+
+    Args:
+        fill: one message, an array or tensor; None: zeros.
+        lengths: int64, one a row. keys: uint64, one a row; None: the row's index.
+        thresholds: uint64, for p one a position or, if two-dimensional, one a message. factors: float64, the same,
+            where kept messages are scaled by them.
+        given: the mask is there already: nothing is drawn.
+    """
+
+    __slots__ = ("addresses", "factors", "fill", "given", "keys", "lengths", "seeded", "thresholds")
+
+    def __init__(
+        self, fill: Any = None, lengths: Any = None, keys: Any = None, thresholds: Any = None, factors: Any = None,
+        given: bool = False,
+    ) -> None:  # fmt: skip
+        self.fill, self.lengths, self.keys, self.thresholds = fill, lengths, keys, thresholds
+        self.factors, self.given = factors, given
+        # Whether plan and seed alone decide the mask.
+        self.seeded = lengths is None and keys is None and thresholds is None and not given
+        per_row = thresholds is not None and thresholds.ndim > 1
+        self.addresses = (
+            address(fill), int(given), address(lengths), address(keys), address(thresholds), int(per_row),
+            address(factors),
+        )  # fmt: skip
+
+
+PLAIN = Draw()
 
 
 class Plan(NamedTuple):
@@ -77,12 +98,16 @@ def _make(
     steps = [_steps(shape, itemsize, dims, s) for s in (strides, out_strides)]
     followed = steps[0] is not None and steps[1] is not None and kind != OTHER
     width = math.prod(shape[dims:]) * itemsize
+    messages = math.prod(shape[:dims])
+    beside = steps[0] == steps[1] == (width * shape[dims - 1], width)
+    small = kind == COPY and beside and width in (1, 2, 4, 8, 16, 32, 64)
+    # Past the cache only what the cache can't hold: reading it soon after would cost more than was saved.
+    stream = kind == COPY and beside and width % LINE == 0 and messages * width >= STREAM_BYTES
     record = np.zeros(1, PLAN)
     record[0] = (
         shape[dims - 1], width, kind, rule.scale, *(steps[0] or (0, 0)), *(steps[1] or (0, 0)),
-        rule.threshold, rule.p == 1, rule.exact, rule.span, rule.min_keep,
+        small, stream, rule.threshold, rule.p == 1, rule.exact, rule.span, rule.min_keep,
     )  # fmt: skip
-    messages = math.prod(shape[:dims])
     return Plan(
         tuple(shape[:dims]), messages, shape[dims - 1], messages * (width or 1), kind, followed, rule,
         (shape, itemsize, kind, message_dims, p, exact, span, min_keep), record,
@@ -93,20 +118,16 @@ def _make(
 _cached = lru_cache(maxsize=1024, typed=True)(_make)
 
 
-def row_arguments(plan: Plan, p: Any, scale: bool, fill: Any, lengths: Any, seed: int | None, keys: Any) -> Draw:
+def row_arguments(plan: Plan, p: Any, scale: bool, fill: Any, lengths: Any, keys: Any) -> Draw:
     """The arguments that are arrays over rows or messages, checked and laid out for the kernels; p None: a number."""
-    draw = Draw(
-        fill,
-        arguments.row_lengths(lengths, plan.shape[:-1], plan.size),
-        seed or 0,
-        arguments.row_keys(keys, plan.shape[:-1]),
-    )
-    if p is None:
-        return draw
-    p = arguments.probabilities(p, plan.shape)
-    return draw._replace(
-        thresholds=arguments.thresholds(p), factors=arguments.factors(p) if scale else None, per_row=p.ndim > 1
-    )
+    if p is None and fill is None and lengths is None and keys is None:
+        return PLAIN
+    rows = plan.shape[:-1]
+    t = f = None
+    if p is not None:
+        p = arguments.probabilities(p, plan.shape)
+        t, f = arguments.thresholds(p), arguments.factors(p) if scale else None
+    return Draw(fill, arguments.row_lengths(lengths, rows, plan.size), arguments.row_keys(keys, rows), t, f)
 
 
 def kept_factors(plan: Plan, draw: Draw) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -116,7 +137,8 @@ def kept_factors(plan: Plan, draw: Draw) -> tuple[np.ndarray[Any, Any], np.ndarr
     if draw.factors is not None:
         factors = draw.factors
     elif plan.rule.exact:
-        factors = np.array([plan.rule.row_scale(int(n)) for n in lengths.flat]).reshape(*rows, 1)
+        counts, row = np.unique(lengths, return_inverse=True)
+        factors = np.array([plan.rule.row_scale(int(n)) for n in counts])[row].reshape(*rows, 1)
     else:
         factors = np.array(plan.rule.scale)
     return np.broadcast_to(factors, plan.shape), np.arange(plan.size) < lengths[..., None]

@@ -50,7 +50,7 @@ class DropRule:
         if self.exact and self.span > 1:
             raise ValueError(f"exact can't be combined with span={self.span}: exact drops single messages")
         if self.exact and self.p is None:
-            raise ValueError("exact needs p to be a single number, but got an array")
+            raise ValueError("exact needs p to be a single number (traced: a Python one), but got an array or tensor")
 
     @property
     def threshold(self) -> int:

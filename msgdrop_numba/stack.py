@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from msgdrop_numba import numpy_ops
+from msgdrop_numba import numpy_ops, outputs, torch_ops
 from msgdrop_numba.arguments import address, factors, thresholds
 from msgdrop_numba.kernels.cpu import COPY
 from msgdrop_numba.plan import Draw
@@ -51,14 +51,19 @@ class Stack:
         kind = scaled_kind(dtype) if self.scale else COPY
         pad_value: Any = check_number("pad_value", self.pad_value, dtype)
         out = _empty((len(sources), longest, *shape[1:]), dtype)
-        draw = Draw(fill_message(self.fill, out, 2), seed=self.seed)
-        if self.p is not None:
-            draw = draw._replace(thresholds=thresholds(self.p), factors=factors(self.p) if self.scale else None)
+        message = fill_message(self.fill, out, 2)
+        t = None if self.p is None else thresholds(self.p)
+        f = factors(self.p) if self.p is not None and self.scale else None
         rule = self.rule
         for row, source in enumerate(sources):
             plan = make_plan(source.shape, dtype.itemsize, kind, 1, rule.p, rule.exact, rule.span, rule.min_keep)
             if plan.messages:
-                launch(plan, draw._replace(keys=self.row_keys[row : row + 1]), source.start, out[row].data_ptr(), 0)
+                draw = Draw(message, None, self.row_keys[row : row + 1], t, f)
+                if plan.followed:
+                    launch(plan, draw, self.seed, source.start, out[row].data_ptr(), 0)
+                else:
+                    mask = torch_ops.draw_mask(plan, draw, self.seed)
+                    out[row, : plan.size] = torch_ops.where(plan, draw, source.owner, mask)
             if plan.size < longest:
                 out[row, plan.size :] = pad_value
         return out
@@ -136,7 +141,7 @@ def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A new tensor; in a worker process in shared memory, so that it isn't copied again when it is sent."""
     if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype, device="cpu")
+        return outputs.empty(shape, dtype)
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu")
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)

@@ -55,7 +55,7 @@ def check_number(name: str, value: Any, dtype: torch.dtype) -> complex:
     return arguments.check_number(name, value, "i", low, high, dtype)
 
 
-def check_target(x: Tensor, inplace: bool, out: Any, active: bool) -> Tensor | None:
+def check_target(x: Tensor, inplace: bool, out: Any, active: bool, fill: Tensor | None) -> Tensor | None:
     """The tensor to write, x or out; None: a new one, or x stays as it is."""
     if inplace and out is not None:
         raise ValueError(f"give inplace=True or out, not both: got out={type(out).__name__}")
@@ -65,8 +65,7 @@ def check_target(x: Tensor, inplace: bool, out: Any, active: bool) -> Tensor | N
                 f"inplace=True can't change a leaf that requires grad, but x is one, of shape {tuple(x.shape)}: "
                 "drop out of place, or under torch.no_grad()"
             )
-        if x.is_inference() and not torch.is_inference_mode_enabled():
-            raise ValueError("x is an inference tensor, which can only be changed under torch.inference_mode()")
+        _check_inference("x", x)
         return x
     if out is None:
         return None
@@ -77,8 +76,14 @@ def check_target(x: Tensor, inplace: bool, out: Any, active: bool) -> Tensor | N
             f"out must be like x, {tuple(x.shape)} {x.dtype} on {x.device}, "
             f"but got {tuple(out.shape)} {out.dtype} on {out.device}"
         )
-    if out.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError("out is an inference tensor, which can only be written under torch.inference_mode()")
-    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+    _check_inference("out", out)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, out, fill)):
         raise ValueError("out can't be used where a gradient is needed: leave it out, or call under torch.no_grad()")
     return out
+
+
+def _check_inference(name: str, target: Tensor) -> None:
+    if torch.compiler.is_compiling():  # which can't ask, and has its own rules for them
+        return
+    if target.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{name} is an inference tensor, which can only be written under torch.inference_mode()")

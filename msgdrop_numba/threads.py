@@ -13,12 +13,10 @@ import os
 import sys
 
 import numba
-import numpy as np
 from numba import config
 from numba.core.compiler_lock import global_compiler_lock
 
-from msgdrop_numba.arguments import address
-from msgdrop_numba.kernels.cpu import drop_parallel, drop_serial
+from msgdrop_numba.kernels.cpu import drop_parallel, drop_range
 from msgdrop_numba.plan import Draw, Plan
 
 # Below this many bytes written, waking threads costs more than it saves.
@@ -59,18 +57,14 @@ def chunks(nbytes: int) -> int:
     return budget if budget > 1 and _layer.may_start() else 1
 
 
-def launch(plan: Plan, draw: Draw, x: int, out: int, mask: int) -> None:
+def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> None:
     """Run the kernel, serial or parallel, from address x to address out; without out, make the mask alone."""
-    fill, lengths, seed, keys, thresholds, factors, per_row, given = draw
     parts = chunks(plan.nbytes if out else plan.messages)
-    job = (
-        plan.messages, plan.address, x, out, address(fill), mask, int(given), address(lengths), address(keys),
-        address(thresholds), int(per_row), address(factors), np.uint64(seed),
-    )  # fmt: skip
+    low, high = seed & 0xFFFFFFFF, seed >> 32
     if parts == 1:
-        drop_serial(*job)
+        drop_range(0, plan.messages, plan.address, x, out, mask, low, high, *draw.addresses)
     else:
-        drop_parallel(*job, parts)
+        drop_parallel(plan.messages, plan.address, x, out, mask, low, high, *draw.addresses, parts)
 
 
 def _after_fork_in_child() -> None:

@@ -10,81 +10,94 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from msgdrop_numba import arguments, traced
-from msgdrop_numba.arguments import is_zero
+from msgdrop_numba import arguments, outputs, traced
 from msgdrop_numba.kernels import tensor
 from msgdrop_numba.kernels.cpu import COPY
-from msgdrop_numba.plan import Draw, Plan, follow, kept_factors, row_arguments
+from msgdrop_numba.plan import PLAIN, Draw, Plan, follow, kept_factors, row_arguments
 from msgdrop_numba.plan import plan as make_plan
 from msgdrop_numba.tensors import check_target, fill_message, scaled_kind
 from msgdrop_numba.threads import launch
 from msgdrop_numba.torch_state import is_plain
 
 
-def _write(plan: Plan, draw: Draw, x: Tensor, target: Tensor | None, mask: Tensor | None) -> Tensor:
+def _write(
+    plan: Plan, draw: Draw, seed: int, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
     """Run the kernel from x into `target`, a new tensor where None; the mask is written, or read if given."""
-    result = torch.empty_like(x) if target is None else target
+    if target is not None:
+        result = target
+    elif plan.nbytes >= outputs.HUGE_BYTES and x.is_contiguous():
+        result = outputs.empty(x.shape, x.dtype)
+    else:
+        result = torch.empty_like(x)
     if not (x.is_contiguous() and result.is_contiguous()):
         size = x.element_size()
         plan = follow(plan, *(tuple(step * size for step in t.stride()) for t in (x, result)))
     if plan.messages and plan.followed:
         if x.data_ptr() == 0 and plan.nbytes and x.numel():
             raise ValueError(f"x has no memory, though its shape is {tuple(x.shape)}: its storage was freed")
-        launch(plan, draw, x.data_ptr(), result.data_ptr(), 0 if mask is None else mask.data_ptr())
+        launch(plan, draw, seed, x.data_ptr(), result.data_ptr(), 0 if mask is None else mask.data_ptr())
         if target is not None and not target.is_inference():
             increment_version(target)  # torch can't see a write through a pointer
     elif plan.messages:
-        result.copy_(_where(plan, draw, x, draw_mask(plan, draw, mask)))
+        result.copy_(where(plan, draw, x, draw_mask(plan, draw, seed, mask)))
     return result
 
 
-def draw_mask(plan: Plan, draw: Draw, mask: Tensor | None = None) -> Tensor:
+def draw_mask(plan: Plan, draw: Draw, seed: int, mask: Tensor | None = None) -> Tensor:
     """The mask alone, in `mask` where there is one."""
     if mask is None:
         mask = torch.empty(plan.shape, dtype=torch.bool, device="cpu")
     if plan.messages and not draw.given:
-        launch(plan, draw, 0, 0, mask.data_ptr())
+        launch(plan, draw, seed, 0, 0, mask.data_ptr())
     return mask
 
 
 class _DropMessages(torch.autograd.Function):
-    """Saves the keep mask, one byte a message, and nothing of the data."""
+    """Backward is the same map on the gradient, its fill 0.
+
+    Nothing of the data is kept: the seed alone, or the mask, one byte a message, where arrays decide it too.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, fill: Tensor | None, mask: Tensor, plan: Plan, draw: Draw, inplace: bool
+        ctx: Any, x: Tensor, fill: Tensor | None, plan: Plan, draw: Draw, seed: int, mask: Tensor | None, inplace: bool
     ) -> Tensor:
+        if draw.seeded:
+            again = PLAIN
+        else:
+            mask = torch.empty(plan.shape, dtype=torch.bool, device="cpu") if mask is None else mask
+            ctx.save_for_backward(mask)
+            # Unscaled, padding passes like any kept message.
+            again = GIVEN if plan.kind == COPY else Draw(None, draw.lengths, None, None, draw.factors, given=True)
         if inplace:
             ctx.mark_dirty(x)
-        y = _write(plan, draw, x, x if inplace else None, mask)
-        ctx.save_for_backward(mask)
-        # Unscaled, padding passes like any kept message.
-        lengths = None if plan.kind == COPY else draw.lengths
-        ctx.plan, ctx.draw = plan, Draw(lengths=lengths, factors=draw.factors, per_row=draw.per_row, given=True)
-        return y
+        ctx.job = plan, again, seed
+        return _write(plan, draw, seed, x, x if inplace else None, mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        mask = ctx.saved_tensors[0].contiguous()  # hooks may have changed its layout
+        plan, draw, seed = ctx.job
+        mask = ctx.saved_tensors[0].contiguous() if draw.given else None  # hooks may have changed its layout
         if grad.layout != torch.strided:
             grad = grad.to_dense()
         grad_x = grad_fill = None
         if ctx.needs_input_grad[1]:
-            grad_fill = grad[~mask].sum(0)
+            grad_fill = grad[~draw_mask(plan, draw, seed, mask)].sum(0)
         if ctx.needs_input_grad[0]:
             if not is_plain(grad):
-                grad_x = _where(ctx.plan, ctx.draw, grad, mask)
+                grad_x = where(plan, draw, grad, draw_mask(plan, draw, seed, mask))
             elif torch.is_grad_enabled() and grad.requires_grad:
-                grad_x = _drop_messages(grad, None, mask, ctx.plan, ctx.draw, False)
+                grad_x = _drop_messages(grad, None, plan, draw, seed, mask, False)
             else:
-                grad_x = _write(ctx.plan, ctx.draw, grad, None, mask)
-        return grad_x, grad_fill, None, None, None, None
+                grad_x = _write(plan, draw, seed, grad, None, mask)
+        return grad_x, grad_fill, None, None, None, None, None
 
 
 _drop_messages: Any = _DropMessages.apply
 
 
-def _where(plan: Plan, draw: Draw, x: Tensor, mask: Tensor) -> Tensor:
+def where(plan: Plan, draw: Draw, x: Tensor, mask: Tensor) -> Tensor:
     """What the kernels do, in torch's operations: for layouts that they can't follow and what autograd must see."""
     factors = valid = None
     if plan.kind != COPY:
@@ -105,17 +118,17 @@ def message_dropout(
             generator, out, return_mask,
         )  # fmt: skip
     kind = scaled_kind(x.dtype) if scale else COPY
-    number, array = (p, None) if type(p) is float else arguments.split_p(p)
+    number, array = arguments.split_p(p)
     plan = make_plan(x.shape, x.itemsize, kind, message_dims, number, exact, span, min_keep)
-    message = None if is_zero(fill) else fill_message(fill, x, len(plan.shape))
+    message = fill_message(fill, x, len(plan.shape))
     active = training and number != 0
-    target = check_target(x, inplace, out, active) if inplace or out is not None else None
+    target = check_target(x, inplace, out, active, message) if inplace or out is not None else None
     if target is not None:
         if message is not None:
             message = message.clone()  # the user's own memory may be what is written
         arguments.check_memory("x, to be changed in place," if inplace else "out", _memory(x), _memory(target))
     seed = arguments.check_source(seed, generator, torch.Generator)
-    draw = row_arguments(plan, array, scale, message, lengths, seed, keys)
+    draw = row_arguments(plan, array, scale, message, lengths, keys)
     if not active:
         if target is None:
             target = x
@@ -124,16 +137,15 @@ def message_dropout(
         return (target, torch.ones(plan.shape, dtype=torch.bool, device="cpu")) if return_mask else target
 
     if seed is None:
-        draw = draw._replace(seed=fresh_seed(generator))
+        seed = fresh_seed(generator)
     graph = torch.is_grad_enabled() and (x.requires_grad or (message is not None and message.requires_grad))
-    mask: Any = torch.empty(plan.shape, dtype=torch.bool, device="cpu") if return_mask or graph else None
+    mask = torch.empty(plan.shape, dtype=torch.bool, device="cpu") if return_mask else None
     if not graph:
-        result = _write(plan, draw, x, target, mask)
+        result = _write(plan, draw, seed, x, target, mask)
     elif inplace and x._is_view():
-        draw_mask(plan, draw, mask)
-        result = x.copy_(_where(plan, draw, x, mask))
+        result = x.copy_(where(plan, draw, x, draw_mask(plan, draw, seed, mask)))
     else:
-        result = _drop_messages(x, message, mask, plan, draw, inplace)
+        result = _drop_messages(x, message, plan, draw, seed, mask, inplace)
     return (result, mask) if return_mask else result
 
 
@@ -142,6 +154,7 @@ def _memory(x: Tensor) -> tuple[Any, ...]:
     return x.data_ptr(), tuple(x.shape), tuple(step * size for step in x.stride()), size
 
 
+GIVEN = Draw(given=True)
 _local = threading.local()  # one shared seed buffer would be a race
 
 

@@ -14,8 +14,14 @@ try:
     _dispatch_keys: Any = torch._C._dispatch_keys
     _modes = torch._C._len_torch_dispatch_stack
     _tracing = torch._C._get_tracing_state
+    _transform = torch._C._functorch.peek_interpreter_stack
 except AttributeError:  # another torch: nothing is known to be plain
     _dispatch_keys = None
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func is under way, here or in what is being compiled."""
+    return _dispatch_keys is None or _transform() is not None
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -23,6 +29,8 @@ def is_plain(tensor: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():  # asked first: Dynamo can't follow the rest
         return False
     if _dispatch_keys is None or _modes() or _tracing() is not None or forward_ad._current_level >= 0:
+        return False
+    if _transform() is not None:  # a tensor from outside a transform looks plain inside it
         return False
     if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
         return False

@@ -1,6 +1,7 @@
 """message_dropout where no kernel may run: under tracing and transforms, on other devices, for tensor subclasses.
 
-Values inside tensors are clamped here, not checked: to look at them would synchronise, or break a graph.
+Values inside tensors on other devices or traced are clamped here, not checked: to look would synchronise, or break
+a graph. Nested tensors alone synchronise, for the length of the longest row.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from msgdrop_numba.plan import plan as make_plan
 from msgdrop_numba.plan import row_arguments
 from msgdrop_numba.rule import DropRule
 from msgdrop_numba.tensors import check_target, fill_message, scaled_kind
+from msgdrop_numba.torch_state import in_transform, is_plain
 
 
 def message_dropout(
@@ -37,7 +39,7 @@ def message_dropout(
         scaled_kind(x.dtype)
     message = fill_message(fill, x, len(shape))
     active = training and number != 0
-    target = check_target(x, inplace, out, active)
+    target = check_target(x, inplace, out, active, message)
     row_keys, row_lengths = _keys(keys, shape[:-1], x.device), _lengths(lengths, shape, x.device)
     seed = _seed(seed, generator, x.device, draw=active)
     if seed is None:
@@ -51,6 +53,26 @@ def message_dropout(
     return (y, keep) if return_mask else y
 
 
+def keep_mask(
+    shape: tuple[int, ...], p: Any, exact: bool, span: int, min_keep: int, lengths: Any, seed: Any, keys: Any,
+    device: Any,
+) -> Tensor:  # fmt: skip
+    """`functional.keep_mask` as a tensor on a device: from the kernels on the CPU, unless traced."""
+    device = torch.device(device)
+    if seed is None:
+        arguments.check_seed(seed)
+    eager = not torch.compiler.is_compiling() and all(
+        is_plain(t) for t in (p, lengths, seed, keys) if isinstance(t, Tensor)
+    )
+    if device.type == "cpu" and eager:
+        return torch.from_numpy(numpy_ops.keep_mask(shape, p, exact, span, min_keep, lengths, seed, keys))
+    number, array = _probabilities(p, shape, device)
+    rule = DropRule(number, exact, span, min_keep)
+    bits = _seed(seed, None, device, draw=True)
+    assert bits is not None
+    return _keep_mask(shape, rule, bits, _keys(keys, shape[:-1], device), _lengths(lengths, shape, device), array)
+
+
 def _jagged(
     x: Tensor, p: Any, training: bool, inplace: bool, scale: bool, exact: bool, span: int, min_keep: int,
     lengths: Any, fill: Any, message_dims: int | None, seed: Any, keys: Any, generator: Any, out: Any,
@@ -58,7 +80,8 @@ def _jagged(
 ) -> Any:  # fmt: skip
     """A nested tensor of jagged layout, (batch, messages, *features): values and offsets in, the same layout out."""
     ragged: Any = x
-    if x.layout != torch.jagged or ragged.lengths() is not None or message_dims not in (None, 2) or x.ndim < 3:
+    even = x.layout == torch.jagged and ragged.lengths() is None and ragged._ragged_idx == 1
+    if not even or message_dims not in (None, 2) or x.ndim < 3:
         raise ValueError(
             f"a nested x must be (batch, messages, *features), jagged and without holes, with message_dims 2, "
             f"but got {x.ndim} dims, layout {x.layout}, message_dims={message_dims}"
@@ -67,6 +90,8 @@ def _jagged(
         raise ValueError("a nested x can't be changed in place or written to out, and has lengths of its own")
     values, offsets = ragged.values(), ragged.offsets()
     sizes = offsets.diff()
+    if int(offsets[0]) != 0 or int(offsets[-1]) != len(values):
+        raise ValueError(f"a nested x must use all its {len(values)} values, but has offsets {offsets.tolist()}")
     shape = (len(sizes), int(sizes.max()) if len(sizes) else 0)
     number, array = _probabilities(p, shape, x.device)
     rule = DropRule(number, exact, span, min_keep)
@@ -75,7 +100,7 @@ def _jagged(
     message = fill_message(fill, values, 1)
     seed = _seed(seed, generator, x.device, draw=training and number != 0)
     inside = torch.arange(shape[1], device=x.device) < sizes.unsqueeze(-1)
-    keep, y = inside[inside], values
+    keep, y = torch.ones(len(values), dtype=torch.bool, device=x.device), values
     if seed is not None:
         keep = _keep_mask(shape, rule, seed, _keys(keys, shape[:-1], x.device), sizes, array)[inside]
         factor = tensor.factors(shape, rule, sizes, array, x.device)[0] if scale else None
@@ -91,8 +116,9 @@ def _jagged(
 def _keep_mask(
     shape: tuple[int, ...], rule: DropRule, seed: Tensor, keys: Tensor | None, lengths: Tensor | None, p: Tensor | None
 ) -> Tensor:
-    """The mask in torch operations; in compiled CPU code from the kernels, since compiling Philox takes a minute."""
-    if seed.device.type == "cpu" and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    """The mask in torch operations; in compiled CPU code from the kernels: compiling Philox itself takes 10 s."""
+    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if compiled and seed.device.type == "cpu" and not in_transform():
         return torch.ops.msgdrop_numba.keep_mask(  # type: ignore[no-any-return]
             shape, seed, keys, lengths, p, rule.p, rule.exact, rule.span, rule.min_keep
         )
@@ -109,21 +135,13 @@ def _keep_mask_op(
     shape: Any, seed: Any, keys: Any, lengths: Any, p: Any, number: Any, exact: Any, span: Any, min_keep: Any
 ) -> Tensor:
     plan = make_plan((*shape, 0), 0, COPY, len(shape), number, exact, span, min_keep)
-    draw = row_arguments(plan, p, False, None, lengths, arguments.check_seed(seed), keys)
-    return torch.from_numpy(numpy_ops.draw_mask(plan, draw))
+    draw = row_arguments(plan, p, False, None, lengths, keys)
+    return torch.from_numpy(numpy_ops.draw_mask(plan, draw, arguments.check_seed(seed)))
 
 
 @_keep_mask_op.register_fake
 def _(shape: Any, seed: Any, *_: Any) -> Tensor:
     return seed.new_empty(shape, dtype=torch.bool)  # type: ignore[no-any-return]
-
-
-@_keep_mask_op.register_vmap
-def _(info: Any, in_dims: Any, shape: Any, *args: Any) -> tuple[Tensor, int]:
-    def one(seed: Any, keys: Any, lengths: Any, p: Any, number: Any, exact: Any, span: Any, min_keep: Any) -> Tensor:
-        return tensor.keep_mask(tuple(shape), DropRule(number, exact, span, min_keep), seed, keys, lengths, p)
-
-    return torch.vmap(one, in_dims[1:], randomness=info.randomness)(*args), 0
 
 
 @torch.library.custom_op("msgdrop_numba::seed", mutates_args=(), schema="(SymInt bits, Device device) -> Tensor")
@@ -139,7 +157,9 @@ def _(bits: Any, device: Any) -> Tensor:
 
 def _probabilities(p: Any, shape: tuple[int, ...], device: torch.device) -> tuple[float | None, Tensor | None]:
     """p as a number or as a float64 tensor."""
-    if not isinstance(p, Tensor):
+    if torch.compiler.is_compiling() and not isinstance(p, Tensor) and getattr(p, "ndim", None):
+        p = _constant(p)
+    if not isinstance(p, Tensor) or is_plain(p):
         number, array = arguments.split_p(p)
         if array is None:
             return number, None
@@ -148,14 +168,16 @@ def _probabilities(p: Any, shape: tuple[int, ...], device: torch.device) -> tupl
         raise TypeError(f"p must hold floating-point numbers, but got dtype {p.dtype}")
     if p.ndim and p.shape not in (shape[-1:], shape):
         raise ValueError(f"p must be a number or have shape {shape[-1:]} or {shape}, but got {tuple(p.shape)}")
-    return None, p.detach().to(device, torch.float64).nan_to_num(nan=0.0).clamp(0, 1)
+    values = p.detach().to(device, torch.float64).nan_to_num(nan=0.0).clamp(0, 1)
+    return None, values if p.ndim else values.expand(shape[-1:])
 
 
 def _seed(seed: Any, generator: Any, device: torch.device, draw: bool) -> Tensor | None:
     """The seed as a 0-d int64 tensor on the device, drawn as torch draws where there is none; None if not needed."""
     if isinstance(seed, Tensor):
         arguments.check_seed_tensor(seed)
-        arguments.check_source(0, generator, torch.Generator)
+        if generator is not None:
+            raise ValueError(f"give seed or generator, not both: got a seed tensor and generator={generator!r}")
         return seed.to(device) if draw else None
     seed = arguments.check_source(seed, generator, torch.Generator)
     if not draw:
@@ -191,7 +213,7 @@ def _lengths(lengths: Any, shape: tuple[int, ...], device: torch.device) -> Tens
     rows, size = shape[:-1], shape[-1]
     if torch.compiler.is_compiling():
         lengths = _constant(lengths)
-    if not isinstance(lengths, Tensor):
+    if not isinstance(lengths, Tensor) or is_plain(lengths):
         host = arguments.row_lengths(lengths, rows, size)
         assert host is not None
         return torch.from_numpy(host.copy()).reshape(rows).to(device)
@@ -204,8 +226,8 @@ def _lengths(lengths: Any, shape: tuple[int, ...], device: torch.device) -> Tens
 def _constant(values: Any) -> Tensor:
     """What the compiler follows: numbers in lists, or arrays, as a tensor; it can't look at them one by one."""
     if isinstance(values, (list, tuple)):
-        values = [value - 2**64 if value >= 2**63 else value for value in values]
-    return torch.as_tensor(values)
+        return torch.stack([_constant(value) for value in values])
+    return torch.as_tensor(values - 2**64 if isinstance(values, int) and values >= 2**63 else values)
 
 
 def _check_rows(name: str, values: Tensor) -> None:

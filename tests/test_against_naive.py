@@ -55,7 +55,7 @@ def rule(rng: random.Random, shape: tuple[int, ...]) -> tuple[Any, dict[str, Any
 
 
 def case(rng: random.Random, size: int) -> dict[str, Any]:
-    dims = rng.choice([1, 1, 2, 2, 2, 3])
+    dims = rng.choice([1, 1, 2, 2, 2, 3, 4])
     shape = (*(rng.randint(0 if rng.random() < 0.1 else 1, 3) for _ in range(dims - 1)), rng.randint(0, size))
     rows = shape[:-1]
     lengths = keys = None
@@ -140,6 +140,27 @@ def test_ten_thousand_cases(seed, monkeypatch):
     monkeypatch.setattr(threads, "chunks", lambda nbytes: rng.randint(1, 8))
     for _ in range(2500):
         check(rng, 40)
+
+
+def test_words_and_streaming_stores(monkeypatch):
+    """Messages that are words, and those that are written past the cache, which large outputs alone are."""
+    from msgdrop_numba import plan
+
+    monkeypatch.setattr(plan, "STREAM_BYTES", 0)
+    plan._cached.cache_clear()
+    rng = random.Random(9)
+    for width in (1, 2, 3, 4, 8, 12, 16, 32, 64, 128, 192):
+        for shape in ((3, 40), (2, 1030)):
+            x = torch.from_numpy(numbers(rng, (*shape, width), "uint8"))
+            keep = naive.keep_mask(shape, 0.4, seed=width)
+            for fill in (0, 7, torch.from_numpy(numbers(rng, (width,), "uint8"))):
+                want = np.where(keep[..., None], x, np.asarray(fill, dtype=np.uint8))
+                for offset in (0, 1, 64):
+                    out = torch.empty(x.numel() + 64, dtype=torch.uint8)[offset : offset + x.numel()].view_as(x)
+                    assert np.array_equal(message_dropout(x, 0.4, seed=width, fill=fill, out=out), want)
+                    out.copy_(x)
+                    assert np.array_equal(message_dropout(out, 0.4, seed=width, fill=fill, inplace=True), want)
+    plan._cached.cache_clear()
 
 
 @settings(max_examples=300, derandomize=True, deadline=None, database=None)

@@ -128,6 +128,34 @@ def test_a_collate_function_of_ones_own():
     assert once(EVEN)["x"].unique().tolist() == [0, 2]
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.float64, torch.float32]
+)
+@pytest.mark.parametrize("scale", [False, True])
+def test_dtypes(dtype, scale):
+    samples = [s.to(dtype) for s in EVEN]
+    batch, mask = MessageDropoutCollate(0.3, scale=scale, return_mask=True)(samples)
+    want = torch.stack(samples)
+    if scale:
+        want = (
+            want.to(torch.complex64 if dtype.is_complex else torch.float64 if dtype == torch.float64 else torch.float32)
+            / 1
+        )
+        want = (want * torch.tensor(1 / 0.7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)).to(
+            dtype
+        )
+    assert torch.equal(batch.to(torch.complex128), torch.where(mask[..., None], want.to(torch.complex128), 0))
+
+
+def test_a_vector_fill_in_what_a_collate_function_returns():
+    samples = [s.numpy() for s in EVEN]
+    fill = np.arange(4, dtype=np.float32)
+    batch, mask = MessageDropoutCollate(0.5, fill=fill, collate_fn=np.stack, return_mask=True)(samples)
+    assert np.array_equal(batch, np.where(mask[..., None], np.stack(samples), fill))
+    token = torch.nn.Parameter(torch.ones(4))
+    assert not MessageDropoutCollate(0.5, fill=token, collate_fn=torch.stack)(EVEN).requires_grad
+
+
 # ---- keys, seeds, epochs
 
 
@@ -344,6 +372,7 @@ def test_errors_name_the_sample_and_its_key():
         ({"fill": "a"}, TypeError, "fill must be.*'a'"),
         ({"pad_value": None}, TypeError, "pad_value must be.*None"),
         ({"span": 0}, ValueError, "span must be.*0"),
+        ({"p": np.full((2, 3), 0.5)}, ValueError, r"p must be a number or have one dim.*\(2, 3\)"),
     ],
 )
 def test_bad_construction(options, error, message):

@@ -88,7 +88,7 @@ def test_a_read_only_install_without_a_home(tmp_path):
     }  # fmt: skip
     check = """
 import msgdrop_numba.kernels.cpu as cpu
-print(msgdrop_numba.__file__, type(cpu.drop_serial._cache).__name__)
+print(msgdrop_numba.__file__, type(cpu.drop_range._cache).__name__)
 """
     done = run(USE_NUMPY + check, cwd=tmp_path, **environment)
     assert done.stderr == ""
@@ -96,7 +96,7 @@ print(msgdrop_numba.__file__, type(cpu.drop_serial._cache).__name__)
 
 
 def test_compiled_code_is_cached(tmp_path):
-    code = USE_NUMPY + "import msgdrop_numba.kernels.cpu as cpu\nprint(sum(cpu.drop_serial.stats.cache_hits.values()))"
+    code = USE_NUMPY + "import msgdrop_numba.kernels.cpu as cpu\nprint(sum(cpu.drop_range.stats.cache_hits.values()))"
     outputs = [run(code, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     assert [done.stderr for done in outputs] == ["", ""]
     assert [done.stdout for done in outputs] == ["0\n", "1\n"]

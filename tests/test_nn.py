@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -29,12 +30,12 @@ def test_forward_takes_seed_keys_lengths_and_gives_the_mask():
 
 
 def test_options_reach_the_function():
-    x = torch.ones(4, 64, 2)
+    x = torch.ones(64, 4, 2)
     layer = MessageDropout(0.5, inplace=True, scale=True, fill=-3, message_dims=1)
     y, mask = layer(x, return_mask=True)
     assert y is x
-    assert mask.shape == (4,)
-    assert set(y.unique().tolist()) <= {2.0, -3.0}
+    assert mask.shape == (64,)
+    assert set(y.unique().tolist()) == {2.0, -3.0}
 
 
 def test_repr():
@@ -59,11 +60,19 @@ def test_rules_and_fills_reach_the_function():
     for options in ({"exact": True}, {"span": 3}, {"min_keep": 5}, {"p": torch.rand(9)}, {"fill": token}):
         layer = MessageDropout(**{"p": 0.6, **options})
         assert torch.equal(layer(x, seed=1), message_dropout(x, seed=1, **{"p": 0.6, **options}))
-    assert set(MessageDropout(torch.rand(9), fill=token).state_dict()) == {"p", "fill"}
+    assert set(MessageDropout(torch.rand(9), fill=token).state_dict()) == {"fill"}
     assert (
         repr(MessageDropout(torch.rand(9), fill=token))
         == "MessageDropout(p=Tensor(9,), inplace=False, fill=Tensor(2,))"
     )
+
+
+def test_an_array_of_probabilities_is_a_copy_in_float64():
+    p = np.linspace(0, 1, 9)
+    layer = MessageDropout(p)
+    want = layer(torch.ones(4, 9, 2), seed=1)
+    p[:] = 0
+    assert torch.equal(layer.bfloat16()(torch.ones(4, 9, 2), seed=1), want)
 
 
 def test_a_mask_token_is_learnt():
@@ -124,6 +133,8 @@ def test_bad_p_fails_at_construction(p, error):
         ({"message_dims": 0}, ValueError, "message_dims must be.*0"),
         ({"span": 2.5}, TypeError, "span must be.*2.5"),
         ({"exact": True, "p": torch.rand(3)}, ValueError, "exact needs p"),
+        ({"p": np.array([np.nan, 0.5])}, ValueError, "p must hold probabilities.*nan"),
+        ({"p": torch.tensor([-1.0, 2.0])}, ValueError, "p must hold probabilities.*-1"),
     ],
 )
 def test_bad_options_fail_at_construction(options, error, message):

@@ -90,10 +90,75 @@ def test_compiled_equals_eager(compiled, options):
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("vector", MASKS)
+def test_compiled_vectors(compiled, vector):
+    f = compiled(lambda x, p: message_dropout(x, p, return_mask=True, **arguments(vector))[1])
+    p = probability(vector)
+    x = torch.ones(*vector["shape"], 2)
+    assert np.array_equal(f(x, torch.from_numpy(p) if isinstance(p, np.ndarray) else p), expected(vector))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("vector", MASKS)
+def test_compiled_operations_on_vectors(compiled, vector, dynamic):
+    given = arguments(vector)
+    rule = {name: given[name] for name in ("exact", "span", "min_keep") if name in given}
+    p = probability(vector)
+    array = torch.from_numpy(p) if isinstance(p, np.ndarray) else None
+    dropping = DropRule(None if array is not None else p, **rule)
+    f = compiled(
+        lambda x, seed, keys, lengths: tensor.keep_mask((x.shape[0], x.shape[1]), dropping, seed, keys, lengths, array),
+        dynamic=dynamic,
+    )
+    seed = torch.tensor(given["seed"] - 2**64 if given["seed"] >= 2**63 else given["seed"])
+    keys, lengths = (torch.tensor(given[name]) if name in given else None for name in ("keys", "lengths"))
+    assert np.array_equal(f(torch.empty(vector["shape"]), seed, keys, lengths), expected(vector))
+
+
+def test_compiled_in_place_and_into_out(compiled):
+    want = message_dropout(X, seed=3)
+    assert torch.equal(compiled(lambda x: message_dropout(x * 1, seed=3, inplace=True))(X), want)
+    out = torch.empty_like(X)
+    compiled(lambda x, out: message_dropout(x, seed=3, out=out))(X, out)
+    assert torch.equal(out, want)
+    torch.manual_seed(1)
+    assert compiled(MessageDropout(0.5, inplace=True))(X.clone()).shape == X.shape
+
+
+def test_compiled_transforms(compiled):
+    x, seeds, keys = torch.randn(5, 4, 9, 3), torch.arange(5), torch.arange(20).reshape(5, 4)
+    f = compiled(lambda x, s: torch.func.vmap(lambda x, s: message_dropout(x, seed=s))(x, s))
+    assert torch.equal(f(x, seeds), torch.stack([message_dropout(x[i], seed=i) for i in range(5)]))
+    f = compiled(lambda x, k: torch.func.vmap(lambda x, k: message_dropout(x, seed=1, keys=k))(x, k))
+    assert torch.equal(f(x, keys), torch.stack([message_dropout(x[i], seed=1, keys=keys[i]) for i in range(5)]))
+    f = compiled(lambda x: torch.func.grad(lambda x: message_dropout(x, seed=3).sum())(x))
+    assert torch.equal(f(X), message_dropout(torch.ones_like(X), seed=3))
+
+
+def test_compiled_arguments_of_every_form(compiled):
+    p = np.linspace(0, 1, 9)
+    want = message_dropout(X, p, seed=3)
+    assert torch.equal(compiled(MessageDropout(p))(X, seed=torch.tensor(3)), want)
+    assert torch.equal(compiled(lambda x: message_dropout(x, p, seed=3))(X), want)
+    assert torch.equal(
+        compiled(lambda x, p: message_dropout(x, p, seed=3))(X, torch.tensor(0.3)),
+        message_dropout(X, torch.tensor(0.3), seed=3),
+    )
+    keys = [[1, 2**63, -1]] * 4
+    x = torch.randn(4, 3, 9, 2)
+    f = compiled(lambda x: message_dropout(x, seed=3, message_dims=3, keys=keys))
+    assert torch.equal(f(x), message_dropout(x, seed=3, message_dims=3, keys=keys))
+    f = compiled(lambda seed: keep_mask((3, 4), seed=seed, device="cpu"))
+    assert torch.equal(f(torch.tensor(5)), keep_mask((3, 4), seed=5, device="cpu"))
+
+
 def test_compiled_with_dynamic_shapes(compiled):
     f = compiled(lambda x, seed, keys: message_dropout(x, 0.3, seed=seed, keys=keys, scale=True), dynamic=True)
+    g = compiled(lambda x, n: message_dropout(x, 0.3, seed=7, lengths=n, exact=True, scale=True), dynamic=True)
     for shape in ((4, 9, 3), (17, 5, 2), (2, 33, 8)):
         x, keys = torch.randn(shape), torch.arange(shape[0])
+        assert torch.equal(g(x, keys % 5), message_dropout(x, 0.3, seed=7, lengths=keys % 5, exact=True, scale=True))
         assert torch.equal(f(x, torch.tensor(5), keys), message_dropout(x, 0.3, seed=5, keys=keys, scale=True))
 
 
@@ -155,6 +220,21 @@ def test_export(training):
     assert torch.equal(y, torch.where(dropped[..., None], 0, X))
 
 
+@pytest.mark.parametrize(
+    "options", [{"span": 2}, {"exact": True, "scale": True}, {"min_keep": 2, "keys": [-1, 2, 3, 7]}]
+)
+def test_exported_masks_are_the_same(options):
+    class Model(torch.nn.Module):
+        def forward(self, x, seed):
+            return message_dropout(x, 0.4, seed=seed, **options)
+
+    sizes = {1: torch.export.Dim.AUTO}
+    program = torch.export.export(Model(), (X, torch.tensor(1)), dynamic_shapes=(sizes, None)).module()
+    for size in (9, 33, 5):  # fewer than 5 would be another branch of the program, as torch sees it
+        x = torch.randn(4, size, 3)
+        assert torch.equal(program(x, torch.tensor(-5)), message_dropout(x, 0.4, seed=2**64 - 5, **options))
+
+
 # ---- torch.func and forward AD
 
 
@@ -186,6 +266,19 @@ def test_vmap():
     seeds = torch.arange(5)
     got = torch.func.vmap(lambda x, seed: message_dropout(x, seed=seed))(x, seeds)
     assert torch.equal(got, torch.stack([message_dropout(x[i], seed=i) for i in range(5)]))
+
+
+def test_tensors_from_outside_a_transform():
+    leaf = torch.randn(3, 5, 4, requires_grad=True)
+    want = message_dropout(leaf, seed=1)
+    assert torch.equal(torch.vmap(lambda i: message_dropout(leaf, seed=1) + i)(torch.zeros(2))[1], want)
+    layer = MessageDropout(0.5, fill=torch.nn.Parameter(torch.ones(4)))
+    got = torch.func.grad(lambda w: (layer(leaf, seed=1) * w).sum())(torch.tensor(2.0))
+    torch.testing.assert_close(got, layer(leaf, seed=1).sum())
+    different = torch.vmap(lambda i: message_dropout(X) + i, randomness="different")(torch.zeros(3))
+    assert len({y.numpy().tobytes() for y in different}) == 3
+    masks = torch.func.vmap(lambda seed: keep_mask((3, 4), seed=seed, device="cpu"))(torch.arange(3))
+    assert np.array_equal(masks, np.stack([keep_mask((3, 4), seed=i) for i in range(3)]))
 
 
 def test_forward_ad():
@@ -279,6 +372,14 @@ def test_nested_tensors(options):
     y.values().sum().backward()
     assert torch.equal((parts[0].grad != 0).all(dim=1), keep[0, :5])
     assert message_dropout(x, 0.0) is x
+    with pytest.raises(ValueError, match="p must hold probabilities"):  # in plain tensors values are looked at
+        message_dropout(x, torch.full((7,), 2.0))
+    for wrong in (
+        x.transpose(1, 2),
+        torch.nested.nested_tensor_from_jagged(torch.randn(10, 4), torch.tensor([0, 3, 8])),
+    ):
+        with pytest.raises(ValueError, match="nested x must"):
+            message_dropout(wrong)
     for bad in ({"inplace": True}, {"lengths": [1, 2, 3]}, {"message_dims": 1}):
         with pytest.raises(ValueError, match="nested x"):
             message_dropout(x, **bad)
@@ -294,9 +395,12 @@ def test_save_and_replicate():
     want = model(X)
     torch.manual_seed(1)
     assert torch.equal(loaded(X), want)
-    for replica in torch.nn.parallel.replicate(model, ["cpu"]) if torch.cuda.is_available() else [copy.deepcopy(model)]:
-        torch.manual_seed(1)
-        assert torch.equal(replica(X), want)
+    replica = model._replicate_for_data_parallel()  # as DataParallel does on each device
+    replica._modules = {name: child._replicate_for_data_parallel() for name, child in model._modules.items()}
+    for name, child in replica._modules.items():
+        child._parameters = dict(model._modules[name]._parameters)
+    torch.manual_seed(1)
+    assert torch.equal(replica(X), want)
 
 
 def test_autocast():
@@ -304,3 +408,15 @@ def test_autocast():
         y = MessageDropout(0.5)(torch.nn.functional.linear(X, torch.ones(3, 3)))
         assert y.dtype == torch.nn.Dropout(0.5)(torch.nn.functional.linear(X, torch.ones(3, 3))).dtype == torch.bfloat16
         assert MessageDropout(0.5)(X).dtype == torch.nn.Dropout(0.5)(X).dtype == torch.float32
+        token = MessageDropout(1.0, fill=torch.nn.Parameter(torch.full((3,), 1 / 3)))
+        y = token(torch.nn.functional.linear(X, torch.ones(3, 3)))
+        assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert torch.equal(token.fill.grad, torch.full((3,), 36.0))
+
+
+@pytest.mark.parametrize("span", [2**31, 2**34])
+def test_huge_spans(span):
+    for seed in range(8):
+        got = tensor.keep_mask((3, 50), DropRule(0.5, span=span), torch.tensor(seed), None, None, None)
+        assert np.array_equal(got, keep_mask((3, 50), 0.5, span=span, seed=seed))

@@ -1,4 +1,4 @@
-"""The CPU kernels: one serial (GIL released) and one parallel, over the same scalar functions.
+"""The CPU kernels: `drop_range`, serial with the GIL released, and `drop_parallel` over the same scalar functions.
 
 A message is `width` bytes, whatever its dtype: one compiled kernel serves them all. Only scaling looks at elements.
 """
@@ -17,6 +17,7 @@ from msgdrop_numba.kernels.memory import (
     float_to_bits,
     float_to_half,
     half_to_float,
+    stream_line,
     view,
     zero_bytes,
 )
@@ -24,6 +25,7 @@ from msgdrop_numba.kernels.rules import BLOCK, PLAN, Array, dropped_exactly, kee
 
 # What is done to the elements of a kept message: nothing, or multiply as this type.
 COPY, FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(5)
+LINE = 64  # bytes that a streaming store writes at once
 OTHER = -1  # multiply, as a type that the kernels don't know
 
 
@@ -58,17 +60,38 @@ def _round_to_bfloat16(value: Any) -> Any:
 
 
 @jit
-def _keep_messages(target: int, source: int, messages: int, plan: Any, kind: int, factor: float, factors: int) -> None:
+def _copy(target: int, source: int, count: int, stream: bool) -> None:
+    """Copy `count` bytes, past the cache where `stream`: of more than it holds, it forgets the first by the last."""
+    if stream:
+        for at in range(0, count, LINE):
+            stream_line(target + at, source + at)
+    else:
+        copy_bytes(target, source, count)
+
+
+@jit
+def _zero(target: int, count: int, stream: bool) -> None:
+    if stream:
+        for at in range(0, count, LINE):
+            stream_line(target + at, 0)
+    else:
+        zero_bytes(target, count)
+
+
+@jit
+def _keep_messages(
+    target: int, source: int, messages: int, plan: Any, kind: int, factor: float, factors: int, stream: bool
+) -> None:
     """Copy or scale neighbouring messages, in one piece where they lie so."""
     width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]
     if kind == COPY:
         if target == source:
             return
         if source_step == width and target_step == width:
-            copy_bytes(target, source, messages * width)
+            _copy(target, source, messages * width, stream)
             return
         for j in range(messages):
-            copy_bytes(target + j * target_step, source + j * source_step, width)
+            _copy(target + j * target_step, source + j * source_step, width, stream)
         return
     own = view(factors, messages if factors else 0, np.float64)
     for j in range(messages):
@@ -77,21 +100,23 @@ def _keep_messages(target: int, source: int, messages: int, plan: Any, kind: int
 
 
 @jit
-def _drop_messages(target: int, messages: int, plan: Any, fill: int) -> None:
+def _drop_messages(target: int, messages: int, plan: Any, fill: int, stream: bool) -> None:
     """Fill neighbouring messages, in one piece where they lie so."""
     width, step = plan["width"], plan["out_step"]
     if fill == 0 and step == width:
-        zero_bytes(target, messages * width)
+        _zero(target, messages * width, stream)
         return
     for j in range(messages):
         if fill:
-            copy_bytes(target + j * step, fill, width)
+            _copy(target + j * step, fill, width, stream)
         else:
-            zero_bytes(target + j * step, width)
+            _zero(target + j * step, width, stream)
 
 
 @jit
-def _write_block(target: int, source: int, keep: Array, plan: Any, factor: float, factors: int, fill: int) -> None:
+def _write_block(
+    target: int, source: int, keep: Array, plan: Any, factor: float, factors: int, fill: int, stream: bool
+) -> None:
     """Write the messages of `keep`, run by run of equal flags; what is dropped is never read."""
     start = 0
     while start < keep.size:
@@ -101,10 +126,57 @@ def _write_block(target: int, source: int, keep: Array, plan: Any, factor: float
         to = target + start * plan["out_step"]
         if keep[start]:
             by = factors + 8 * start if factors else 0
-            _keep_messages(to, source + start * plan["x_step"], stop - start, plan, plan["kind"], factor, by)
+            from_ = source + start * plan["x_step"]
+            _keep_messages(to, from_, stop - start, plan, plan["kind"], factor, by, stream)
         else:
-            _drop_messages(to, stop - start, plan, fill)
+            _drop_messages(to, stop - start, plan, fill, stream)
         start = stop
+
+
+@jit
+def _select(target: int, source: int, keep: Array, value: Any, word: Any) -> None:
+    """Messages of one word each: no runs to find, no branch to predict. The loads are masked by `keep`."""
+    x, y = view(source, keep.size, word), view(target, keep.size, word)
+    if source == target:
+        for j in range(keep.size):
+            if not keep[j]:
+                y[j] = value
+    else:
+        for j in range(keep.size):
+            y[j] = x[j] if keep[j] else value
+
+
+@jit
+def _spread(keep: Array, flags: int, times: int) -> Any:
+    """Every flag `times` times (2, 4 or 8), in the memory at `flags`."""
+    if times == 2:
+        twos = view(flags, keep.size, np.uint16)
+        for j in range(keep.size):
+            twos[j] = np.uint16(0x0101) * keep[j]
+    elif times == 4:
+        fours = view(flags, keep.size, np.uint32)
+        for j in range(keep.size):
+            fours[j] = np.uint32(0x01010101) * keep[j]
+    else:
+        eights = view(flags, keep.size, np.uint64)
+        for j in range(keep.size):
+            eights[j] = np.uint64(0x0101010101010101) * keep[j]
+    return view(flags, keep.size * times, np.bool_)
+
+
+@jit
+def _write_small(target: int, source: int, keep: Array, width: int, fill: int, flags: int) -> None:
+    """Write neighbouring messages of 1 to 64 bytes, a power of two: word by word, since their runs are too short."""
+    if width == 1:
+        _select(target, source, keep, view(fill, 1, np.uint8)[0] if fill else np.uint8(0), np.uint8)
+    elif width == 2:
+        _select(target, source, keep, view(fill, 1, np.uint16)[0] if fill else np.uint16(0), np.uint16)
+    elif width == 4:
+        _select(target, source, keep, view(fill, 1, np.uint32)[0] if fill else np.uint32(0), np.uint32)
+    elif width == 8:
+        _select(target, source, keep, view(fill, 1, np.uint64)[0] if fill else np.uint64(0), np.uint64)
+    else:
+        _select(target, source, _spread(keep, flags, width // 8), np.uint64(0), np.uint64)
 
 
 @jit
@@ -117,20 +189,23 @@ def _row_factor(plan: Any, valid: int) -> float:
 
 @jit
 def drop_range(
-    first: int, last: int, plan_address: int, x: int, out: int, fill: int, mask: int, given: int, lengths: int,
-    keys: int, thresholds: int, per_row: int, factors: int, seed: Any,
+    first: int, last: int, plan_address: int, x: int, out: int, mask: int, seed_low: int, seed_high: int,
+    fill: int, given: int, lengths: int, keys: int, thresholds: int, per_row: int, factors: int,
 ) -> None:  # fmt: skip
     """Drop among the messages first..last - 1, counted in C order.
 
     Addresses are integers, 0 where there is none: `plan_address` (one PLAN), `x` and `out` (equal: in place; without
     `out` only the mask is made), `fill` (one message; 0: zeros), `mask` (bool a message, written, or read where
     `given`), `lengths` (int64 a row), `keys` (uint64 a row), `thresholds` (uint64) and, if scaled, `factors`
-    (float64), one a position or, where `per_row`, one a message. `seed` is a NumPy uint64, the rest are Python
-    integers: one compiled version serves every call.
+    (float64), one a position or, where `per_row`, one a message. All are Python integers, the seed as two halves: one
+    compiled version serves every call.
     """
     plan = view(plan_address, 1, PLAN)[0]
     size = plan["size"]
-    words, scratch = np.empty(BLOCK + 8, np.uint32), np.empty(BLOCK, np.bool_)
+    words, scratch, flags = np.empty(BLOCK + 8, np.uint32), np.empty(BLOCK, np.bool_), np.empty(BLOCK, np.uint64)
+    small = plan["small"] and (x | out) % min(plan["width"], 8) == 0 and (plan["width"] <= 8 or fill == 0)
+    stream = plan["stream"] and out % LINE == 0
+    seed = np.uint64(seed_low) | (np.uint64(seed_high) << np.uint64(32))
     row, key, valid, factor, row_thresholds, row_factors = -1, np.uint64(0), size, plan["factor"], thresholds, factors
     phase, cutoff, ties_end = 0, np.uint64(0), 0
     while first < last:
@@ -153,27 +228,25 @@ def drop_range(
         if out:
             to = out + row * plan["out_row"] + position * plan["out_step"]
             source = x + row * plan["x_row"] + position * plan["x_step"]
-            _write_block(to, source, keep[:inside], plan, factor, row_factors + 8 * position if factors else 0, fill)
+            if small:
+                _write_small(to, source, keep[:inside], plan["width"], fill, flags.ctypes.data)
+            else:
+                by = row_factors + 8 * position if factors else 0
+                _write_block(to, source, keep[:inside], plan, factor, by, fill, stream)
             to, source = to + inside * plan["out_step"], source + inside * plan["x_step"]
-            _keep_messages(to, source, count - inside, plan, COPY, 1.0, 0)
+            _keep_messages(to, source, count - inside, plan, COPY, 1.0, 0, stream)
         first += count
-
-
-@jit
-def drop_serial(
-    messages: int, plan: int, x: int, out: int, fill: int, mask: int, given: int, lengths: int,
-    keys: int, thresholds: int, per_row: int, factors: int, seed: Any,
-) -> None:  # fmt: skip
-    """`drop_range` over all messages, on this thread."""
-    drop_range(0, messages, plan, x, out, fill, mask, given, lengths, keys, thresholds, per_row, factors, seed)
 
 
 @parallel_jit
 def drop_parallel(
-    messages: int, plan: int, x: int, out: int, fill: int, mask: int, given: int, lengths: int,
-    keys: int, thresholds: int, per_row: int, factors: int, seed: Any, chunks: int,
+    messages: int, plan: int, x: int, out: int, mask: int, seed_low: int, seed_high: int,
+    fill: int, given: int, lengths: int, keys: int, thresholds: int, per_row: int, factors: int, chunks: int,
 ) -> None:  # fmt: skip
     """`drop_range` over all messages in `chunks` equal parts, on numba's threads."""
     for c in prange(chunks):
         start, stop = messages * c // chunks, messages * (c + 1) // chunks
-        drop_range(start, stop, plan, x, out, fill, mask, given, lengths, keys, thresholds, per_row, factors, seed)
+        drop_range(
+            start, stop, plan, x, out, mask, seed_low, seed_high, fill, given, lengths, keys, thresholds, per_row,
+            factors,
+        )  # fmt: skip

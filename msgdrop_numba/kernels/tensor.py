@@ -44,6 +44,7 @@ def fold_in(seed: Tensor, data: Tensor) -> Tensor:
 
 def draws(seed: Tensor, keys: Tensor, count: int, stream: int) -> Tensor:
     """The draws of positions 0..count - 1, `(*keys.shape, count)`."""
+    # The mask tells Inductor that these are 64-bit values, not indices that it may keep in 32 bits.
     counters = torch.arange((count + 3) // 4, device=keys.device) & _M32
     (c2, c3), (k0, k1) = _halves(keys), _halves(seed)
     words = philox4x32_10(counters, stream, c2.unsqueeze(-1), c3.unsqueeze(-1), k0, k1)
@@ -64,13 +65,14 @@ def row_keys(keys: Tensor | None, rows: tuple[int, ...], device: torch.device) -
 def _fewer(keys: Tensor, count: Tensor) -> Tensor:
     """Whether a position is among the `count` of its row with the smallest (key, position)."""
     order = torch.argsort(keys, dim=-1, stable=True)
-    ranks = torch.argsort(order, dim=-1)
-    return ranks < count.unsqueeze(-1)
+    among = torch.arange(keys.shape[-1], device=keys.device) < count.unsqueeze(-1)
+    return torch.zeros_like(among).scatter(-1, order, among)
 
 
 def _exactly(valid: Tensor, rule: DropRule) -> Tensor:
     """How many of `valid` messages the exact rule drops, in two steps since the product may not fit into 64 bits."""
-    high, low = divmod(2 * rule.threshold + 1, 2**17)
+    factor = 2 * rule.threshold + 1
+    high, low = factor >> 17, factor & 0x1FFFF
     wanted = (valid * high + ((valid * low) >> 17)) >> 16
     return torch.minimum(wanted, (valid - rule.min_keep).clamp(min=0))
 
@@ -94,9 +96,11 @@ def keep_mask(
         return ~(_fewer(drawn, _exactly(valid, rule)) & inside)
     threshold: Any = rule.threshold if p is None else (p * 2.0**32).round().to(torch.int64)
     if rule.span > 1:
-        phase = (draws(seed, keys, 1, 1) * rule.span) >> 32
-        drawn = draws(seed, keys, (size + rule.span - 2) // rule.span + 1, 0)
-        drawn = drawn.gather(-1, (position + phase) // rule.span)
+        # In two steps since the product may not fit into 64 bits.
+        first = draws(seed, keys, 1, 1)
+        phase = (first * (rule.span >> 17) + ((first * (rule.span & 0x1FFFF)) >> 17)) >> 15
+        # No more groups than positions: their exact number would bind the sizes of an exported program.
+        drawn = draws(seed, keys, size, 0).gather(-1, (position + phase) // rule.span)
     else:
         drawn = draws(seed, keys, size, 0)
     dropped = (drawn < threshold) & inside

@@ -1,0 +1,93 @@
+"""Memory for large outputs: a page fault for every 4 KB of fresh memory costs more than the whole kernel.
+
+Two remedies, each for what it buys (README, Speed): huge pages take one fault for 2 MB; the memory of an earlier output
+that nobody uses any more takes none. Outputs of less than `HUGE_BYTES` come from torch alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+import sys
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HUGE_BYTES = 4 * 2**20
+REUSED_BYTES = 32 * 2**20  # from here on the C library hands freed memory back to the system at once
+
+# The most memory that is held for use again, once no output uses it; 0 turns that off.
+KEPT_BYTES = 512 * 2**20
+
+_PAGE = 2 * 2**20
+_ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux alone
+_kept: deque[Any] = deque()  # storages of earlier outputs, most of them still in use
+
+# In another torch that hasn't got this, nothing is known to be unused.
+_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+
+try:
+    _madvise: Any = ctypes.CDLL(None).madvise
+    _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+except (OSError, AttributeError, TypeError):
+    _madvise = None
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor in C order."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < HUGE_BYTES:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    reused = _unused(nbytes) if nbytes >= REUSED_BYTES and KEPT_BYTES and _use_count is not None else None
+    if reused is None:
+        fresh = torch.empty(shape, dtype=dtype, device="cpu")
+        advise(fresh.data_ptr(), nbytes)
+        if nbytes >= REUSED_BYTES and _use_count is not None:
+            _keep(fresh.untyped_storage())
+        return fresh
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    tensor = torch.empty(0, dtype=dtype, device="cpu").set_(reused, 0, shape, strides)
+    _keep(reused)
+    return tensor
+
+
+def advise(address: int, nbytes: int) -> None:
+    """Ask for huge pages for the whole ones within a range of memory; a wish, which the system may ignore."""
+    start = -(-address // _PAGE) * _PAGE
+    length = (address + nbytes - start) // _PAGE * _PAGE
+    if length > 0 and _madvise is not None and _ADVICE is not None:
+        _madvise(start, length, _ADVICE)
+
+
+def _keep(storage: Any) -> None:
+    _kept.append(storage)
+    while sum(kept.nbytes() for kept in list(_kept)) > KEPT_BYTES:
+        try:
+            _kept.popleft()
+        except IndexError:
+            return
+
+
+def _unused(nbytes: int) -> Any:
+    """A kept storage of this size that nobody else refers to, no tensor, view, array or saved tensor; or None."""
+    for _ in range(len(_kept)):
+        try:
+            storage = _kept.popleft()  # taken out first: no other thread can ask for it meanwhile
+        except IndexError:
+            return None
+        # One use is this Python object; two references are the variable and the argument.
+        alone = _use_count(storage._cdata) == 1 and sys.getrefcount(storage) == 2
+        if alone and storage.nbytes() == nbytes and not storage.is_shared():
+            return storage
+        if not alone and not storage.is_shared():
+            _kept.append(storage)
+    return None
+
+
+if hasattr(os, "register_at_fork"):
+    # A child shares its parent's pages until it writes: it starts with none to use again.
+    os.register_at_fork(after_in_child=_kept.clear)
