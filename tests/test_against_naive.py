@@ -133,7 +133,6 @@ def test_few_cases(seed, chunks):
         check(rng, 9)
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("seed", range(4))
 def test_ten_thousand_cases(seed, monkeypatch):
     rng = random.Random(1000 + seed)
