@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-INSTALL = 'msgdrop needs more packages for this: pip install "msgdrop_numba[demo]"'
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-try:
-    import click
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Table
-except ModuleNotFoundError as missing:
-    sys.exit(f"{INSTALL} (missing: {missing.name})")
+INSTALL = 'msgdrop needs more packages for this: pip install "msgdrop_numba[demo]"'
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

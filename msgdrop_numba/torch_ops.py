@@ -112,7 +112,9 @@ def message_dropout(
     return_mask: bool,
 ) -> Any:  # fmt: skip
     """`functional.message_dropout` for a tensor."""
-    if not is_plain(x) or not all(is_plain(t) for t in (lengths, fill, seed, keys, p, out) if isinstance(t, Tensor)):
+    numbers = lengths is None and keys is None and seed is None and out is None  # the usual call, asked first
+    numbers = numbers and type(fill) is float and type(p) is float
+    if not is_plain(x) or not (numbers or _all_plain(lengths, fill, seed, keys, p, out)):
         return traced.message_dropout(
             x, p, training, inplace, scale, exact, span, min_keep, lengths, fill, message_dims, seed, keys,
             generator, out, return_mask,
@@ -156,6 +158,10 @@ def _memory(x: Tensor) -> tuple[Any, ...]:
 
 GIVEN = Draw(given=True)
 _local = threading.local()  # one shared seed buffer would be a race
+
+
+def _all_plain(*values: Any) -> bool:
+    return all(is_plain(value) for value in values if isinstance(value, Tensor))
 
 
 def fresh_seed(generator: Any) -> int:

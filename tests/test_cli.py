@@ -75,7 +75,7 @@ def test_both_ways_to_call_it(command):
 @pytest.mark.parametrize(("missing", "arguments"), [("click", ["--help"]), ("rich", ["--help"]), ("sktime", ["demo"])])
 def test_missing_packages_are_named_with_the_line_to_install_them(missing, arguments):
     code = f"import sys\nsys.modules[{missing!r}] = None\nsys.argv = ['msgdrop', *{arguments!r}]\n"
-    code += "from msgdrop_numba.cli import main\nmain()"
+    code += "from msgdrop_numba.__main__ import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert 'pip install "msgdrop_numba[demo]"' in done.stderr

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import cpu
+from benchmarks.__main__ import with_table
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # what torch 2.13 says of its own code on the first torch.compile
@@ -45,6 +49,20 @@ def test_the_demo_table_is_that_of_the_committed_run():
     assert table is not None
     assert table[1] == "\n".join(rows)
     assert results["settings"] == {"p": 0.5, "epochs": 30, "seeds": 5}
+
+
+def test_the_speed_table_is_that_of_the_committed_run():
+    results = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    assert with_table(README, cpu.table(results)) == README
+    assert "| 64 × 512 × 1024 |" in README
+    assert with_table(README, "another") != README
+
+
+def test_the_benchmark_runs(monkeypatch):
+    monkeypatch.setattr(cpu, "SHAPES", [(3, 5, 20)])
+    results = cpu.run(rounds=1)
+    assert all(time > 0 for time in results["rows"][0]["microseconds"].values())
+    assert "| 3 × 5 × 20 |" in cpu.table(results)
 
 
 def test_the_two_commands_are_there():

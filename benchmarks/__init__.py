@@ -1,0 +1,1 @@
+"""Benchmarks: ours and what a user would write instead, interleaved in one run. `python -m benchmarks --help`."""

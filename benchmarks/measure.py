@@ -1,0 +1,50 @@
+"""Interleaved timing: every contestant once a round, medians over the rounds, ratios against ours."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy
+import torch
+from torch.utils.benchmark import Timer
+
+import msgdrop_numba
+
+
+def seconds(contestants: dict[str, Callable[[], Any]], rounds: int, least: float) -> dict[str, float]:
+    """The median time of a call of each contestant, in seconds; a round of each takes at least `least` seconds."""
+    timers = {
+        name: Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()) for name, f in contestants.items()
+    }
+    calls = {}
+    for name, timer in timers.items():
+        timer.timeit(2)
+        calls[name] = max(1, int(least / max(timer.timeit(3).mean, 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            times[name].append(timer.timeit(calls[name]).mean)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as info:
+            model = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "processor": model,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numba": numba.__version__,
+        "numpy": numpy.__version__,
+        "msgdrop_numba": msgdrop_numba.__version__,
+    }

@@ -1,0 +1,44 @@
+"""What people write today instead of message dropout, on tensors `(batch, sequence, features)`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def loop(x: Tensor, p: float) -> Tensor:
+    """A Python loop over samples, a fixed count of messages zeroed in each."""
+    y = x.clone()
+    count = int(x.shape[1] * p)
+    for sample in y:
+        sample[torch.randperm(len(sample))[:count]] = 0
+    return y
+
+
+def ones_times_mask(x: Tensor, p: float) -> Tensor:
+    """A mask of full size, made of ones and zeros, and a multiply."""
+    mask = torch.ones_like(x) * (torch.rand(x.shape[:2]) >= p).unsqueeze(-1)
+    return x * mask
+
+
+def multiply(x: Tensor, p: float) -> Tensor:
+    """A multiply by a mask that is broadcast over the features."""
+    return x * (torch.rand(x.shape[:2]) >= p).unsqueeze(-1)
+
+
+def masked_fill(x: Tensor, p: float) -> Tensor:
+    """The dropped messages filled with zeros."""
+    return x.masked_fill((torch.rand(x.shape[:2]) < p).unsqueeze(-1), 0.0)
+
+
+def dropout1d(x: Tensor, p: float) -> Tensor:
+    """torch's own channel dropout, which scales."""
+    return torch.nn.functional.dropout1d(x, p)
+
+
+def clone(x: Tensor, p: float) -> Tensor:
+    """No dropout: the cost of a copy into new memory."""
+    return x.clone()
+
+
+ALL = (loop, ones_times_mask, multiply, masked_fill, dropout1d, clone)
