@@ -72,7 +72,7 @@ def _fewer(keys: Tensor, count: Tensor) -> Tensor:
 def _exactly(valid: Tensor, rule: DropRule) -> Tensor:
     """How many of `valid` messages the exact rule drops, in two steps since the product may not fit into 64 bits."""
     factor = 2 * rule.threshold + 1
-    high, low = factor >> 17, factor & 0x1FFFF
+    high, low = factor // 2**17, factor % 2**17  # what Inductor follows in symbolic integers
     wanted = (valid * high + ((valid * low) >> 17)) >> 16
     return torch.minimum(wanted, (valid - rule.min_keep).clamp(min=0))
 
@@ -96,9 +96,9 @@ def keep_mask(
         return ~(_fewer(drawn, _exactly(valid, rule)) & inside)
     threshold: Any = rule.threshold if p is None else (p * 2.0**32).round().to(torch.int64)
     if rule.span > 1:
-        # In two steps since the product may not fit into 64 bits.
         first = draws(seed, keys, 1, 1)
-        phase = (first * (rule.span >> 17) + ((first * (rule.span & 0x1FFFF)) >> 17)) >> 15
+        # In two steps since the product may not fit into 64 bits.
+        phase = (first * (rule.span // 2**17) + ((first * (rule.span % 2**17)) >> 17)) >> 15
         # No more groups than positions: their exact number would bind the sizes of an exported program.
         drawn = draws(seed, keys, size, 0).gather(-1, (position + phase) // rule.span)
     else:
