@@ -141,6 +141,7 @@ def test_ten_thousand_cases(seed, monkeypatch):
         check(rng, 40)
 
 
+@pytest.mark.kernels
 def test_words_and_streaming_stores(monkeypatch):
     """Messages that are words, and those that are written past the cache, which large outputs alone are."""
     from msgdrop_numba import plan
