@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-INSTALL = 'msgdrop needs more packages for this: pip install "msgdrop_numba[demo]"'
+from msgdrop_numba.__main__ import INSTALL
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

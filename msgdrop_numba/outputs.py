@@ -49,10 +49,15 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if nbytes >= REUSED_BYTES and _use_count is not None:
             _keep(fresh.untyped_storage())
         return fresh
-    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    tensor = torch.empty(0, dtype=dtype, device="cpu").set_(reused, 0, shape, strides)
+    tensor = over(reused, shape, dtype)
     _keep(reused)
     return tensor
+
+
+def over(storage: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in C order over the whole of a storage."""
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)
 
 
 def advise(address: int, nbytes: int) -> None:
@@ -79,12 +84,12 @@ def _unused(nbytes: int) -> Any:
             storage = _kept.popleft()  # taken out first: no other thread can ask for it meanwhile
         except IndexError:
             return None
+        if storage.is_shared() or storage.nbytes() < REUSED_BYTES:  # changed since, by somebody who used it
+            continue
         # One use is this Python object; two references are the variable and the argument.
-        alone = _use_count(storage._cdata) == 1 and sys.getrefcount(storage) == 2
-        if alone and storage.nbytes() == nbytes and not storage.is_shared():
+        if storage.nbytes() == nbytes and _use_count(storage._cdata) == 1 and sys.getrefcount(storage) == 2:
             return storage
-        if not alone and not storage.is_shared():
-            _kept.append(storage)
+        _kept.append(storage)
     return None
 
 

@@ -143,5 +143,4 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if get_worker_info() is None:
         return outputs.empty(shape, dtype)
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu")
-    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)
+    return outputs.over(storage, shape, dtype)

@@ -40,6 +40,21 @@ def test_memory_of_a_dead_output_is_used_again():
     assert y.data_ptr() != fresh().data_ptr()
 
 
+def test_outputs_of_other_sizes_do_not_take_turns():
+    """A model with two large outputs uses the memory of both again."""
+    shapes = [SHAPE, (8, *SHAPE[1:])]
+    places = [{outputs.empty(shape, torch.float32).data_ptr() for shape in shapes} for _ in range(3)]
+    assert len(places[0]) == 2
+    assert places[0] == places[1] == places[2]
+
+
+def test_storages_that_were_emptied_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(outputs, "REUSED_BYTES", 1024)
+    for _ in range(5):
+        fresh().untyped_storage().resize_(0)
+    assert len(outputs._kept) <= 1
+
+
 @pytest.mark.parametrize(
     "hold",
     [
