@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from array import array
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -27,23 +28,29 @@ class Draw:
         thresholds: uint64, for p one a position or, if two-dimensional, one a message. factors: float64, the same,
             where kept messages are scaled by them.
         given: the mask is there already: nothing is drawn.
+        sources: int64, one a row: the address of its messages. padding: one message, as `fill`, for what lies behind.
     """
 
-    __slots__ = ("addresses", "factors", "fill", "given", "keys", "lengths", "seeded", "thresholds")
+    __slots__ = (
+        "address", "factors", "fill", "given", "keys", "lengths", "padding", "record", "seeded", "sources",
+        "thresholds",
+    )  # fmt: skip
 
     def __init__(
         self, fill: Any = None, lengths: Any = None, keys: Any = None, thresholds: Any = None, factors: Any = None,
-        given: bool = False,
+        given: bool = False, sources: Any = None, padding: Any = None,
     ) -> None:  # fmt: skip
         self.fill, self.lengths, self.keys, self.thresholds = fill, lengths, keys, thresholds
-        self.factors, self.given = factors, given
+        self.factors, self.given, self.sources, self.padding = factors, given, sources, padding
         # Whether plan and seed alone decide the mask.
         self.seeded = lengths is None and keys is None and thresholds is None and not given
         per_row = thresholds is not None and thresholds.ndim > 1
-        self.addresses = (
-            address(fill), int(given), address(lengths), address(keys), address(thresholds), int(per_row),
-            address(factors),
+        # One DRAW, whose fields are all int64.
+        self.record = array(
+            "q", (address(fill), given, address(lengths), address(keys), address(thresholds), per_row,
+                  address(factors), address(sources), address(padding)),
         )  # fmt: skip
+        self.address, _ = self.record.buffer_info()
 
 
 PLAIN = Draw()

@@ -62,9 +62,9 @@ def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> No
     parts = chunks(plan.nbytes if out else plan.messages)
     low, high = seed & 0xFFFFFFFF, seed >> 32
     if parts == 1:
-        drop_range(0, plan.messages, plan.address, x, out, mask, low, high, *draw.addresses)
+        drop_range(0, plan.messages, plan.address, draw.address, x, out, mask, low, high)
     else:
-        drop_parallel(plan.messages, plan.address, x, out, mask, low, high, *draw.addresses, parts)
+        drop_parallel(plan.messages, plan.address, draw.address, x, out, mask, low, high, parts)
 
 
 def _after_fork_in_child() -> None:

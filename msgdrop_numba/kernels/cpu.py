@@ -21,7 +21,7 @@ from msgdrop_numba.kernels.memory import (
     view,
     zero_bytes,
 )
-from msgdrop_numba.kernels.rules import BLOCK, PLAN, Array, dropped_exactly, keep_block, row_rule
+from msgdrop_numba.kernels.rules import BLOCK, DRAW, PLAN, Array, dropped_exactly, keep_block, row_rule
 
 # What is done to the elements of a kept message: nothing, or multiply as this type.
 COPY, FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(5)
@@ -189,64 +189,69 @@ def _row_factor(plan: Any, valid: int) -> float:
 
 @jit
 def drop_range(
-    first: int, last: int, plan_address: int, x: int, out: int, mask: int, seed_low: int, seed_high: int,
-    fill: int, given: int, lengths: int, keys: int, thresholds: int, per_row: int, factors: int,
-) -> None:  # fmt: skip
+    first: int,
+    last: int,
+    plan_address: int,
+    draw_address: int,
+    x: int,
+    out: int,
+    mask: int,
+    seed_low: int,
+    seed_high: int,
+) -> None:
     """Drop among the messages first..last - 1, counted in C order.
 
-    Addresses are integers, 0 where there is none: `plan_address` (one PLAN), `x` and `out` (equal: in place; without
-    `out` only the mask is made), `fill` (one message; 0: zeros), `mask` (bool a message, written, or read where
-    `given`), `lengths` (int64 a row), `keys` (uint64 a row), `thresholds` (uint64) and, if scaled, `factors`
-    (float64), one a position or, where `per_row`, one a message. All are Python integers, the seed as two halves: one
-    compiled version serves every call.
+    Addresses are integers, 0 where there is none: `plan_address` (one PLAN), `draw_address` (one DRAW), `x` and `out`
+    (equal: in place; without `out` only the mask is made), `mask` (bool a message, written, or read where given). All
+    are Python integers, the seed as two halves: one compiled version serves every call.
     """
-    plan = view(plan_address, 1, PLAN)[0]
-    size = plan["size"]
+    plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
+    size, width, fill, given = plan["size"], plan["width"], draw["fill"], draw["given"]
     words, scratch, flags = np.empty(BLOCK + 8, np.uint32), np.empty(BLOCK, np.bool_), np.empty(BLOCK, np.uint64)
-    small = plan["small"] and (x | out) % min(plan["width"], 8) == 0 and (plan["width"] <= 8 or fill == 0)
     stream = plan["stream"] and out % LINE == 0
     seed = np.uint64(seed_low) | (np.uint64(seed_high) << np.uint64(32))
-    row, key, valid, factor, row_thresholds, row_factors = -1, np.uint64(0), size, plan["factor"], thresholds, factors
+    row, key, valid, factor, source, small = -1, np.uint64(0), size, plan["factor"], x, False
+    thresholds, factors, padding = draw["thresholds"], draw["factors"], draw["padding"]
     phase, cutoff, ties_end = 0, np.uint64(0), 0
     while first < last:
         position = first % size
         if first // size != row:
             row = first // size
-            valid = view(lengths + 8 * row, 1, np.int64)[0] if lengths else size
-            key = view(keys + 8 * row, 1, np.uint64)[0] if keys else np.uint64(row)
-            if per_row:
-                row_thresholds, row_factors = thresholds + 8 * size * row, factors + 8 * size * row
+            valid = view(draw["lengths"] + 8 * row, 1, np.int64)[0] if draw["lengths"] else size
+            key = view(draw["keys"] + 8 * row, 1, np.uint64)[0] if draw["keys"] else np.uint64(row)
+            source = view(draw["sources"] + 8 * row, 1, np.int64)[0] if draw["sources"] else x + row * plan["x_row"]
+            small = plan["small"] and (source | out) % min(width, 8) == 0 and (width <= 8 or fill == 0)
+            if draw["per_row"]:
+                thresholds, factors = draw["thresholds"] + 8 * size * row, draw["factors"] + 8 * size * row
             factor = _row_factor(plan, valid)
             if not given:
-                phase, cutoff, ties_end = row_rule(scratch, words, plan, seed, key, valid, row_thresholds)
+                phase, cutoff, ties_end = row_rule(scratch, words, plan, seed, key, valid, thresholds)
         count = min(BLOCK, size - position, last - first)
         keep = view(mask + first if mask else scratch.ctypes.data, count, np.bool_)
         inside = max(0, min(count, valid - position))
         if not given:
-            keep_block(keep[:inside], words, plan, seed, key, phase, cutoff, ties_end, position, row_thresholds)
+            keep_block(keep[:inside], words, plan, seed, key, phase, cutoff, ties_end, position, thresholds)
             keep[inside:] = True
         if out:
-            to = out + row * plan["out_row"] + position * plan["out_step"]
-            source = x + row * plan["x_row"] + position * plan["x_step"]
+            to, from_ = out + row * plan["out_row"] + position * plan["out_step"], source + position * plan["x_step"]
             if small:
-                _write_small(to, source, keep[:inside], plan["width"], fill, flags.ctypes.data)
+                _write_small(to, from_, keep[:inside], width, fill, flags.ctypes.data)
             else:
-                by = row_factors + 8 * position if factors else 0
-                _write_block(to, source, keep[:inside], plan, factor, by, fill, stream)
-            to, source = to + inside * plan["out_step"], source + inside * plan["x_step"]
-            _keep_messages(to, source, count - inside, plan, COPY, 1.0, 0, stream)
+                by = factors + 8 * position if draw["factors"] else 0
+                _write_block(to, from_, keep[:inside], plan, factor, by, fill, stream)
+            to, from_ = to + inside * plan["out_step"], from_ + inside * plan["x_step"]
+            if draw["sources"]:
+                _drop_messages(to, count - inside, plan, padding, stream)
+            else:
+                _keep_messages(to, from_, count - inside, plan, COPY, 1.0, 0, stream)
         first += count
 
 
 @parallel_jit
 def drop_parallel(
-    messages: int, plan: int, x: int, out: int, mask: int, seed_low: int, seed_high: int,
-    fill: int, given: int, lengths: int, keys: int, thresholds: int, per_row: int, factors: int, chunks: int,
-) -> None:  # fmt: skip
+    messages: int, plan: int, draw: int, x: int, out: int, mask: int, seed_low: int, seed_high: int, chunks: int
+) -> None:
     """`drop_range` over all messages in `chunks` equal parts, on numba's threads."""
     for c in prange(chunks):
         start, stop = messages * c // chunks, messages * (c + 1) // chunks
-        drop_range(
-            start, stop, plan, x, out, mask, seed_low, seed_high, fill, given, lengths, keys, thresholds, per_row,
-            factors,
-        )  # fmt: skip
+        drop_range(start, stop, plan, draw, x, out, mask, seed_low, seed_high)

@@ -38,6 +38,21 @@ PLAN = np.dtype(
     ]
 )
 
+# What of a call its arguments decide beside: addresses, 0 where there is none, and a flag or two.
+DRAW = np.dtype(
+    [
+        ("fill", np.int64),  # one message; none: zeros
+        ("given", np.int64),  # whether the mask is there already, to be read
+        ("lengths", np.int64),  # int64, one a row
+        ("keys", np.int64),  # uint64, one a row; none: the row's index
+        ("thresholds", np.int64),  # uint64, one a position or, where per_row, one a message
+        ("per_row", np.int64),
+        ("factors", np.int64),  # float64 as the thresholds, where kept messages are scaled by them
+        ("sources", np.int64),  # int64, one a row: where its messages lie, each row in memory of its own
+        ("padding", np.int64),  # one message, for what lies behind a row that has a source; none: zeros
+    ]
+)
+
 # Positions drawn at a time: words and flags stay in the first-level cache.
 BLOCK = 1024
 
