@@ -9,11 +9,12 @@ from msgdrop_numba.functional import fold_in, keep_mask, message_dropout
 from msgdrop_numba.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from msgdrop_numba.collate import Keyed, KeyedDataset, MessageDropoutCollate
+    from msgdrop_numba.collate import MessageDropoutCollate
+    from msgdrop_numba.datasets import Keyed, KeyedDataset
     from msgdrop_numba.nn import MessageDropout
 
 # These need torch, which NumPy users needn't have: loaded on first use (PEP 562).
-_LAZY = {"MessageDropout": "nn", "MessageDropoutCollate": "collate", "KeyedDataset": "collate", "Keyed": "collate"}
+_LAZY = {"MessageDropout": "nn", "MessageDropoutCollate": "collate", "KeyedDataset": "datasets", "Keyed": "datasets"}
 
 __all__ = [
     "Keyed",

@@ -1,95 +1,25 @@
-"""MessageDropoutCollate and KeyedDataset: message dropout while a DataLoader builds its batches."""
+"""MessageDropoutCollate: message dropout while a DataLoader builds its batches."""
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import default_collate
 
 from msgdrop_numba.arguments import check_is_number, check_seed, probabilities, split_p
+from msgdrop_numba.datasets import Keyed
+from msgdrop_numba.fields import Path, at, collate, extend, find, label, requested
 from msgdrop_numba.functional import fold_in, message_dropout
 from msgdrop_numba.keys import sample_key
 from msgdrop_numba.rule import DropRule
-from msgdrop_numba.stack import Stack
+from msgdrop_numba.stack import Options, Stack
+from msgdrop_numba.threads import load
 from msgdrop_numba.torch_ops import fresh_seed
-
-
-class Keyed(NamedTuple):
-    """A sample with the id that names its row for the random draws.
-
-    Fields:
-        key: integer, string, bytes or UUID; `KeyedDataset` gives the 64-bit integer made of it.
-        sample: what the dataset gave.
-    """
-
-    key: Any
-    sample: Any
-
-
-class KeyedDataset(Dataset[Keyed]):
-    """A dataset whose samples carry their ids, so that a sample's mask depends on nothing else.
-
-    Args:
-        dataset: a map-style or iterable dataset.
-        key: a function from a sample to its id: an integer, string, bytes or UUID. None: the index, which an
-            iterable dataset hasn't got (counting inside workers would give other ids for other worker counts).
-
-    Returns:
-        A dataset of `Keyed(key, sample)`, iterable where `dataset` is.
-
-    Raises:
-        TypeError: an iterable dataset without `key`, or an id of another type.
-
-    Example:
-        >>> KeyedDataset([2.5, 3.5])[1]
-        Keyed(key=1, sample=3.5)
-
-    Source: the mask contract, version 1 (README), on ids and keys.
-    """
-
-    def __new__(cls, dataset: Any, key: Callable[[Any], Any] | None = None) -> KeyedDataset:
-        if cls is KeyedDataset and isinstance(dataset, IterableDataset):
-            cls = _KeyedIterable
-        return super().__new__(cls)
-
-    def __init__(self, dataset: Any, key: Callable[[Any], Any] | None = None) -> None:
-        if key is None and isinstance(dataset, IterableDataset):
-            raise TypeError("key must be given for an iterable dataset: a function from a sample to its id")
-        self.dataset = dataset
-        self.key = key
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return (self.dataset, self.key)
-
-    def _keyed(self, index: Any, sample: Any) -> Keyed:
-        if self.key is not None:
-            return Keyed(sample_key(self.key(sample)), sample)
-        if isinstance(index, Tensor):
-            index = index.item()
-        if isinstance(index, numbers.Integral) and index < 0:  # the same sample has the same key
-            index += len(self.dataset)
-        return Keyed(sample_key(index), sample)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: Any) -> Keyed:
-        return self._keyed(index, self.dataset[index])
-
-    def __getitems__(self, indices: Sequence[Any]) -> list[Keyed]:
-        fetch = getattr(self.dataset, "__getitems__", None)
-        samples = fetch(indices) if fetch else [self.dataset[index] for index in indices]
-        return [self._keyed(index, sample) for index, sample in zip(indices, samples, strict=True)]
-
-
-class _KeyedIterable(KeyedDataset, IterableDataset[Keyed]):
-    def __iter__(self) -> Iterator[Keyed]:
-        return (self._keyed(None, sample) for sample in self.dataset)
 
 
 class MessageDropoutCollate:
@@ -103,16 +33,19 @@ class MessageDropoutCollate:
     Args:
         p: probability that a message is **dropped**, in [0, 1]; or an array of them, one a position, for at least as
             many positions as the longest sample has.
-        fields: index, name or list of them: where messages are dropped; all of them drop the same ones. None: the
-            sample itself where it is an array, its first element where it is a tuple or list. A dict must name them.
+        fields: index, name or list of them: where messages are dropped; all of them drop the same ones. In nested
+            samples a tuple is a path, `[("inputs", "audio")]`. None: the sample itself where it is an array, its first
+            element where it is a tuple or list. A dict sample must name them. For fields with masks of their own, a
+            dict from each to the name of its mask, `{"audio": "av", "video": "av", "text": "text"}`.
         pad: pad the fields to the longest sample and add `lengths` (int64, one a sample): `(batch, lengths)` for
-            arrays, appended to tuples, under `"lengths"` in dicts. Padding is never dropped.
+            arrays, appended to tuples, under `"lengths"` in dicts; where masks have names, a dict of them by name.
+            Padding is never dropped.
         pad_value: number that padding holds.
         seed: integer in [0, 2**64); needs the samples' ids, without which every epoch would repeat its masks.
         collate_fn: a collate function of your own: it gets the bare samples and returns as many rows in the same
             order, in which messages are then dropped in place, its own padding too. Not with `pad`.
         scale, exact, span, min_keep, fill: as for `message_dropout`.
-        return_mask: add the keep mask after the lengths, or under `"keep_mask"`.
+        return_mask: add the keep mask after the lengths, or under `"keep_mask"`, as the lengths are.
 
     Raises:
         TypeError, ValueError: an argument is wrong; at a call: samples that don't fit together, naming the field, the
@@ -120,6 +53,7 @@ class MessageDropoutCollate:
 
     Example:
         >>> from torch.utils.data import DataLoader
+        >>> from msgdrop_numba import KeyedDataset
         >>> frames = [torch.randn(n, 12) for n in (7, 9, 8)]
         >>> collate = MessageDropoutCollate(0.3, pad=True, seed=1)
         >>> batch, lengths = next(iter(DataLoader(KeyedDataset(frames), batch_size=3, collate_fn=collate)))
@@ -147,26 +81,24 @@ class MessageDropoutCollate:
     ) -> None:
         if pad and collate_fn is not None:
             raise ValueError("pad=True can't be used with collate_fn, which pads for itself: leave one out")
-        if isinstance(fields, (str, numbers.Integral)):
-            fields = [fields]
-        elif fields is not None and (not isinstance(fields, (list, tuple)) or not fields):
-            raise ValueError(f"fields must name at least one field, or be None, but got {fields!r}")
         number, array = split_p(p)
-        self.rule = DropRule(number, exact, span, min_keep)
         if array is not None and array.ndim > 1:
             raise ValueError(f"p must be a number or have one dim, a position each, but got {tuple(array.shape)}")
-        self._p = None if array is None else probabilities(array, tuple(array.shape))
-        self.fields = fields
-        self.pad, self.pad_value = pad, pad_value
+        self._masks = requested(fields)
         self.seed = None if seed is None else check_seed(seed)
         self.collate_fn = collate_fn
-        self.scale, self.return_mask = scale, return_mask
+        self.return_mask = return_mask
         if not isinstance(fill, (Tensor, np.ndarray)):
             check_is_number("fill", fill)
         check_is_number("pad_value", pad_value)
         if isinstance(fill, np.ndarray):
             fill = torch.from_numpy(fill.copy())
-        self.fill = fill.detach() if isinstance(fill, Tensor) else fill
+        self._options = Options(
+            DropRule(number, exact, span, min_keep),
+            None if array is None else probabilities(array, tuple(array.shape)),
+            scale, fill.detach() if isinstance(fill, Tensor) else fill, pad, pad_value,
+        )  # fmt: skip
+        load()  # workers made by fork inherit the compiled kernel
         # Shared memory: persistent workers keep the collate that they were started with, and must see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
@@ -192,66 +124,73 @@ class MessageDropoutCollate:
                 "a DataLoader with batch_size=None has no batches to drop in"
             )
         keys, samples = _split_keys(samples)
+        seed = self._seed(keys is not None)
+        extras: dict[str, dict[str | None, Any]] = {}
+        if self.collate_fn is None:
+            paths = find(self._masks, samples[0])
+            stacks = {mask: Stack(self._options, _mask_seed(seed, mask), keys) for mask in paths.values()}
+            batch = collate(
+                samples, paths, lambda path, leaves: stacks[paths[path]].build(_field(path), leaves), default_collate
+            )
+            if self._options.pad:
+                extras["lengths"] = {mask: torch.tensor(stack.lengths) for mask, stack in stacks.items()}
+            if self.return_mask:
+                extras["keep_mask"] = {mask: stack.mask() for mask, stack in stacks.items()}
+        else:
+            batch, keep = self.collate_fn(samples), {}
+            row_keys = np.arange(len(samples), dtype=np.uint64) if keys is None else np.array(keys, dtype=np.uint64)
+            paths = find(self._masks, batch)
+            for mask in dict.fromkeys(paths.values()):
+                fields = {path: at(batch, path) for path in paths if paths[path] == mask}
+                keep[mask] = self._drop_in(fields, _mask_seed(seed, mask), row_keys)
+            if self.return_mask:
+                extras["keep_mask"] = keep
+        return extend(batch, {name: by_mask.get(None, by_mask) for name, by_mask in extras.items()})
+
+    def _seed(self, keyed: bool) -> int:
         if self.seed is None:
-            seed = 0 if self.rule.p == 0 else fresh_seed(None)  # p = 0 draws nothing, in a batch as elsewhere
-        elif keys is None:
+            return 0 if self._options.rule.p == 0 else fresh_seed(None)  # p = 0 draws nothing, in a batch as elsewhere
+        if not keyed:
             raise ValueError(
                 f"seed={self.seed} needs the samples' ids, or every batch would repeat the masks of the one before: "
                 "wrap the dataset in KeyedDataset, or leave seed out"
             )
-        else:
-            seed = fold_in(self.seed, int(self._epoch))
-        row_keys = np.arange(len(samples), dtype=np.uint64) if keys is None else np.array(keys, dtype=np.uint64)
-        if self.collate_fn is not None:
-            return self._drop_in(self.collate_fn(samples), seed, row_keys)
-        return self._build(samples, seed, row_keys, keys)
+        return fold_in(self.seed, int(self._epoch))
 
-    def _build(self, samples: list[Any], seed: int, row_keys: np.ndarray, keys: list[int] | None) -> Any:
-        first = samples[0]
-        names = _field_names(self.fields, first)
-        stack = Stack(self.rule, self._p, self.scale, self.fill, self.pad, self.pad_value, seed, row_keys, keys)
-        if names is None:
-            return _extend(stack.build("", samples), self._extras(stack))
-        _check_structure(samples)
-
-        def leaf(name: Any) -> Any:
-            values = [sample[name] for sample in samples]
-            return stack.build(f"field {name!r}", values) if name in names else default_collate(values)
-
-        if isinstance(first, Mapping):
-            return _extend({name: leaf(name) for name in first}, self._extras(stack))
-        leaves = [leaf(i) for i in range(len(first))]
-        return _extend(_like(first, leaves), self._extras(stack))
-
-    def _extras(self, stack: Stack) -> dict[str, Tensor]:
-        extras: dict[str, Tensor] = {"lengths": torch.tensor(stack.lengths, device="cpu")} if self.pad else {}
-        return {**extras, "keep_mask": stack.mask()} if self.return_mask else extras
-
-    def _drop_in(self, batch: Any, seed: int, row_keys: np.ndarray) -> Any:
-        names = _field_names(self.fields, batch)
-        fields = {None: batch} if names is None else {name: batch[name] for name in names}
+    def _drop_in(self, fields: dict[Path, Any], seed: int, keys: np.ndarray) -> Any:
+        """Drop in what collate_fn returned, the fields of one mask; that keep mask."""
         sizes = set()
-        for name, x in fields.items():
-            if not isinstance(x, (Tensor, np.ndarray)) or x.ndim < 3 or len(x) != len(row_keys):
+        for path, x in fields.items():
+            if not isinstance(x, (Tensor, np.ndarray)) or x.ndim < 3 or len(x) != len(keys):
                 shape = tuple(x.shape) if isinstance(x, (Tensor, np.ndarray)) else type(x).__name__
-                where = "" if name is None else f" in field {name!r}"
                 raise ValueError(
-                    f"collate_fn must return (samples, messages, features) with {len(row_keys)} rows{where}, "
-                    f"but got {shape}"
+                    f"collate_fn must return (samples, messages, features) with {len(keys)} rows"
+                    f"{' in ' if path else ''}{_field(path)}, but got {shape}"
                 )
             sizes.add(x.shape[1])
         if len(sizes) > 1:
             raise ValueError(
-                f"fields {list(fields)} must have as many messages each, but got {sorted(sizes)}: they share one mask"
+                f"fields {[*map(label, fields)]} must have as many messages each, but got {sorted(sizes)}: they share "
+                "one mask; give them their own with fields={name: mask name, ...}"
             )
-        rule, p = self.rule, self.rule.p if self._p is None else self._p[: max(sizes)]
+        rule, p, scale, fill, _, _ = self._options
+        probability = rule.p if p is None else p[: max(sizes)]
         for x in {id(x): x for x in fields.values()}.values():  # one array under two names is dropped in once
-            fill = self.fill.numpy() if isinstance(self.fill, Tensor) and isinstance(x, np.ndarray) else self.fill
+            own_fill = fill.numpy() if isinstance(fill, Tensor) and isinstance(x, np.ndarray) else fill
             _, mask = message_dropout(
-                x, p, inplace=True, scale=self.scale, exact=rule.exact, span=rule.span, min_keep=rule.min_keep,
-                fill=fill, message_dims=2, seed=seed, keys=row_keys, return_mask=True,
+                x, probability, inplace=True, scale=scale, exact=rule.exact, span=rule.span, min_keep=rule.min_keep,
+                fill=own_fill, message_dims=2, seed=seed, keys=keys, return_mask=True,
             )  # fmt: skip
-        return _extend(batch, {"keep_mask": mask} if self.return_mask else {})
+        return mask
+
+
+def _mask_seed(seed: int, mask: str | None) -> int:
+    """The seed of the mask of this name, or of the one that has none."""
+    return seed if mask is None else fold_in(seed, sample_key(mask))
+
+
+def _field(path: Path) -> str:
+    return f"field {label(path)}" if path else ""
 
 
 def _split_keys(samples: list[Any]) -> tuple[list[int] | None, list[Any]]:
@@ -263,62 +202,3 @@ def _split_keys(samples: list[Any]) -> tuple[list[int] | None, list[Any]]:
     if keyed < len(samples):
         raise TypeError(f"samples must all be Keyed or none, but {keyed} of {len(samples)} are")
     return [sample_key(sample.key) for sample in samples], [sample.sample for sample in samples]
-
-
-def _field_names(fields: list[Any] | None, sample: Any) -> list[Any] | None:
-    """Which leaves of a sample (or batch) hold messages; None for the sample itself."""
-    if isinstance(sample, (Tensor, np.ndarray)):
-        if fields is not None:
-            raise ValueError(f"fields must be None where a sample is an array, but got {fields!r}")
-        return None
-    if isinstance(sample, Mapping):
-        if fields is None:
-            raise ValueError(f"fields must name the fields to drop in where a sample is a dict: some of {list(sample)}")
-        there: Any = list(sample)
-    elif isinstance(sample, (tuple, list)):
-        attributes = list(getattr(sample, "_fields", ()))
-        fields = [0] if fields is None else [attributes.index(f) if f in attributes else f for f in fields]
-        there = range(len(sample))
-    else:
-        raise TypeError(f"samples must be arrays, tensors, tuples, lists or dicts, but got {type(sample).__name__}")
-    for name in fields:
-        if name not in there:
-            raise ValueError(f"fields must be among {list(there)}, but got {name!r}")
-    return fields
-
-
-def _check_structure(samples: list[Any]) -> None:
-    """Refuse a sample whose fields are not those of the first: zipping them would lose some silently."""
-    first = samples[0]
-    for position, sample in enumerate(samples):
-        same = type(sample) is type(first) and len(sample) == len(first)
-        if not same or (isinstance(first, Mapping) and set(sample) != set(first)):
-            raise ValueError(
-                f"sample {position} must have the fields of the first, {_fields(first)}, but got {_fields(sample)}"
-            )
-
-
-def _fields(sample: Any) -> str:
-    if isinstance(sample, Mapping):
-        return f"{type(sample).__name__} with {list(sample)}"
-    return f"{type(sample).__name__} of {len(sample)}" if hasattr(sample, "__len__") else type(sample).__name__
-
-
-def _like(sample: Any, leaves: list[Any]) -> Any:
-    """The leaves as a tuple, list or named tuple, as the sample is."""
-    if hasattr(sample, "_fields"):
-        return type(sample)(*leaves)
-    return tuple(leaves) if isinstance(sample, tuple) else leaves
-
-
-def _extend(batch: Any, extras: dict[str, Any]) -> Any:
-    """The batch with lengths and keep mask behind it, or under their names."""
-    if not extras:
-        return batch
-    if isinstance(batch, Mapping):
-        if taken := set(extras) & set(batch):
-            raise ValueError(f"samples must not have fields named {sorted(taken)}, which the batch adds: rename them")
-        return {**batch, **extras}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)([*batch, *extras.values()]) if not hasattr(batch, "_fields") else (*batch, *extras.values())
-    return (batch, *extras.values())

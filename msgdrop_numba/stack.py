@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,121 +12,157 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from msgdrop_numba import numpy_ops, outputs, torch_ops
+from msgdrop_numba import outputs, torch_ops
 from msgdrop_numba.arguments import address, factors, thresholds
 from msgdrop_numba.kernels.cpu import COPY
-from msgdrop_numba.plan import Draw
+from msgdrop_numba.plan import Draw, Plan
 from msgdrop_numba.plan import plan as make_plan
 from msgdrop_numba.rule import DropRule
 from msgdrop_numba.tensors import check_number, fill_message, scaled_kind
 from msgdrop_numba.threads import launch
-from msgdrop_numba.torch_state import is_plain
+from msgdrop_numba.torch_state import all_dense, is_eager, is_plain
+
+# One call for a whole batch: an expression in a loop of Python's would cost more than a small sample's copy.
+_start, _shape, _dtype = Tensor.data_ptr, attrgetter("shape"), attrgetter("dtype")
 
 
-class _Source(NamedTuple):
-    """One sample's array: contiguous memory, kept alive by `owner`."""
+class Options(NamedTuple):
+    """What a collate does to every batch."""
 
-    start: int
-    shape: tuple[int, ...]
+    rule: DropRule
+    p: np.ndarray[Any, Any] | None  # one probability a position, where the rule has none
+    scale: bool
+    fill: Any
+    pad: bool
+    pad_value: Any
+
+
+class _Rows(NamedTuple):
+    """The samples of one field: contiguous memory, kept alive by `owners`."""
+
+    owners: list[Any]
+    starts: list[int]
+    lengths: list[int]
+    features: tuple[int, ...]
     dtype: torch.dtype
-    owner: Any
 
 
 class Stack:
-    """The fields of one batch, which share rule, seed, keys and lengths and thereby the mask."""
+    """The fields of one batch that share a mask, by sharing rule, seed, keys and lengths."""
 
-    def __init__(
-        self, rule: DropRule, p: np.ndarray | None, scale: bool, fill: Any, pad: bool, pad_value: Any,
-        seed: int, row_keys: np.ndarray, ids: list[int] | None,
-    ) -> None:  # fmt: skip
-        self.rule, self.p, self.scale, self.fill, self.pad, self.pad_value = rule, p, scale, fill, pad, pad_value
-        self.seed, self.row_keys, self.ids = seed, row_keys, ids
+    def __init__(self, options: Options, seed: int, keys: list[int] | None) -> None:
+        self.options, self.seed, self.ids = options, seed, keys
+        self.keys = None if keys is None else np.array(keys, np.uint64)
         self.lengths: list[int] | None = None
 
     def build(self, field: str, samples: list[Any]) -> Tensor:
         """The batch `(samples, messages, *features)` of one field."""
-        sources = [self._source(field, row, sample) for row, sample in enumerate(samples)]
-        self._check(field, sources)
-        _, shape, dtype, _ = sources[0]
-        longest = max(source.shape[0] for source in sources)
-        kind = scaled_kind(dtype) if self.scale else COPY
-        pad_value: Any = check_number("pad_value", self.pad_value, dtype)
-        out = _empty((len(sources), longest, *shape[1:]), dtype)
-        message = fill_message(self.fill, out, 2)
-        t = None if self.p is None else thresholds(self.p)
-        f = factors(self.p) if self.p is not None and self.scale else None
-        rule = self.rule
-        for row, source in enumerate(sources):
-            plan = make_plan(source.shape, dtype.itemsize, kind, 1, rule.p, rule.exact, rule.span, rule.min_keep)
-            if plan.messages:
-                draw = Draw(message, None, self.row_keys[row : row + 1], t, f)
-                if plan.followed:
-                    launch(plan, draw, self.seed, source.start, out[row].data_ptr(), 0)
-                else:
-                    mask = torch_ops.draw_mask(plan, draw, self.seed)
-                    out[row, : plan.size] = torch_ops.where(plan, draw, source.owner, mask)
-            if plan.size < longest:
-                out[row, plan.size :] = pad_value
+        options, rows = self.options, self._rows(field, samples)
+        out = _empty((len(samples), max(rows.lengths), *rows.features), rows.dtype)
+        plan = self._plan(tuple(out.shape), rows.dtype.itemsize, scaled_kind(rows.dtype) if options.scale else COPY)
+        pad_value: Any = check_number("pad_value", options.pad_value, rows.dtype) if options.pad else None
+        padding = fill_message(pad_value, out, 2) if options.pad else None
+        draw = self._draw(plan, fill_message(options.fill, out, 2), np.array(rows.starts, np.int64), padding)
+        if plan.messages and plan.followed:
+            launch(plan, draw, self.seed, 0, out.data_ptr(), 0)
+        elif plan.messages:
+            if options.pad:
+                out.fill_(pad_value)
+            for row, (owner, length) in enumerate(zip(rows.owners, rows.lengths, strict=True)):
+                out[row, :length] = owner
+            out = torch_ops.where(plan, draw, out, torch_ops.draw_mask(plan, draw, self.seed))
         return out
 
     def mask(self) -> Tensor:
         """The keep mask `(samples, messages)` of the fields built, padding kept."""
         assert self.lengths is not None
-        shape, rule = (len(self.lengths), max(self.lengths)), self.rule
-        p = rule.p if self.p is None else self.p[: shape[1]]
-        return torch.from_numpy(
-            numpy_ops.keep_mask(shape, p, rule.exact, rule.span, rule.min_keep, self.lengths, self.seed, self.row_keys)
-        )
+        plan = self._plan((len(self.lengths), max(self.lengths), 0), 0, COPY)
+        return torch_ops.draw_mask(plan, self._draw(plan), self.seed)
 
-    def _source(self, field: str, row: int, sample: Any) -> _Source:
+    def _plan(self, shape: tuple[int, ...], itemsize: int, kind: int) -> Plan:
+        rule = self.options.rule
+        return make_plan(shape, itemsize, kind, 2, rule.p, rule.exact, rule.span, rule.min_keep)
+
+    def _draw(self, plan: Plan, fill: Any = None, sources: Any = None, padding: Any = None) -> Draw:
+        assert self.lengths is not None
+        lengths = None if min(self.lengths) == plan.size else np.array(self.lengths, np.int64)
+        p, t, f = self.options.p, None, None
+        if p is not None:
+            t, f = thresholds(p[: plan.size]), factors(p[: plan.size]) if self.options.scale else None
+        return Draw(fill, lengths, self.keys, t, f, sources=sources, padding=padding)
+
+    def _rows(self, field: str, samples: list[Any]) -> _Rows:
+        """Where the samples lie; refused if they don't fit together, or to the fields that were built before."""
+        if is_eager() and set(map(type, samples)) == {Tensor} and all_dense(samples):
+            owners, starts = samples, [*map(_start, samples)]
+            shapes, dtypes = [*map(_shape, samples)], [*map(_dtype, samples)]
+        else:
+            laid_out = [self._laid_out(field, row, sample) for row, sample in enumerate(samples)]
+            owners, starts, shapes, dtypes = map(list, zip(*laid_out, strict=True))
+        dtype, features = dtypes[0], tuple(shapes[0][1:])
+        if len(shapes[0]) < 2 or shapes.count(shapes[0]) < len(shapes) or dtypes.count(dtype) < len(dtypes):
+            self._check_alike(field, shapes, dtypes)
+        lengths = [shape[0] for shape in shapes]
+        if 0 in starts and math.prod(features):
+            self._check_memory(field, starts, lengths)
+        self._check_lengths(field, lengths)
+        return _Rows(owners, starts, lengths, features, dtype)
+
+    def _laid_out(self, field: str, row: int, sample: Any) -> tuple[Any, int, Any, torch.dtype]:
+        """A sample as contiguous memory: the array that owns it, its address, shape and dtype."""
         if isinstance(sample, Tensor):
-            owner: Any = sample.detach().resolve_conj().resolve_neg()
+            owner = sample.detach().resolve_conj().resolve_neg()
             if not is_plain(owner):
                 raise TypeError(
                     f"{self._at(field, row)} must be an ordinary CPU tensor, but got {type(sample).__name__} on "
                     f"{sample.device}"
                 )
             owner = owner.contiguous()
-            source = _Source(owner.data_ptr(), tuple(sample.shape), sample.dtype, owner)
-        elif isinstance(sample, np.ndarray) and not isinstance(sample, np.ma.MaskedArray):
-            owner = np.ascontiguousarray(sample, sample.dtype.newbyteorder("="))
-            source = _Source(address(owner), sample.shape, self._torch_dtype(field, row, owner.dtype), owner)
-        else:
+            return owner, owner.data_ptr(), owner.shape, owner.dtype
+        if not isinstance(sample, np.ndarray) or isinstance(sample, np.ma.MaskedArray):
             raise TypeError(f"{self._at(field, row)} must be an array or a tensor, but got {type(sample).__name__}")
-        if len(source.shape) < 2:
-            raise ValueError(f"{self._at(field, row)} must be (messages, *features), but got shape {source.shape}")
-        return source
-
-    def _torch_dtype(self, field: str, row: int, dtype: np.dtype[Any]) -> torch.dtype:
         try:
-            return _torch_dtype(dtype)
+            native = np.ascontiguousarray(sample, sample.dtype.newbyteorder("="))
+            dtype = _torch_dtype(native.dtype)
         except TypeError:
-            raise TypeError(f"{self._at(field, row)} must have a dtype that torch has, but got {dtype}") from None
+            raise TypeError(
+                f"{self._at(field, row)} must have a dtype that torch has, but got {sample.dtype}"
+            ) from None
+        return native, address(native), sample.shape, dtype
 
-    def _check(self, field: str, sources: list[_Source]) -> None:
-        """Refuse samples that don't fit together, or fields of one sample with other numbers of messages."""
-        first = sources[0]
-        for row, (_, shape, dtype, _) in enumerate(sources):
-            if dtype != first.dtype or shape[1:] != first.shape[1:]:
+    def _check_alike(self, field: str, shapes: list[Any], dtypes: list[torch.dtype]) -> None:
+        for row, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
+            if len(shape) < 2:
+                raise ValueError(f"{self._at(field, row)} must be (messages, *features), but got shape {tuple(shape)}")
+            if dtype != dtypes[0] or shape[1:] != shapes[0][1:]:
                 raise ValueError(
-                    f"{self._at(field, row)} must be like the batch's first, {first.dtype} with features "
-                    f"{first.shape[1:]}, but got {dtype} with {shape[1:]}"
+                    f"{self._at(field, row)} must be like the batch's first, {dtypes[0]} with features "
+                    f"{tuple(shapes[0][1:])}, but got {dtype} with {tuple(shape[1:])}"
                 )
-            if shape[0] != first.shape[0] and not self.pad:
-                raise ValueError(
-                    f"{self._at(field, row)} must have {first.shape[0]} messages, as the batch's first, but got "
-                    f"{shape[0]}: set pad=True to pad to the longest"
-                )
-            if self.lengths is not None and shape[0] != self.lengths[row]:
-                raise ValueError(
-                    f"{self._at(field, row)} must have {self.lengths[row]} messages, as the sample's other fields, "
-                    f"but got {shape[0]}: fields share one mask"
-                )
-        self.lengths = [source.shape[0] for source in sources]
-        if self.p is not None and max(self.lengths) > len(self.p):
+
+    def _check_memory(self, field: str, starts: list[int], lengths: list[int]) -> None:
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            if length and not start:
+                raise ValueError(f"{self._at(field, row)} has no memory, though it has messages: its storage was freed")
+
+    def _check_lengths(self, field: str, lengths: list[int]) -> None:
+        if not self.options.pad and min(lengths) != max(lengths):
+            row = next(row for row, length in enumerate(lengths) if length != lengths[0])
             raise ValueError(
-                f"p must have one probability for each of the {max(self.lengths)} messages of a sample, "
-                f"but has {len(self.p)}"
+                f"{self._at(field, row)} must have {lengths[0]} messages, as the batch's first, but got "
+                f"{lengths[row]}: set pad=True to pad to the longest"
+            )
+        if self.lengths is not None and lengths != self.lengths:
+            row = next(row for row, length in enumerate(lengths) if length != self.lengths[row])
+            raise ValueError(
+                f"{self._at(field, row)} must have {self.lengths[row]} messages, as the sample's other fields, but got "
+                f"{lengths[row]}: they share one mask; give it one of its own with fields={{name: mask name, ...}}"
+            )
+        self.lengths = lengths
+        p = self.options.p
+        if p is not None and max(lengths) > len(p):
+            raise ValueError(
+                f"p must have one probability for each of the {max(lengths)} messages of a sample, but has {len(p)}"
             )
 
     def _at(self, field: str, row: int) -> str:

@@ -16,8 +16,8 @@ import numba
 from numba import config
 from numba.core.compiler_lock import global_compiler_lock
 
-from msgdrop_numba.kernels.cpu import drop_parallel, drop_range
-from msgdrop_numba.plan import Draw, Plan
+from msgdrop_numba.kernels.cpu import COPY, drop_parallel, drop_range
+from msgdrop_numba.plan import PLAIN, Draw, Plan, plan
 
 # Below this many bytes written, waking threads costs more than it saves.
 PARALLEL_BYTES = 256 * 1024
@@ -65,6 +65,14 @@ def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> No
         drop_range(0, plan.messages, plan.address, draw.address, x, out, mask, low, high)
     else:
         drop_parallel(plan.messages, plan.address, draw.address, x, out, mask, low, high, parts)
+
+
+def load() -> None:
+    """Compile the serial kernel, or read it from the cache."""
+    launch(_NOTHING, PLAIN, 0, 0, 0, 0)
+
+
+_NOTHING = plan((0, 1), 1, COPY, 1, 0.0, False, 1, 0)
 
 
 def _after_fork_in_child() -> None:

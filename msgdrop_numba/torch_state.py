@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.autograd import forward_ad
 try:
     _Key, _KeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
     _INFERENCE = _KeySet(_Key.CPU) | _KeySet(_Key.AutocastCPU)
-    _PLAIN = _INFERENCE | _KeySet(_Key.ADInplaceOrView) | _KeySet(_Key.AutogradCPU)
+    _PLAIN = (_INFERENCE | _KeySet(_Key.ADInplaceOrView) | _KeySet(_Key.AutogradCPU), _INFERENCE)
     _dispatch_keys: Any = torch._C._dispatch_keys
     _modes = torch._C._len_torch_dispatch_stack
     _tracing = torch._C._get_tracing_state
@@ -24,15 +25,35 @@ def in_transform() -> bool:
     return _dispatch_keys is None or _transform() is not None
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` is a dense eager CPU tensor outside every transform: no tracing, vmap, forward AD or mode."""
+def is_eager() -> bool:
+    """Whether operations run as they are called: no tracing, vmap, forward AD or mode."""
     if torch.compiler.is_compiling():  # asked first: Dynamo can't follow the rest
         return False
     if _dispatch_keys is None or _modes() or _tracing() is not None or forward_ad._current_level >= 0:
         return False
-    if _transform() is not None:  # a tensor from outside a transform looks plain inside it
-        return False
+    return _transform() is None  # a tensor from outside a transform looks plain inside it
+
+
+def all_dense(tensors: list[torch.Tensor]) -> bool:
+    """Whether tensors of the exact type are ordinary CPU tensors in C order, where operations are eager.
+
+    Asked of a whole batch at once, and by what a getter tells: dispatch keys cost more than a small sample's copy. Of
+    the tensors that only keys tell apart, a transform's wrappers refuse to give their address.
+    """
+    return (
+        all(map(_is_cpu, tensors))
+        and set(map(_layout, tensors)) == _STRIDED
+        and all(map(torch.Tensor.is_contiguous, tensors))
+        and not any(map(torch.Tensor.is_neg, tensors))
+        and not (tensors[0].is_complex() and any(map(torch.Tensor.is_conj, tensors)))
+    )
+
+
+_is_cpu, _layout, _STRIDED = attrgetter("is_cpu"), attrgetter("layout"), {torch.strided}
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is a dense eager CPU tensor outside every transform."""
     if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
         return False
-    keys = _dispatch_keys(tensor)
-    return keys in (_PLAIN, _INFERENCE)
+    return is_eager() and _dispatch_keys(tensor) in _PLAIN
