@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,12 @@ def draw(seed: int, key: int, i: int, stream: int = 0) -> int:
 def fold_in(seed: int, data: int) -> int:
     w = philox4x32_10((0, 0xFFFFFFFF, *halves(data)), halves(seed))
     return w[0] + 2**32 * w[1]
+
+
+def hash64(name: str | bytes) -> int:
+    """The key of an id that is no integer, and what a mask's name folds in."""
+    data = name.encode() if isinstance(name, str) else name
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def threshold(p: float) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-import uuid
 from typing import Any, NamedTuple
 
 import naive
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from msgdrop_numba import Keyed, KeyedDataset, MessageDropoutCollate, fold_in, keep_mask, message_dropout
 
@@ -215,58 +214,6 @@ class _IsShared:
 
     def __call__(self, samples):
         return self.collate(samples).is_shared()
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        start, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        return iter([(s, i) for i, s in enumerate(EVEN)][start::step])
-
-
-def name_of(sample: Any) -> str:
-    return f"clip-{sample[1]}"
-
-
-def test_keyed_iterable_datasets():
-    dataset = KeyedDataset(Stream(), key=name_of)
-    assert isinstance(dataset, IterableDataset)
-    assert isinstance(dataset, KeyedDataset)
-    results = []
-    for workers in (0, 2):
-        loader = DataLoader(dataset, 2, num_workers=workers, collate_fn=MessageDropoutCollate(0.5, seed=11))
-        results.append(epoch_of(loader))
-    assert results[0] == results[1]
-    assert len(results[0]) == 6
-    with pytest.raises(TypeError, match="key must be given for an iterable dataset"):
-        KeyedDataset(Stream())
-
-
-def test_keys_of_datasets():
-    data = list("abc")
-    dataset = KeyedDataset(data)
-    assert dataset[1] == Keyed(1, "b")
-    assert dataset[-1] == Keyed(2, "c")
-    assert dataset[torch.tensor(2)] == Keyed(2, "c")
-    assert dataset[np.int64(-1)] == Keyed(2, "c")
-    assert len(dataset) == 3
-    assert dataset.__getitems__([2, 0]) == [Keyed(2, "c"), Keyed(0, "a")]
-    an_id = uuid.UUID(int=5)
-    for key, want in ((lambda s: -1, 2**64 - 1), (lambda s: "clip-0001", 4734007382124388018)):
-        assert KeyedDataset(data, key)[0].key == want
-    assert KeyedDataset(data, lambda s: an_id)[0].key == KeyedDataset(data, lambda s: an_id.bytes)[0].key
-    for bad in (1.0, None, True, (1,)):
-        with pytest.raises(TypeError, match="a sample's key must be"):
-            KeyedDataset(data, lambda s, bad=bad: bad)[0]
-
-
-def test_datasets_and_collates_can_be_copied():
-    dataset = KeyedDataset(Stream(), key=name_of)
-    collate = MessageDropoutCollate(0.5, seed=3)
-    collate.set_epoch(4)
-    want = collate(list(dataset))
-    for copied in (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))):
-        assert torch.equal(copied(collate)(list(copied(dataset)))[0], want[0])
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])

@@ -1,0 +1,198 @@
+"""Fields of samples: nested ones, memory maps, masks by name, and what is pinned."""
+
+from __future__ import annotations
+
+import collections
+import faulthandler
+import mmap
+import multiprocessing
+import os
+import signal
+import types
+from typing import Any, NamedTuple
+
+import naive
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from msgdrop_numba import Keyed, KeyedDataset, MessageDropoutCollate
+
+LENGTHS, TEXTS = (5, 7, 3, 6), (2, 4, 9, 1)
+AUDIO = [torch.arange(n * 4, dtype=torch.float32).reshape(n, 4) + 100 * i + 1 for i, n in enumerate(LENGTHS)]
+VIDEO = [a.double()[:, None, :2] + 0.5 for a in AUDIO]
+TEXT = [np.arange(n * 3, dtype=np.int32).reshape(n, 3) + 50 * i + 1 for i, n in enumerate(TEXTS)]
+NAMED = {"audio": "av", "video": "av", "text": "text"}
+
+
+class Inputs(NamedTuple):
+    audio: Any
+    text: Any
+
+
+def want(samples: list, seed: int, name: str | None = None, pad_value: float = 0) -> tuple[Any, Any]:
+    """The batch and keep mask of naive.py, for keys 0, 1, ..."""
+    if name is not None:
+        seed = naive.fold_in(seed, naive.hash64(name))
+    tensors = [torch.as_tensor(s) for s in samples]
+    lengths = [len(s) for s in tensors]
+    keep = torch.tensor(naive.keep_mask((len(samples), max(lengths)), 0.5, seed=seed, lengths=lengths))
+    stacked = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad_value)
+    return torch.where(keep.reshape(*keep.shape, *(1,) * (stacked.ndim - 2)), stacked, 0), keep
+
+
+def keyed(samples: list) -> list:
+    return [Keyed(i, sample) for i, sample in enumerate(samples)]
+
+
+def test_masks_of_their_own_by_name():
+    samples = [{"audio": a, "video": v, "text": t, "id": 7} for a, v, t in zip(AUDIO, VIDEO, TEXT, strict=True)]
+    collate = MessageDropoutCollate(0.5, fields=NAMED, pad=True, seed=3, return_mask=True)
+    batch = collate(keyed(samples))
+    seed = naive.fold_in(3, 0)
+    for field, source in (("audio", AUDIO), ("video", VIDEO), ("text", TEXT)):
+        data, keep = want(source, seed, NAMED[field])
+        assert torch.equal(batch[field], data)
+        assert torch.equal(batch["keep_mask"][NAMED[field]], keep)
+    assert {name: lengths.tolist() for name, lengths in batch["lengths"].items()} == {
+        "av": list(LENGTHS), "text": list(TEXTS),
+    }  # fmt: skip
+    assert batch["id"].tolist() == [7] * 4
+    # without a seed the masks of a batch differ all the same, and torch governs them
+    free = MessageDropoutCollate(0.5, fields={"a": "a", "b": "b"}, return_mask=True)
+    same = [{"a": torch.ones(64, 1), "b": torch.ones(64, 1)}] * 3
+    torch.manual_seed(1)
+    first = free(same)
+    assert not torch.equal(first["a"], first["b"])
+    torch.manual_seed(1)
+    assert torch.equal(free(same)["b"], first["b"])
+
+
+def test_masks_by_name_in_tuples_and_in_what_a_collate_function_returns():
+    even = [(torch.ones(5, 2), torch.ones(8, 2)) for _ in range(4)]
+    collate = MessageDropoutCollate(0.5, fields={0: "x", 1: "y"}, pad=True, seed=3, return_mask=True)
+    x, y, lengths, keep = collate(keyed(even))
+    again = MessageDropoutCollate(0.5, fields={0: "x", 1: "y"}, seed=3, return_mask=True, collate_fn=default_collate)
+    x2, y2, keep2 = again(keyed(even))
+    assert torch.equal(x, x2)
+    assert torch.equal(y, y2)
+    assert lengths["y"].tolist() == [8] * 4
+    assert set(keep) == set(keep2) == {"x", "y"}
+    for name in keep:
+        assert torch.equal(keep[name], torch.as_tensor(keep2[name]))
+
+
+def test_nested_samples():
+    samples = [
+        {"inputs": Inputs(a, {"ids": t, "n": i}), "video": [v], "label": i}
+        for i, (a, t, v) in enumerate(zip(AUDIO, TEXT, VIDEO, strict=True))
+    ]
+    fields = {("inputs", "audio"): "av", ("inputs", "text", "ids"): "text", ("video", 0): "av"}
+    batch = MessageDropoutCollate(0.5, fields=fields, pad=True, seed=3)(keyed(samples))
+    seed = naive.fold_in(3, 0)
+    assert type(batch["inputs"]) is Inputs
+    assert torch.equal(batch["inputs"].audio, want(AUDIO, seed, "av")[0])
+    assert torch.equal(batch["inputs"].text["ids"], want(TEXT, seed, "text")[0])
+    assert batch["inputs"].text["n"].tolist() == batch["label"].tolist() == [0, 1, 2, 3]
+    assert type(batch["video"]) is list
+    assert torch.equal(batch["video"][0], want(VIDEO, seed, "av")[0])
+    shared = [((a, {"v": v}), 1) for a, v in zip(AUDIO, VIDEO, strict=True)]
+    (audio, deeper), _, lengths = MessageDropoutCollate(0.5, fields=[(0, 0), (0, 1, "v")], pad=True, seed=3)(
+        keyed(shared)
+    )
+    assert torch.equal(audio, want(AUDIO, seed)[0])
+    assert torch.equal(deeper["v"], want(VIDEO, seed)[0])
+    assert lengths.tolist() == list(LENGTHS)
+
+
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict, types.MappingProxyType])
+def test_mappings_come_back_as_torchs_collate_gives_them(kind):
+    samples = [kind({"x": torch.ones(3, 2), "y": 1}) for _ in range(2)]
+    assert type(MessageDropoutCollate(0.5, fields="x", pad=True)(samples)) is (
+        dict if kind is types.MappingProxyType else kind
+    )
+    assert set(samples[0]) == {"x", "y"}
+
+
+@pytest.mark.parametrize("mode", ["r", "r+", "c"])
+def test_memory_maps(tmp_path, mode):
+    np.save(tmp_path / "x.npy", np.stack([AUDIO[0]] * 6))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode=mode)
+    batch = MessageDropoutCollate(0.5, seed=3)(keyed(list(mapped)))
+    assert torch.equal(batch, want([AUDIO[0]] * 6, naive.fold_in(3, 0))[0])
+    assert np.array_equal(np.load(tmp_path / "x.npy")[5], AUDIO[0])
+
+
+def test_a_dropped_message_is_not_read(tmp_path):
+    """The end of the file behind a map is gone: whoever reads the dropped message dies of SIGBUS."""
+    page = mmap.PAGESIZE
+    path = tmp_path / "x.bin"
+    path.write_bytes(bytes(2 * page))
+    sample = np.memmap(path, np.uint8, "r", shape=(2, page))
+    keeps = {s: naive.keep_mask((1, 2), 0.5, seed=naive.fold_in(s, 0))[0].tolist() for s in range(20)}
+    os.truncate(path, page)
+
+    def collate(seed: int) -> None:
+        faulthandler.disable()
+        batch = MessageDropoutCollate(0.5, seed=seed)([Keyed(0, sample)])
+        assert batch.tolist() == [[[0] * page] * 2]
+
+    for keep, exitcode in (([True, False], 0), ([True, True], -signal.SIGBUS)):
+        seed = next(s for s in keeps if keeps[s] == keep)
+        child = multiprocessing.get_context("fork").Process(target=collate, args=(seed,))
+        child.start()
+        child.join()
+        assert child.exitcode == exitcode
+
+
+def test_samples_that_need_another_layout_first():
+    transposed = [a.T.contiguous().T for a in AUDIO[:1] * 3]
+    mixed = [AUDIO[0], AUDIO[0].numpy(), torch.nn.Parameter(AUDIO[0]), AUDIO[0].clone().requires_grad_()]
+    conjugate = [torch.complex(AUDIO[0], AUDIO[0]).conj().imag.neg()] * 3
+    assert conjugate[0].is_neg() != AUDIO[0].is_neg() or torch.equal(conjugate[0], AUDIO[0])
+    for samples in (transposed, mixed, conjugate, [AUDIO[0].expand(5, 4)[::1]] * 2):
+        got = MessageDropoutCollate(0.5, seed=3)(keyed(samples))
+        plain = [torch.as_tensor(s).detach().resolve_neg() for s in samples]
+        assert torch.equal(got, want(plain, naive.fold_in(3, 0))[0])
+        assert not got.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pin_memory(workers):
+    samples = [{"inputs": Inputs(a, i)} for i, a in enumerate(AUDIO)]
+    collate = MessageDropoutCollate(0.5, fields=[("inputs", "audio")], pad=True, seed=3)
+    loader = DataLoader(KeyedDataset(samples), 4, num_workers=workers, collate_fn=collate, pin_memory=True)
+    (batch,) = loader
+    assert torch.equal(batch["inputs"].audio, want(AUDIO, naive.fold_in(3, 0))[0])
+    assert batch["inputs"].audio.is_pinned() == torch.cuda.is_available()
+    assert batch["lengths"].tolist() == list(LENGTHS)
+
+
+SAMPLE = {"inputs": Inputs(AUDIO[0], TEXT[0]), "label": 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ([("inputs", "none")], ValueError, r"fields must be among \['audio', 'text'\] in field 'inputs'.*'none'"),
+        ([("inputs", 2)], ValueError, r"in field 'inputs', but got 2"),
+        ([("label", 0)], ValueError, r"fields must be among \[\] in field 'label', but got 0"),
+        ("inputs", TypeError, "field 'inputs' of sample 0 must be an array or a tensor.*Inputs"),
+        ([("inputs", "audio"), ("inputs", "text")], ValueError, r"\('inputs', 1\) of sample 0 must have 5.*got 2.*fields="),
+        ([()], ValueError, r"fields must be names, indices or tuples of them, but got \(\)"),
+        ([["a", "b"]], ValueError, r"fields must be names.*\['a', 'b'\]"),
+        ({"inputs": None}, TypeError, "fields must give each field the name of its mask.*'inputs' has None"),
+        ({}, ValueError, "fields must name at least one"),
+    ],
+)  # fmt: skip
+def test_bad_fields(fields, error, message):
+    with pytest.raises(error, match=message):
+        MessageDropoutCollate(0.5, fields=fields)([SAMPLE])
+
+
+def test_nested_samples_that_are_not_alike():
+    other = {"inputs": (AUDIO[0], TEXT[0], 1), "label": 1}
+    with pytest.raises(ValueError, match="field 'inputs' of sample 1 must have the fields of the first, Inputs of 2"):
+        MessageDropoutCollate(0.5, fields=[("inputs", 0)])([SAMPLE, other])
