@@ -1,44 +1,48 @@
-"""`python -m benchmarks cpu` measures, into benchmarks/results/cpu.json; `readme` puts its table into README.md."""
+"""`python -m benchmarks QUESTION` measures, into benchmarks/results/; `readme` puts the tables into README.md."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import click
-
-from benchmarks import cpu
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def main() -> None:
-    """Benchmarks of msgdrop_numba, each a ratio in one run. Run them on a quiet machine."""
+# Each is a module here, with `run(rounds)` and `table(results)`; its table stands in README.md between its marks.
+QUESTIONS = ("cpu", "loader", "gil", "cold_start")
 
 
-@main.command(name="cpu")
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("questions", nargs=-1, type=click.Choice([*QUESTIONS, "readme"]))
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=1), help="Interleaved rounds.")
-def run_cpu(rounds: int) -> None:
-    """message_dropout on CPU tensors against what people write today."""
-    results = cpu.run(rounds)
-    (RESULTS / "cpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    click.echo(cpu.table(results))
+def main(questions: tuple[str, ...], rounds: int) -> None:
+    """Benchmarks of msgdrop_numba, each a ratio in one run; all of them by default. Run them on a quiet machine."""
+    for name in questions or QUESTIONS:
+        if name == "readme":
+            file = ROOT / "README.md"
+            file.write_text(with_tables(file.read_text()))
+            continue
+        question: Any = importlib.import_module(f"benchmarks.{name}")
+        results = question.run(rounds)
+        (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+        click.echo(question.table(results))
 
 
-@main.command()
-def readme() -> None:
-    """Write the table of the committed results into README.md."""
-    file = ROOT / "README.md"
-    results = json.loads((RESULTS / "cpu.json").read_text())
-    file.write_text(with_table(file.read_text(), cpu.table(results)))
-
-
-def with_table(text: str, table: str) -> str:
-    """The README with this table between its marks."""
-    return re.sub(r"(<!-- cpu: .*? -->\n).*?(\n<!-- end cpu -->)", lambda m: m[1] + table + m[2], text, flags=re.DOTALL)
+def with_tables(text: str) -> str:
+    """The README with the tables of the committed results between their marks."""
+    for name in QUESTIONS:
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            question: Any = importlib.import_module(f"benchmarks.{name}")
+            table = question.table(json.loads(file.read_text()))
+            marks = rf"(<!-- {name}: .*? -->\n).*?(<!-- end {name} -->)"
+            text = re.sub(marks, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
+    return text
 
 
 if __name__ == "__main__":

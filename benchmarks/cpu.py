@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks import peers
-from benchmarks.measure import machine, seconds
+from benchmarks.measure import machine, markdown, seconds
 from msgdrop_numba import message_dropout
 
 P = 0.3
@@ -46,11 +46,9 @@ def table(results: dict[str, Any]) -> str:
     """README's table: how many times faster ours is, median over median."""
     pairs = [(peer.__name__, "message_dropout", peer.__name__) for peer in peers.ALL]
     pairs.append(("copy_", "message_dropout, out=", "copy_ (ours with `out=`)"))
-    lines = ["| shape | ours, µs | " + " | ".join(title for _, _, title in pairs) + " |"]
-    lines.append("|---" * (len(pairs) + 2) + "|")
+    rows = []
     for row in results["rows"]:
         times = row["microseconds"]
         cells = [f"{times[name] / times[ours]:.2f}" if name in times else "–" for name, ours, _ in pairs]
-        shape = " × ".join(map(str, row["shape"]))
-        lines.append(f"| {shape} | {times['message_dropout']:.3g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([" × ".join(map(str, row["shape"])), f"{times['message_dropout']:.3g}", *cells])
+    return markdown(["shape", "ours, µs", *(title for _, _, title in pairs)], rows)

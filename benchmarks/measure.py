@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy
 import torch
+from tabulate import tabulate
 from torch.utils.benchmark import Timer
 
 import msgdrop_numba
@@ -29,6 +31,24 @@ def seconds(contestants: dict[str, Callable[[], Any]], rounds: int, least: float
         for name, timer in timers.items():
             times[name].append(timer.timeit(calls[name]).mean)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def interleaved(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """The median time of a call of each contestant, in seconds, where a call is long enough to be timed alone."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for contestant in contestants.values():
+        contestant()
+    for _ in range(rounds):
+        for name, contestant in contestants.items():
+            start = time.perf_counter()
+            contestant()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return tabulate(rows, head, tablefmt="pipe", disable_numparse=True)
 
 
 def machine() -> dict[str, Any]:

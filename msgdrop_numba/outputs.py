@@ -54,6 +54,11 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return tensor
 
 
+def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor in C order, in memory that other processes can map."""
+    return over(torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu"), shape, dtype)
+
+
 def over(storage: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor in C order over the whole of a storage."""
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]

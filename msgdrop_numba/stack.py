@@ -100,9 +100,10 @@ class Stack:
             laid_out = [self._laid_out(field, row, sample) for row, sample in enumerate(samples)]
             owners, starts, shapes, dtypes = map(list, zip(*laid_out, strict=True))
         dtype, features = dtypes[0], tuple(shapes[0][1:])
-        if len(shapes[0]) < 2 or shapes.count(shapes[0]) < len(shapes) or dtypes.count(dtype) < len(dtypes):
+        even = shapes.count(shapes[0]) == len(shapes)
+        if not even or len(shapes[0]) < 2 or dtypes.count(dtype) < len(dtypes):
             self._check_alike(field, shapes, dtypes)
-        lengths = [shape[0] for shape in shapes]
+        lengths = [shapes[0][0]] * len(shapes) if even else [shape[0] for shape in shapes]
         if 0 in starts and math.prod(features):
             self._check_memory(field, starts, lengths)
         self._check_lengths(field, lengths)
@@ -177,7 +178,4 @@ def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A new tensor; in a worker process in shared memory, so that it isn't copied again when it is sent."""
-    if get_worker_info() is None:
-        return outputs.empty(shape, dtype)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu")
-    return outputs.over(storage, shape, dtype)
+    return outputs.empty(shape, dtype) if get_worker_info() is None else outputs.shared(shape, dtype)

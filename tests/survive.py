@@ -62,6 +62,7 @@ class Pooled:
 
 def loaders(method: str, used: str, counts: str) -> None:
     """DataLoaders with `counts` workers, persistent or not, made by `method`, the parent having used the kernels or not."""
+    import numba
     import torch
 
     from msgdrop_numba import KeyedDataset, MessageDropoutCollate
@@ -70,6 +71,7 @@ def loaders(method: str, used: str, counts: str) -> None:
     if used == "used":
         assert right()
         assert right_in_a_pool(2)
+        assert numba.threading_layer() == os.environ["NUMBA_THREADING_LAYER"]
     dataset = KeyedDataset(list(data()))
     for workers in map(int, counts.split(",")):
         for persistent in (False, True)[: 1 + (workers > 0)]:
@@ -152,7 +154,7 @@ def first_of_many(folder: str) -> None:
     """Several processes at once on an empty cache."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
     command = [sys.executable, "-W", "error", __file__, "check_alone"]
-    children = [subprocess.Popen(command, env=environment) for _ in range(6)]
+    children = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for _ in range(6)]
     assert [child.wait() for child in children] == [0] * 6
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import cpu
-from benchmarks.__main__ import with_table
+from benchmarks import cpu, gil, loader
+from benchmarks.__main__ import QUESTIONS, with_tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -22,7 +22,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_there_is_code_to_run():
-    assert len(BLOCKS) == README.count("```python") == 6
+    assert len(BLOCKS) == README.count("```python") == 7
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
@@ -51,18 +51,28 @@ def test_the_demo_table_is_that_of_the_committed_run():
     assert results["settings"] == {"p": 0.5, "epochs": 30, "seeds": 5}
 
 
-def test_the_speed_table_is_that_of_the_committed_run():
-    results = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
-    assert with_table(README, cpu.table(results)) == README
-    assert "| 64 × 512 × 1024 |" in README
-    assert with_table(README, "another") != README
+def test_the_tables_are_those_of_the_committed_runs():
+    assert with_tables(README) == README
+    for name in QUESTIONS:
+        table = re.search(rf"<!-- {name}: .*? -->\n\|.*\|\n<!-- end {name} -->", README, flags=re.DOTALL)
+        assert table is not None, name
+        changed = README.replace(table[0], re.sub(r"\d", "7", table[0]))
+        assert with_tables(changed) == README != changed
 
 
-def test_the_benchmark_runs(monkeypatch):
+def test_the_benchmarks_run(monkeypatch):
     monkeypatch.setattr(cpu, "SHAPES", [(3, 5, 20)])
     results = cpu.run(rounds=1)
     assert all(time > 0 for time in results["rows"][0]["microseconds"].values())
     assert "| 3 × 5 × 20 |" in cpu.table(results)
+    monkeypatch.setattr(loader, "SIZES", {"tiny": (4, 6, 8, 3)})
+    results = loader.run(rounds=1)
+    assert [row["workers"] for row in results["rows"]] == [0, 2, 0, 2]
+    assert "| tiny, padded |" in loader.table(results)
+    monkeypatch.setattr(gil, "SECONDS", 0.01)
+    results = gil.run(rounds=1)
+    assert all(speed > 0 for speed in results["per_second"].values())
+    assert "two threads collating" in gil.table(results)
 
 
 def test_the_two_commands_are_there():
