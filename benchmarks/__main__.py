@@ -10,11 +10,14 @@ from typing import Any
 
 import click
 
+from benchmarks import measure
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-# Each is a module here, with `run(rounds)` and `table(results)`; its table stands in README.md between its marks.
-QUESTIONS = ("cpu", "loader", "gil", "cold_start")
+# Each is a module here, with `run(rounds)`, `table(results)` and `bars(results)` or a `chart` of its own; its table stands
+# in README.md between its marks.
+QUESTIONS = ("cpu", "curve", "overhead", "rules", "train_step", "loader", "gil", "cold_start")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,7 +33,8 @@ def main(questions: tuple[str, ...], rounds: int) -> None:
         question: Any = importlib.import_module(f"benchmarks.{name}")
         results = question.run(rounds)
         (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-        click.echo(question.table(results))
+        measure.draw(RESULTS / f"{name}.png", question, results)
+        click.echo(f"{results['machine']}\n{question.table(results)}")
 
 
 def with_tables(text: str) -> str:

@@ -85,3 +85,9 @@ def run(rounds: int) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """README's table."""
     return markdown(["what", "seconds"], [[name, f"{value:.2f}"] for name, value in results["seconds"].items()])
+
+
+def bars(results: dict[str, Any]) -> dict[str, float]:
+    """Seconds."""
+    seconds_of: dict[str, float] = results["seconds"]
+    return seconds_of

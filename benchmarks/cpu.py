@@ -1,4 +1,4 @@
-"""How fast is message_dropout on CPU tensors, against what people write today? float32, p = 0.3."""
+"""How fast is message_dropout on CPU tensors and arrays, against what people write today? float32, p = 0.3."""
 
 from __future__ import annotations
 
@@ -12,22 +12,37 @@ from benchmarks.measure import machine, markdown, seconds
 from msgdrop_numba import message_dropout
 
 P = 0.3
-SHAPES = [(3, 5, 20), (8, 16, 128), (32, 64, 256), (64, 256, 512), (64, 512, 1024), (64, 4096, 4)]
+SHAPES = [(3, 5, 20), (8, 16, 128), (32, 64, 256), (64, 256, 512), (64, 512, 1024), (64, 4096, 4), (64, 4096, 1)]
+
+# The README's columns: a peer, and which of ours it is compared with.
+COLUMNS = [
+    ("loop", "exact"), ("ones_times_mask", "new"), ("multiply", "new"), ("compiled multiply", "new"),
+    ("masked_fill", "new"), ("dropout1d", "new"), ("clone", "new"), ("copy_", "out="),
+    ("dropout1d, inplace", "inplace"), ("p · zero_", "inplace"), ("numpy_index", "array"),
+]  # fmt: skip
 
 
 def contestants(shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
     """A call of ours and of each peer, with new outputs that are freed and made again as in training."""
     x = torch.randn(shape)
-    calls: dict[str, Callable[[], Any]] = {"message_dropout": lambda: message_dropout(x, P)}
-    for peer in peers.ALL:
+    calls: dict[str, Callable[[], Any]] = {
+        "new": lambda: message_dropout(x, P),
+        "exact": lambda: message_dropout(x, P, exact=True),
+    }
+    for peer in peers.TENSORS:
         if peer is not peers.loop or x.numel() <= 2**20:  # the loop takes seconds on the large ones
             calls[peer.__name__] = lambda peer=peer: peer(x, P)
+    array = x.numpy().copy()
+    calls["array"] = lambda: message_dropout(array, P)
+    for peer in peers.ARRAYS:
+        calls[peer.__name__] = lambda peer=peer: peer(array, P)
     out, y, z = torch.empty_like(x), x.clone(), x.clone()
-    calls["message_dropout, out="] = lambda: message_dropout(x, P, out=out)
+    calls["out="] = lambda: message_dropout(x, P, out=out)
     calls["copy_"] = lambda: out.copy_(x)
-    calls["message_dropout, inplace"] = lambda: message_dropout(y, P, inplace=True)
-    calls["dropout1d, inplace"] = lambda: torch.nn.functional.dropout1d(z.fill_(1.0), P, inplace=True)
-    calls["fill_"] = lambda: z.fill_(1.0)  # dropout1d in place would run into infinities without it
+    calls["inplace"] = lambda: message_dropout(y, P, inplace=True)
+    calls["dropout1d, inplace, and fill_"] = lambda: torch.nn.functional.dropout1d(z.fill_(1.0), P, inplace=True)
+    calls["fill_"] = lambda: z.fill_(1.0)  # without it dropout1d in place would run into infinities
+    calls["zero_"] = lambda: z.zero_()
     return calls
 
 
@@ -36,7 +51,9 @@ def run(rounds: int) -> dict[str, Any]:
     """Microseconds of every contestant on every shape."""
     rows = []
     for shape in SHAPES:
-        times = seconds(contestants(shape), rounds, least=0.05)
+        times = seconds(contestants(shape), rounds, least=0.03)
+        times["dropout1d, inplace"] = times.pop("dropout1d, inplace, and fill_") - times.pop("fill_")
+        times["p · zero_"] = P * times.pop("zero_")
         rows.append({"shape": shape, "microseconds": {name: 1e6 * t for name, t in times.items()}})
         print(shape, {name: round(1e6 * t, 1) for name, t in times.items()}, flush=True)
     return {"machine": machine(), "p": P, "dtype": "float32", "rounds": rounds, "rows": rows}
@@ -44,11 +61,16 @@ def run(rounds: int) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """README's table: how many times faster ours is, median over median."""
-    pairs = [(peer.__name__, "message_dropout", peer.__name__) for peer in peers.ALL]
-    pairs.append(("copy_", "message_dropout, out=", "copy_ (ours with `out=`)"))
     rows = []
     for row in results["rows"]:
         times = row["microseconds"]
-        cells = [f"{times[name] / times[ours]:.2f}" if name in times else "–" for name, ours, _ in pairs]
-        rows.append([" × ".join(map(str, row["shape"])), f"{times['message_dropout']:.3g}", *cells])
-    return markdown(["shape", "ours, µs", *(title for _, _, title in pairs)], rows)
+        cells = [f"{times[peer] / times[ours]:.2f}" if peer in times else "–" for peer, ours in COLUMNS]
+        rows.append([" × ".join(map(str, row["shape"])), f"{times['new']:.3g}", *cells])
+    titles = [peer if ours == "new" else f"{peer} ({ours})" for peer, ours in COLUMNS]
+    return markdown(["shape", "ours, µs", *titles], rows)
+
+
+def bars(results: dict[str, Any]) -> dict[str, float]:
+    """How many times faster than F.dropout1d."""
+    rows = [(row["shape"], row["microseconds"]) for row in results["rows"]]
+    return {" × ".join(map(str, shape)): times["dropout1d"] / times["new"] for shape, times in rows}

@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -49,6 +50,24 @@ def interleaved(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown."""
     return tabulate(rows, head, tablefmt="pipe", disable_numparse=True)
+
+
+def draw(file: Path, question: Any, results: dict[str, Any]) -> None:
+    """The question's chart: its own, or bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if hasattr(question, "chart"):
+        question.chart(results, axes)
+    else:
+        ratios = question.bars(results)
+        axes.bar_label(axes.barh(list(ratios), list(ratios.values())), fmt="%.2f")
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set_xlabel(question.bars.__doc__)
+    figure.suptitle(question.__doc__.splitlines()[0], wrap=True)
+    figure.savefig(file, dpi=100)
 
 
 def machine() -> dict[str, Any]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def loop(x: Tensor, p: float) -> Tensor:
@@ -33,7 +37,29 @@ def masked_fill(x: Tensor, p: float) -> Tensor:
 
 def dropout1d(x: Tensor, p: float) -> Tensor:
     """torch's own channel dropout, which scales."""
-    return torch.nn.functional.dropout1d(x, p)
+    return functional.dropout1d(x, p)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """torch's dropout of single elements, which scales."""
+    return functional.dropout(x, p)
+
+
+compiled_multiply: Any = torch.compile(multiply, dynamic=False)
+compiled_dropout1d: Any = torch.compile(dropout1d, dynamic=False)
+compiled_multiply.__name__, compiled_dropout1d.__name__ = "compiled multiply", "compiled dropout1d"
+
+
+def numpy_multiply(x: Any, p: float) -> Any:
+    """The multiply on an array."""
+    return x * (np.random.default_rng().random(x.shape[:2]) >= p)[..., None]
+
+
+def numpy_index(x: Any, p: float) -> Any:
+    """The dropped messages of a copy set to zero by a boolean index."""
+    y = x.copy()
+    y[np.random.default_rng().random(x.shape[:2]) < p] = 0
+    return y
 
 
 def clone(x: Tensor, p: float) -> Tensor:
@@ -41,4 +67,7 @@ def clone(x: Tensor, p: float) -> Tensor:
     return x.clone()
 
 
-ALL = (loop, ones_times_mask, multiply, masked_fill, dropout1d, clone)
+TENSORS = (
+    loop, ones_times_mask, multiply, masked_fill, dropout1d, dropout, compiled_multiply, compiled_dropout1d, clone,
+)  # fmt: skip
+ARRAYS = (numpy_multiply, numpy_index)
