@@ -15,7 +15,7 @@ from benchmarks import measure
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-# Each is a module here, with `run(rounds)`, `table(results)` and `bars(results)` or a `chart` of its own; its table stands
+# Each is a module here with `run(rounds)`, `table(results)` and `bars(results)` or its own `chart`. The table stands
 # in README.md between its marks.
 QUESTIONS = ("cpu", "curve", "overhead", "rules", "train_step", "loader", "gil", "cold_start")
 

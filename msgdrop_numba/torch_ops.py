@@ -60,19 +60,18 @@ class _DropMessages(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, fill: Tensor | None, plan: Plan, draw: Draw, seed: int, mask: Tensor | None, inplace: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, fill: Tensor | None, job: tuple[Plan, Draw, int, Tensor | None, bool]) -> Tensor:
+        plan, draw, seed, mask, inplace = job
         if draw.seeded:
-            again = PLAIN
+            ctx.job = plan, PLAIN, seed
         else:
             mask = torch.empty(plan.shape, dtype=torch.bool, device="cpu") if mask is None else mask
             ctx.save_for_backward(mask)
             # Unscaled, padding passes like any kept message.
             again = GIVEN if plan.kind == COPY else Draw(None, draw.lengths, None, None, draw.factors, given=True)
+            ctx.job = plan, again, seed
         if inplace:
             ctx.mark_dirty(x)
-        ctx.job = plan, again, seed
         return _write(plan, draw, seed, x, x if inplace else None, mask)
 
     @staticmethod
@@ -81,17 +80,18 @@ class _DropMessages(torch.autograd.Function):
         mask = ctx.saved_tensors[0].contiguous() if draw.given else None  # hooks may have changed its layout
         if grad.layout != torch.strided:
             grad = grad.to_dense()
+        needs_x, needs_fill, _ = ctx.needs_input_grad
         grad_x = grad_fill = None
-        if ctx.needs_input_grad[1]:
+        if needs_fill:
             grad_fill = grad[~draw_mask(plan, draw, seed, mask)].sum(0)
-        if ctx.needs_input_grad[0]:
+        if needs_x:
             if not is_plain(grad):
                 grad_x = where(plan, draw, grad, draw_mask(plan, draw, seed, mask))
-            elif torch.is_grad_enabled() and grad.requires_grad:
-                grad_x = _drop_messages(grad, None, plan, draw, seed, mask, False)
+            elif grad.requires_grad and torch.is_grad_enabled():
+                grad_x = _drop_messages(grad, None, (plan, draw, seed, mask, False))
             else:
                 grad_x = _write(plan, draw, seed, grad, None, mask)
-        return grad_x, grad_fill, None, None, None, None, None
+        return grad_x, grad_fill, None
 
 
 _drop_messages: Any = _DropMessages.apply
@@ -148,7 +148,7 @@ def message_dropout(
     elif inplace and x._is_view():
         result = x.copy_(where(plan, draw, x, draw_mask(plan, draw, seed, mask)))
     else:
-        result = _drop_messages(x, message, plan, draw, seed, mask, inplace)
+        result = _drop_messages(x, message, (plan, draw, seed, mask, inplace))
     return (result, mask) if return_mask else result
 
 
