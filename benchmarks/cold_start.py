@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import machine, markdown
+from benchmarks.measure import machine, markdown, medians
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,12 +51,12 @@ CASES = {
 COMPILED = {f"{name}, empty cache": CASES[name] for name in ("first call, NumPy", "first call, torch")}
 
 
-def seconds(program: str, cache: str) -> float:
-    """What a program prints, run in a process of its own."""
+def seconds(program: str, cache: str | None) -> float:
+    """What a program prints, run in a process of its own with this folder for compiled code, or an empty one."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "program.py"
         script.write_text(program)
-        environment = {**os.environ, "NUMBA_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "NUMBA_CACHE_DIR": cache or folder, "PYTHONPATH": str(ROOT)}
         output = subprocess.run(
             [sys.executable, str(script)], capture_output=True, text=True, check=True, env=environment
         ).stdout
@@ -65,21 +64,11 @@ def seconds(program: str, cache: str) -> float:
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """Seconds of every case; compiling is measured three times only."""
-    times: dict[str, list[float]] = {name: [] for name in [*CASES, *COMPILED]}
+    """Seconds of every case."""
     with tempfile.TemporaryDirectory() as warm:
-        for program in CASES.values():
-            seconds(program, warm)
-        for number in range(rounds):
-            for name, program in CASES.items():
-                times[name].append(seconds(program, warm))
-            for name, program in COMPILED.items():
-                if number < 3:
-                    with tempfile.TemporaryDirectory() as empty:
-                        times[name].append(seconds(program, empty))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    print(medians)
-    return {"machine": machine(), "rounds": rounds, "seconds": medians}
+        cases = {name: (lambda program=program: seconds(program, warm)) for name, program in CASES.items()}
+        cases |= {name: (lambda program=program: seconds(program, None)) for name, program in COMPILED.items()}
+        return {"machine": machine(), "rounds": rounds, "seconds": medians(cases, rounds)}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import machine, markdown
+from benchmarks.measure import machine, markdown, medians
 from msgdrop_numba import MessageDropoutCollate, message_dropout
 
 SECONDS = 0.5
@@ -73,17 +72,10 @@ def run(rounds: int) -> dict[str, Any]:
             "batches of 1 thread": lambda: batches(1, lambda: collate(samples)),
             "batches of 2 threads": lambda: batches(2, lambda: collate(samples)),
         }
-        speeds: dict[str, list[float]] = {name: [] for name in cases}
-        for case in cases.values():
-            case()
-        for _ in range(rounds):
-            for name, case in cases.items():
-                speeds[name].append(case())
+        speeds = medians(cases, rounds)
     finally:
         torch.set_num_threads(before)
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    print(medians)
-    return {"machine": machine(), "batch": BATCH, "rounds": rounds, "per_second": medians}
+    return {"machine": machine(), "batch": BATCH, "rounds": rounds, "per_second": speeds}
 
 
 def bars(results: dict[str, Any]) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,17 +33,15 @@ def seconds(contestants: dict[str, Callable[[], Any]], rounds: int, least: float
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def interleaved(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The median time of a call of each contestant, in seconds, where a call is long enough to be timed alone."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for contestant in contestants.values():
-        contestant()
-    for _ in range(rounds):
-        for name, contestant in contestants.items():
-            start = time.perf_counter()
-            contestant()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def medians(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """The median of what each case gives, once a round; a first round is for warming up."""
+    values: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds + 1):
+        for name, case in cases.items():
+            value = case()
+            if number:
+                values[name].append(value)
+    return {name: statistics.median(found) for name, found in values.items()}
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
-from msgdrop_numba.arguments import check_is_number, check_seed, probabilities, split_p
+from msgdrop_numba.arguments import address, check_is_number, check_seed, probabilities, split_p
 from msgdrop_numba.datasets import Keyed
-from msgdrop_numba.fields import Path, at, collate, extend, find, label, requested
+from msgdrop_numba.fields import at, collate, extend, find, requested
 from msgdrop_numba.functional import fold_in, message_dropout
-from msgdrop_numba.keys import sample_key
+from msgdrop_numba.keys import hash64, sample_key
 from msgdrop_numba.rule import DropRule
 from msgdrop_numba.stack import Options, Stack
 from msgdrop_numba.threads import load
@@ -33,19 +32,20 @@ class MessageDropoutCollate:
     Args:
         p: probability that a message is **dropped**, in [0, 1]; or an array of them, one a position, for at least as
             many positions as the longest sample has.
-        fields: index, name or list of them: where messages are dropped; all of them drop the same ones. In nested
-            samples a tuple is a path, `[("inputs", "audio")]`. None: the sample itself where it is an array, its first
+        fields: index, name or list of them: where messages are dropped; all of them drop the same ones. A tuple is a
+            path into nested samples, `("inputs", "audio")`. None: the sample itself where it is an array, its first
             element where it is a tuple or list. A dict sample must name them. For fields with masks of their own, a
             dict from each to the name of its mask, `{"audio": "av", "video": "av", "text": "text"}`.
         pad: pad the fields to the longest sample and add `lengths` (int64, one a sample): `(batch, lengths)` for
-            arrays, appended to tuples, under `"lengths"` in dicts; where masks have names, a dict of them by name.
-            Padding is never dropped.
+            arrays, appended to tuples (a named one becomes a plain one), under `"lengths"` in dicts; where masks have
+            names, a dict of them by name. Padding is never dropped.
         pad_value: number that padding holds.
         seed: integer in [0, 2**64); needs the samples' ids, without which every epoch would repeat its masks.
         collate_fn: a collate function of your own: it gets the bare samples and returns as many rows in the same
             order, in which messages are then dropped in place, its own padding too. Not with `pad`.
         scale, exact, span, min_keep, fill: as for `message_dropout`.
-        return_mask: add the keep mask after the lengths, or under `"keep_mask"`, as the lengths are.
+        return_mask: add the keep mask after the lengths, or under `"keep_mask"`, as the lengths are: a tensor, or an
+            array where `collate_fn` returned arrays.
 
     Raises:
         TypeError, ValueError: an argument is wrong; at a call: samples that don't fit together, naming the field, the
@@ -81,6 +81,8 @@ class MessageDropoutCollate:
     ) -> None:
         if pad and collate_fn is not None:
             raise ValueError("pad=True can't be used with collate_fn, which pads for itself: leave one out")
+        if collate_fn is not None and not callable(collate_fn):
+            raise TypeError(f"collate_fn must be a function from the samples to a batch, but got {collate_fn!r}")
         number, array = split_p(p)
         if array is not None and array.ndim > 1:
             raise ValueError(f"p must be a number or have one dim, a position each, but got {tuple(array.shape)}")
@@ -100,12 +102,22 @@ class MessageDropoutCollate:
         )  # fmt: skip
         load()  # workers made by fork inherit the compiled kernel
         # Shared memory: persistent workers keep the collate that they were started with, and must see a new epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
+        with torch.inference_mode(False):
+            self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other masks from the next batch on: call before each epoch, as with `DistributedSampler`.
 
         A running persistent worker sees it too. Copies made by deepcopy or pickle keep the epoch that they had.
+
+        Args:
+            epoch: integer in [0, 2**63); 0 until it is set. No loader saves it: set it again when a run is resumed.
+
+        Raises:
+            TypeError, ValueError: it is no integer, or out of range.
+
+        Example:
+            >>> MessageDropoutCollate(0.3, seed=1).set_epoch(5)
         """
         if isinstance(epoch, bool) or not isinstance(epoch, numbers.Integral):
             raise TypeError(f"epoch must be an integer in [0, 2**63), but got {epoch!r}")
@@ -123,26 +135,27 @@ class MessageDropoutCollate:
                 f"samples must be a list, the samples of a batch, but got {type(samples).__name__}; "
                 "a DataLoader with batch_size=None has no batches to drop in"
             )
-        keys, samples = _split_keys(samples)
-        seed = self._seed(keys is not None)
+        ids, keys, samples = _split_keys(samples)
+        seed = self._seed(ids is not None)
         extras: dict[str, dict[str | None, Any]] = {}
         if self.collate_fn is None:
-            paths = find(self._masks, samples[0])
-            stacks = {mask: Stack(self._options, _mask_seed(seed, mask), keys) for mask in paths.values()}
+            fields = find(self._masks, samples[0], "a sample")
+            masks = [field.mask for field in fields.values()]
+            stacks = {mask: Stack(self._options, _mask_seed(seed, mask), ids, keys) for mask in masks}
             batch = collate(
-                samples, paths, lambda path, leaves: stacks[paths[path]].build(_field(path), leaves), default_collate
+                samples, fields, lambda path, leaves: stacks[fields[path].mask].build(fields[path].label, leaves)
             )
             if self._options.pad:
-                extras["lengths"] = {mask: torch.tensor(stack.lengths) for mask, stack in stacks.items()}
+                extras["lengths"] = {mask: torch.tensor(stack.lengths, device="cpu") for mask, stack in stacks.items()}
             if self.return_mask:
                 extras["keep_mask"] = {mask: stack.mask() for mask, stack in stacks.items()}
         else:
             batch, keep = self.collate_fn(samples), {}
-            row_keys = np.arange(len(samples), dtype=np.uint64) if keys is None else np.array(keys, dtype=np.uint64)
-            paths = find(self._masks, batch)
-            for mask in dict.fromkeys(paths.values()):
-                fields = {path: at(batch, path) for path in paths if paths[path] == mask}
-                keep[mask] = self._drop_in(fields, _mask_seed(seed, mask), row_keys)
+            keys = np.arange(len(samples), dtype=np.uint64) if keys is None else keys
+            fields = find(self._masks, batch, "what collate_fn returned")
+            for mask in dict.fromkeys(field.mask for field in fields.values()):
+                own = {field.label: at(batch, path) for path, field in fields.items() if field.mask == mask}
+                keep[mask] = self._drop_in(own, _mask_seed(seed, mask), keys)
             if self.return_mask:
                 extras["keep_mask"] = keep
         return extend(batch, {name: by_mask.get(None, by_mask) for name, by_mask in extras.items()})
@@ -157,25 +170,26 @@ class MessageDropoutCollate:
             )
         return fold_in(self.seed, int(self._epoch))
 
-    def _drop_in(self, fields: dict[Path, Any], seed: int, keys: np.ndarray) -> Any:
-        """Drop in what collate_fn returned, the fields of one mask; that keep mask."""
+    def _drop_in(self, fields: dict[str, Any], seed: int, keys: np.ndarray) -> Any:
+        """Drop in what collate_fn returned, the fields of one mask, by their labels; that keep mask."""
         sizes = set()
-        for path, x in fields.items():
+        for field, x in fields.items():
             if not isinstance(x, (Tensor, np.ndarray)) or x.ndim < 3 or len(x) != len(keys):
                 shape = tuple(x.shape) if isinstance(x, (Tensor, np.ndarray)) else type(x).__name__
                 raise ValueError(
                     f"collate_fn must return (samples, messages, features) with {len(keys)} rows"
-                    f"{' in ' if path else ''}{_field(path)}, but got {shape}"
+                    f"{' in ' if field else ''}{field}, but got {shape}"
                 )
             sizes.add(x.shape[1])
         if len(sizes) > 1:
             raise ValueError(
-                f"fields {[*map(label, fields)]} must have as many messages each, but got {sorted(sizes)}: they share "
-                "one mask; give them their own with fields={name: mask name, ...}"
+                f"{', '.join(fields)} must have as many messages each, but got {sorted(sizes)}: they share one mask; "
+                "give them their own with fields={name: mask name, ...}"
             )
         rule, p, scale, fill, _, _ = self._options
         probability = rule.p if p is None else p[: max(sizes)]
-        for x in {id(x): x for x in fields.values()}.values():  # one array under two names is dropped in once
+        once = {_memory(x): x for x in fields.values()}  # memory that has two names is dropped in once
+        for x in once.values():
             own_fill = fill.numpy() if isinstance(fill, Tensor) and isinstance(x, np.ndarray) else fill
             _, mask = message_dropout(
                 x, probability, inplace=True, scale=scale, exact=rule.exact, span=rule.span, min_keep=rule.min_keep,
@@ -184,21 +198,27 @@ class MessageDropoutCollate:
         return mask
 
 
+def _memory(x: Any) -> tuple[Any, ...]:
+    return address(x), tuple(x.shape), x.stride() if isinstance(x, Tensor) else x.strides, x.dtype
+
+
 def _mask_seed(seed: int, mask: str | None) -> int:
     """The seed of the mask of this name, or of the one that has none."""
-    return seed if mask is None else fold_in(seed, sample_key(mask))
+    return seed if mask is None else fold_in(seed, hash64(mask.encode()))
 
 
-def _field(path: Path) -> str:
-    return f"field {label(path)}" if path else ""
-
-
-def _split_keys(samples: list[Any]) -> tuple[list[int] | None, list[Any]]:
+def _split_keys(samples: list[Any]) -> tuple[list[Any] | None, np.ndarray | None, list[Any]]:
+    """The samples' ids, their keys, and the samples without them."""
     if not samples:
         raise ValueError("samples must hold at least one sample, but got an empty list")
     keyed = sum(isinstance(sample, Keyed) for sample in samples)
     if keyed == 0:
-        return None, samples
+        return None, None, samples
     if keyed < len(samples):
         raise TypeError(f"samples must all be Keyed or none, but {keyed} of {len(samples)} are")
-    return [sample_key(sample.key) for sample in samples], [sample.sample for sample in samples]
+    ids = [sample.key for sample in samples]
+    try:
+        keys = [sample_key(sample_id) for sample_id in ids]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}, in a batch of samples with the keys {ids}") from None
+    return ids, np.array(keys, np.uint64), [sample.sample for sample in samples]

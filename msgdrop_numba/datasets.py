@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
@@ -13,11 +14,17 @@ from msgdrop_numba.keys import sample_key
 
 
 class Keyed(NamedTuple):
-    """A sample with the id that names its row for the random draws.
+    """A sample with the id that names its row for the random draws. The collate takes it for one by its type.
 
     Fields:
-        key: integer, string, bytes or UUID; `KeyedDataset` gives the 64-bit integer made of it.
+        key: integer in [-2**63, 2**64), string, bytes or UUID.
         sample: what the dataset gave.
+
+    Example:
+        >>> Keyed("clip-1", [2.5]).sample
+        [2.5]
+
+    Source: the mask contract, version 1 (README), on ids and keys.
     """
 
     key: Any
@@ -27,8 +34,7 @@ class Keyed(NamedTuple):
 class KeyedDataset(Dataset[Keyed]):
     """A dataset whose samples carry their ids, so that a sample's mask depends on nothing else.
 
-    What else the dataset offers (`state_dict`, attributes of your own) is there too. Samples with equal ids get equal
-    masks, in one batch too.
+    Samples with equal ids get equal masks, in one batch too. A dataset whose state can be saved stays one.
 
     Args:
         dataset: a map-style or iterable dataset.
@@ -39,7 +45,8 @@ class KeyedDataset(Dataset[Keyed]):
         A dataset of `Keyed(key, sample)`, iterable where `dataset` is.
 
     Raises:
-        TypeError: an iterable dataset without `key`, or an id of another type.
+        TypeError: `dataset` is no dataset, `key` no function or missing for an iterable one; at a sample: an id of
+            another type.
         ValueError: an id out of range; or `key` raised, which is the cause of this error.
 
     Example:
@@ -49,24 +56,23 @@ class KeyedDataset(Dataset[Keyed]):
     Source: the mask contract, version 1 (README), on ids and keys.
     """
 
-    def __new__(cls, dataset: Any, key: Callable[[Any], Any] | None = None) -> KeyedDataset:
-        if cls is KeyedDataset and isinstance(dataset, IterableDataset):
+    def __new__(cls, dataset: Any = None, key: Callable[[Any], Any] | None = None) -> KeyedDataset:
+        if isinstance(dataset, IterableDataset) and not issubclass(cls, IterableDataset):
+            if cls is not KeyedDataset:
+                raise TypeError(f"{cls.__name__} must inherit from IterableDataset too, as its dataset does")
             cls = _KeyedIterable
         return super().__new__(cls)
 
     def __init__(self, dataset: Any, key: Callable[[Any], Any] | None = None) -> None:
+        if not isinstance(dataset, IterableDataset) and not hasattr(dataset, "__getitem__"):
+            raise TypeError(f"dataset must be a map-style dataset or an IterableDataset, but got {dataset!r}")
         if key is None and isinstance(dataset, IterableDataset):
             raise TypeError("key must be given for an iterable dataset: a function from a sample to its id")
+        if key is not None and not callable(key):
+            raise TypeError(f"key must be a function from a sample to its id, but got {key!r}")
         self.dataset = dataset
         self.key = key
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return (self.dataset, self.key)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "dataset" or name.startswith("__"):  # of a copy that isn't filled yet
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
+        _offer_state(self, dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -81,12 +87,13 @@ class KeyedDataset(Dataset[Keyed]):
 
     def _keyed(self, index: Any, sample: Any) -> Keyed:
         if self.key is not None:
-            return Keyed(_key_of(self.key, sample, f"the sample at index {index}"), sample)
+            return Keyed(_id_of(self.key, sample, f"the sample at index {index}"), sample)
         if type(index) is not int:
-            index = index.item() if isinstance(index, Tensor) else index
+            index = index.item() if isinstance(index, (Tensor, np.ndarray)) else index
         if isinstance(index, numbers.Integral) and index < 0:  # the same sample has the same key
             index += len(self.dataset)
-        return Keyed(sample_key(index), sample)
+        sample_key(index)
+        return Keyed(index, sample)
 
 
 class _KeyedIterable(KeyedDataset, IterableDataset[Keyed]):
@@ -99,6 +106,7 @@ class _KeyedIterator:
 
     def __init__(self, samples: Iterator[Any], key: Any) -> None:
         self._samples, self._key, self._count = samples, key, 0
+        _offer_state(self, samples)
 
     def __iter__(self) -> _KeyedIterator:
         return self
@@ -106,20 +114,23 @@ class _KeyedIterator:
     def __next__(self) -> Keyed:
         sample = next(self._samples)
         self._count += 1
-        return Keyed(_key_of(self._key, sample, f"sample {self._count - 1} of the iteration"), sample)
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("state_dict", "load_state_dict"):
-            raise AttributeError(name)
-        return getattr(self._samples, name)
+        return Keyed(_id_of(self._key, sample, f"sample {self._count - 1} of the iteration"), sample)
 
 
-def _key_of(key: Callable[[Any], Any], sample: Any, which: str) -> int:
+def _offer_state(keyed: Any, wrapped: Any) -> None:
+    """The state that loaders save and load is the wrapped one's, where it has one; they look for it as an attribute."""
+    for name in ("state_dict", "load_state_dict"):
+        if hasattr(wrapped, name):
+            setattr(keyed, name, getattr(wrapped, name))
+
+
+def _id_of(key: Callable[[Any], Any], sample: Any, which: str) -> Any:
     try:
         sample_id = key(sample)
     except Exception as error:
         raise ValueError(f"key must give the id of every sample, but for {which} it raised {error!r}") from error
     try:
-        return sample_key(sample_id)
+        sample_key(sample_id)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error}, for {which}") from None
+    return sample_id

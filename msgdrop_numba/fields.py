@@ -5,76 +5,94 @@ from __future__ import annotations
 import copy
 import numbers
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import default_collate
 
 Path = tuple[Any, ...]  # names and indices, from the sample down to an array
 
 
-def requested(fields: Any) -> dict[Path, str | None] | None:
-    """The paths that `fields` names, each with the name of its mask; None where it names none.
+class Field(NamedTuple):
+    """A place where messages are."""
+
+    label: str  # as the user wrote it; empty for the sample itself
+    mask: str | None  # the name of its mask, if it has one
+
+
+def requested(fields: Any) -> dict[Path, Field] | None:
+    """The paths that `fields` names; None where it names none.
 
     Args:
-        fields: an index, a name, a list or tuple of them, or a dict from them to the names of their masks; a tuple
-            among them is a path into nested samples.
+        fields: an index, a name or a path, a list of them, or a dict from them to the names of their masks. A path is
+            a tuple of names and indices, into nested samples.
     """
     if fields is None:
         return None
-    if isinstance(fields, (str, numbers.Integral)):
+    if isinstance(fields, (str, numbers.Integral, tuple)):
         fields = [fields]
-    if not isinstance(fields, (list, tuple, Mapping)) or not fields:
+    if not isinstance(fields, (list, Mapping)):
+        raise TypeError(f"fields must be a name, an index, a path, a list or a dict of them, but got {fields!r}")
+    if not fields:
         raise ValueError(f"fields must name at least one field, or be None, but got {fields!r}")
+    wanted = {}
     for name in fields:
-        steps = name if isinstance(name, tuple) else (name,)
-        if not steps or not all(isinstance(step, (str, numbers.Integral)) for step in steps):
-            raise ValueError(f"fields must be names, indices or tuples of them, but got {name!r}")
-    masks = fields if isinstance(fields, Mapping) else dict.fromkeys(fields)
-    for name, mask in masks.items():
+        path = name if isinstance(name, tuple) else (name,)
+        if not path or not all(_is_step(step) for step in path):
+            raise TypeError(f"fields must be names, indices or tuples of them, but got {name!r}")
+        mask = fields[name] if isinstance(fields, Mapping) else None
         if isinstance(fields, Mapping) and not isinstance(mask, str):
             raise TypeError(f"fields must give each field the name of its mask, a string, but {name!r} has {mask!r}")
-    return {name if isinstance(name, tuple) else (name,): mask for name, mask in masks.items()}
+        wanted[path] = Field(f"field {label(path)}", mask)
+    return wanted
 
 
-def find(fields: dict[Path, str | None] | None, sample: Any) -> dict[Path, str | None]:
-    """The fields as they lie in this sample (or batch), attributes of named tuples as indices."""
+def _is_step(step: Any) -> bool:
+    return isinstance(step, (str, numbers.Integral)) and not isinstance(step, bool)
+
+
+def find(fields: dict[Path, Field] | None, sample: Any, noun: str) -> dict[Path, Field]:
+    """The fields where they lie in a sample, or in what `noun` says, attributes of named tuples as indices."""
     if isinstance(sample, (Tensor, np.ndarray)):
         if fields is not None:
-            raise ValueError(f"fields must be None where a sample is an array, but got {[*map(label, fields)]}")
-        return {(): None}
+            raise ValueError(f"fields must be None where {noun} is an array, but got {[*map(label, fields)]}")
+        return {(): Field("", None)}
     if not isinstance(sample, (Mapping, tuple, list)):
-        raise TypeError(f"samples must be arrays, tensors, tuples, lists or dicts, but got {type(sample).__name__}")
+        raise TypeError(f"{noun} must be an array, tensor, tuple, list or dict, but got {type(sample).__name__}")
     if fields is None:
         if isinstance(sample, Mapping):
-            raise ValueError(f"fields must name the fields to drop in where a sample is a dict: some of {list(sample)}")
-        fields = {(0,): None}
-    return {_located(path, sample): mask for path, mask in fields.items()}
+            raise ValueError(f"fields must name the fields to drop in where {noun} is a dict: some of {list(sample)}")
+        fields = {(0,): Field("field 0", None)}
+    found: dict[Path, Field] = {}
+    for path, field in fields.items():
+        place = _located(path, sample, noun)
+        if place in found:
+            raise ValueError(f"fields must name a place once, but {found[place].label} and {field.label} are one")
+        found[place] = field
+    return found
 
 
-def _located(path: Path, sample: Any) -> Path:
-    found: list[Any] = []
-    for name in path:
+def _located(path: Path, sample: Any, noun: str) -> Path:
+    place: list[Any] = []
+    for depth, name in enumerate(path):
         attributes = list(getattr(sample, "_fields", ()))
-        if name in attributes:
-            name = attributes.index(name)
-        there = (
-            list(sample)
-            if isinstance(sample, Mapping)
-            else range(len(sample))
-            if isinstance(sample, (tuple, list))
-            else ()
-        )
-        if name not in there:
-            inside = f" in field {label(tuple(found))}" if found else ""
-            raise ValueError(f"fields must be among {attributes or list(there)}{inside}, but got {name!r}")
-        found.append(name)
-        sample = sample[name]
-    return tuple(found)
+        there = list(sample) if isinstance(sample, Mapping) else range(len(sample)) if _is_row(sample) else ()
+        step = attributes.index(name) if name in attributes else name
+        if step not in there:
+            where = f"field {label(path[:depth])} of {noun}" if depth else noun
+            raise ValueError(f"fields must be among {attributes or list(there)}, which {where} has, but got {name!r}")
+        place.append(step)
+        sample = sample[step]
+    return tuple(place)
+
+
+def _is_row(sample: Any) -> bool:
+    return isinstance(sample, (tuple, list))
 
 
 def label(path: Path) -> str:
-    """A path as the user wrote it."""
+    """A path as its user writes it."""
     return repr(path[0] if len(path) == 1 else path)
 
 
@@ -85,24 +103,31 @@ def at(sample: Any, path: Path) -> Any:
     return sample
 
 
-def collate(
-    samples: list[Any], paths: Any, build: Callable[[Path, list[Any]], Any], others: Callable[[list[Any]], Any],
-    path: Path = (),
-) -> Any:  # fmt: skip
-    """The samples' structure with `build` of what lies at `paths` and `others` of the leaves beside."""
+def collate(samples: list[Any], paths: Any, build: Callable[[Path, list[Any]], Any], path: Path = ()) -> Any:
+    """The samples' structure, with `build` of what lies at `paths` and torch's default_collate of the rest."""
     if path in paths:
         return build(path, samples)
     if not any(wanted[: len(path)] == path for wanted in paths):
-        return others(samples)
+        return _default(samples, path)
     first = samples[0]
     _check_alike(samples, path)
     names = first if isinstance(first, Mapping) else range(len(first))
-    leaves = [collate([sample[name] for sample in samples], paths, build, others, (*path, name)) for name in names]
+    leaves = [collate([sample[name] for sample in samples], paths, build, (*path, name)) for name in names]
     if isinstance(first, Mapping):
         return _with(first, dict(zip(first, leaves, strict=True)))
     if hasattr(first, "_fields"):
         return type(first)(*leaves)
     return tuple(leaves) if isinstance(first, tuple) else leaves
+
+
+def _default(samples: list[Any], path: Path) -> Any:
+    try:
+        return default_collate(samples)
+    except (RuntimeError, TypeError) as error:
+        raise type(error)(
+            f"field {label(path)}, which isn't among fields, must be what torch's default_collate takes: name it in "
+            f"fields, or give a collate_fn of your own. It said: {error}"
+        ) from error
 
 
 def _check_alike(samples: list[Any], path: Path) -> None:

@@ -36,11 +36,14 @@ def sample_key(sample_id: Any) -> int:
     if isinstance(sample_id, numbers.Integral):
         return check_key("a sample's key", sample_id)
     if isinstance(sample_id, str):
-        data = sample_id.encode()
-    elif isinstance(sample_id, UUID):
-        data = sample_id.bytes
-    elif isinstance(sample_id, bytes):
-        data = sample_id
-    else:
-        raise TypeError(f"a sample's key must be an integer, string, bytes or UUID, but got {sample_id!r}")
+        return hash64(sample_id.encode())
+    if isinstance(sample_id, UUID):
+        return hash64(sample_id.bytes)
+    if isinstance(sample_id, bytes):
+        return hash64(sample_id)
+    raise TypeError(f"a sample's key must be an integer, string, bytes or UUID, but got {sample_id!r}")
+
+
+def hash64(data: bytes) -> int:
+    """The contract's hash of bytes: BLAKE2b of 8 bytes, little endian."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

@@ -37,6 +37,15 @@ except (OSError, AttributeError, TypeError):
     _madvise = None
 
 
+def _references() -> int:
+    """What getrefcount says of an object that a local variable alone refers to; Pythons differ."""
+    alone = [object()].pop()
+    return sys.getrefcount(alone)
+
+
+_ALONE = _references()
+
+
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor in C order."""
     nbytes = math.prod(shape) * dtype.itemsize
@@ -89,10 +98,10 @@ def _unused(nbytes: int) -> Any:
             storage = _kept.popleft()  # taken out first: no other thread can ask for it meanwhile
         except IndexError:
             return None
-        if storage.is_shared() or storage.nbytes() < REUSED_BYTES:  # changed since, by somebody who used it
-            continue
-        # One use is this Python object; two references are the variable and the argument.
-        if storage.nbytes() == nbytes and _use_count(storage._cdata) == 1 and sys.getrefcount(storage) == 2:
+        if storage.is_shared() or not storage.resizable() or storage.nbytes() < REUSED_BYTES:
+            continue  # changed since, by somebody who used it
+        # The one use is this Python object.
+        if storage.nbytes() == nbytes and _use_count(storage._cdata) == 1 and sys.getrefcount(storage) == _ALONE:
             return storage
         _kept.append(storage)
     return None

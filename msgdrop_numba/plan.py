@@ -44,7 +44,7 @@ class Draw:
         self.factors, self.given, self.sources, self.padding = factors, given, sources, padding
         # Whether plan and seed alone decide the mask.
         self.seeded = lengths is None and keys is None and thresholds is None and not given
-        per_row = thresholds is not None and thresholds.ndim > 1
+        per_row = any(values is not None and values.ndim > 1 for values in (thresholds, factors))
         # One DRAW, whose fields are all int64.
         self.record = array(
             "q", (address(fill), given, address(lengths), address(keys), address(thresholds), per_row,

@@ -50,9 +50,8 @@ class _Rows(NamedTuple):
 class Stack:
     """The fields of one batch that share a mask, by sharing rule, seed, keys and lengths."""
 
-    def __init__(self, options: Options, seed: int, keys: list[int] | None) -> None:
-        self.options, self.seed, self.ids = options, seed, keys
-        self.keys = None if keys is None else np.array(keys, np.uint64)
+    def __init__(self, options: Options, seed: int, ids: list[Any] | None, keys: np.ndarray | None) -> None:
+        self.options, self.seed, self.ids, self.keys = options, seed, ids, keys
         self.lengths: list[int] | None = None
 
     def build(self, field: str, samples: list[Any]) -> Tensor:
@@ -66,18 +65,23 @@ class Stack:
         if plan.messages and plan.followed:
             launch(plan, draw, self.seed, 0, out.data_ptr(), 0)
         elif plan.messages:
-            if options.pad:
-                out.fill_(pad_value)
-            for row, (owner, length) in enumerate(zip(rows.owners, rows.lengths, strict=True)):
-                out[row, :length] = owner
-            out = torch_ops.where(plan, draw, out, torch_ops.draw_mask(plan, draw, self.seed))
+            self._by_torch(plan, draw, rows, out, pad_value)
         return out
+
+    @torch.no_grad()
+    def _by_torch(self, plan: Plan, draw: Draw, rows: _Rows, out: Tensor, pad_value: Any) -> None:
+        """What the kernels do, in torch's operations: for dtypes that they can't scale."""
+        if self.options.pad:
+            out.fill_(pad_value)
+        for row, (owner, length) in enumerate(zip(rows.owners, rows.lengths, strict=True)):
+            out[row, :length] = owner
+        out.copy_(torch_ops.where(plan, draw, out, torch_ops.draw_mask(plan, draw, self.seed)))
 
     def mask(self) -> Tensor:
         """The keep mask `(samples, messages)` of the fields built, padding kept."""
         assert self.lengths is not None
         plan = self._plan((len(self.lengths), max(self.lengths), 0), 0, COPY)
-        return torch_ops.draw_mask(plan, self._draw(plan), self.seed)
+        return torch_ops.draw_mask(plan, self._draw(plan), self.seed, _empty(plan.shape, torch.bool))
 
     def _plan(self, shape: tuple[int, ...], itemsize: int, kind: int) -> Plan:
         rule = self.options.rule
@@ -115,8 +119,8 @@ class Stack:
             owner = sample.detach().resolve_conj().resolve_neg()
             if not is_plain(owner):
                 raise TypeError(
-                    f"{self._at(field, row)} must be an ordinary CPU tensor, but got {type(sample).__name__} on "
-                    f"{sample.device}"
+                    f"{self._at(field, row)} must be an ordinary CPU tensor, outside torch's transforms and "
+                    f"dispatch modes, but got {type(sample).__name__} on {sample.device}"
                 )
             owner = owner.contiguous()
             return owner, owner.data_ptr(), owner.shape, owner.dtype
@@ -144,7 +148,9 @@ class Stack:
     def _check_memory(self, field: str, starts: list[int], lengths: list[int]) -> None:
         for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             if length and not start:
-                raise ValueError(f"{self._at(field, row)} has no memory, though it has messages: its storage was freed")
+                raise ValueError(
+                    f"{self._at(field, row)} must have memory behind its messages, but has none: copy it first"
+                )
 
     def _check_lengths(self, field: str, lengths: list[int]) -> None:
         if not self.options.pad and min(lengths) != max(lengths):
@@ -167,7 +173,7 @@ class Stack:
             )
 
     def _at(self, field: str, row: int) -> str:
-        key = "" if self.ids is None else f" (key {self.ids[row]})"
+        key = "" if self.ids is None else f" (key {self.ids[row]!r})"
         return f"{field} of sample {row}{key}" if field else f"sample {row}{key}"
 
 

@@ -41,7 +41,8 @@ def all_dense(tensors: list[torch.Tensor]) -> bool:
     the tensors that only keys tell apart, a transform's wrappers refuse to give their address.
     """
     return (
-        all(map(_is_cpu, tensors))
+        not (tensors[0].is_quantized or tensors[0].is_nested)  # the others aren't like it, or they are
+        and all(map(_is_cpu, tensors))
         and set(map(_layout, tensors)) == _STRIDED
         and all(map(torch.Tensor.is_contiguous, tensors))
         and not any(map(torch.Tensor.is_neg, tensors))

@@ -118,6 +118,95 @@ def check(_: Any) -> bool:
     return right()
 
 
+def exit_when_right() -> None:
+    sys.exit(0 if right() else 3)
+
+
+def forked() -> int | None:
+    """The exit code of a forked child that uses the kernels; None: it hangs."""
+    child = multiprocessing.get_context("fork").Process(target=exit_when_right)
+    child.start()
+    child.join(60)
+    code = child.exitcode
+    child.kill()
+    return code
+
+
+def first_import_in_a_child() -> None:
+    """The parent's own parallel kernel has started a layer; the package comes in with the child."""
+    import numba
+
+    @numba.njit(parallel=True)
+    def own(x: Any) -> None:
+        for i in numba.prange(len(x)):
+            x[i] += 1
+
+    own(np.zeros(100))
+    assert "msgdrop_numba" not in sys.modules
+    assert forked() == 0
+
+
+def after_torchs_threads(package: str) -> None:
+    """torch and numba share the OpenMP library: the child of a parent where torch alone used it may not either."""
+    if package == "imported":
+        import msgdrop_numba  # noqa: F401
+    import torch
+
+    torch.set_num_threads(2)
+    torch.ones(10**7).sin()
+    assert forked() == 0
+
+
+def while_another_thread_compiles() -> None:
+    assert right()
+    import numba
+
+    stop = threading.Event()
+
+    def compile_on_and_on() -> None:
+        while not stop.is_set():
+            numba.njit(lambda x: x + 1)(1)
+
+    thread = threading.Thread(target=compile_on_and_on)
+    thread.start()
+    codes = [forked() for _ in range(5)]
+    stop.set()
+    thread.join()
+    assert codes == [0] * 5
+
+
+def chunks_are(expected: str) -> None:
+    from msgdrop_numba import threads
+
+    assert threads.chunks(10**7) == int(expected)
+
+
+def nothing_global_changes() -> None:
+    import logging
+
+    import numba
+    import torch
+
+    def state() -> Any:
+        return (
+            torch.get_num_threads(), numba.config.THREADING_LAYER, dict(os.environ), list(warnings.filters),
+            logging.getLogger().level, np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
+        )  # fmt: skip
+
+    before = state()
+    import msgdrop_numba.collate
+    import msgdrop_numba.nn
+
+    try:
+        raise AssertionError(f"importing started the layer {numba.threading_layer()}")
+    except ValueError:
+        assert state() == before
+    assert right()
+    msgdrop_numba.keep_mask((2, 3), seed=1)
+    assert state() == before
+    assert numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS
+
+
 def pool(method: str) -> None:
     """multiprocessing's own pool, before and after the parent used the kernels."""
     context = multiprocessing.get_context(method)

@@ -21,6 +21,7 @@ OPTIONS = [
     {"scale": True, "exact": True, "lengths": [3, 4]},
     {"span": 2, "min_keep": 2},
     {"scale": True, "p": torch.tensor([0.1, 0.9, 0.5, 0.3])},
+    {"scale": True, "p": torch.linspace(0.1, 0.9, 8).reshape(2, 4)},
 ]
 
 

@@ -123,7 +123,12 @@ def test_a_collate_function_of_ones_own():
     with pytest.raises(ValueError, match=r"must have as many messages each.*\[3, 5\]"):
         MessageDropoutCollate(0.5, fields=["x", "y"], collate_fn=lambda s: two)(EVEN)
     assert two["x"].all()
-    once = MessageDropoutCollate(0.5, fields=["x", "x"], scale=True, collate_fn=lambda s: {"x": torch.ones(6, 5, 4)})
+
+    def twice(samples):
+        x = torch.ones(6, 5, 4)
+        return {"x": x, "y": x.view(6, 5, 4)}
+
+    once = MessageDropoutCollate(0.5, fields=["x", "y"], scale=True, collate_fn=twice)
     assert once(EVEN)["x"].unique().tolist() == [0, 2]
 
 
@@ -277,11 +282,12 @@ BAD = [
     ({}, [EVEN[0], EVEN[1].double()], ValueError, "sample 1 must be like.*float64"),
     ({}, [EVEN[0], EVEN[1][:, :3]], ValueError, r"sample 1 must be like.*\(3,\)"),
     ({}, [torch.ones(3)], ValueError, r"sample 0 must be \(messages, \*features\).*\(3,\)"),
-    ({}, [1.0, 2.0], TypeError, "samples must be arrays.*float"),
+    ({}, [1.0, 2.0], TypeError, "a sample must be an array, tensor.*float"),
     ({}, [], ValueError, "at least one sample"),
     ({}, EVEN[0], TypeError, "samples must be a list.*Tensor.*batch_size=None"),
     ({}, Keyed(1, EVEN[0]), TypeError, "samples must be a list.*Keyed"),
     ({}, [Keyed(1, EVEN[0]), EVEN[1]], TypeError, "all be Keyed or none, but 1 of 2"),
+    ({}, [Keyed(1, EVEN[0]), Keyed(1.5, EVEN[1])], TypeError, r"a sample's key must be.*1.5.*with the keys \[1, 1.5\]"),
     ({"seed": 3}, EVEN, ValueError, "seed=3 needs the samples' ids.*KeyedDataset"),
     ({"pad": True, "fields": "x"}, [{"x": s, "lengths": 1} for s in EVEN], ValueError, r"fields named \['lengths'\]"),
     ({"fields": [0, 1], "pad": True}, [(EVEN[0], EVEN[0][:2])], ValueError, "field 1 of sample 0.*share one mask"),
@@ -289,7 +295,26 @@ BAD = [
     ({"fill": 0.5}, [s.int() for s in EVEN], ValueError, "fill must be.*int32.*0.5"),
     ({"pad": True, "pad_value": 0.5}, [s.int() for s in EVEN], ValueError, "pad_value must be.*int32.*0.5"),
     ({}, [np.array([["a"]])], TypeError, "sample 0 must have a dtype that torch has.*<U1"),
-    ({"collate_fn": default_collate, "fields": "y"}, [{"x": s} for s in EVEN], ValueError, "fields must be among"),
+    (
+        {"collate_fn": default_collate, "fields": "y"},
+        [{"x": s} for s in EVEN],
+        ValueError,
+        r"fields must be among \['x'\], which what collate_fn returned has, but got 'y'",
+    ),
+    (
+        {"collate_fn": default_collate},
+        [{"x": s} for s in EVEN],
+        ValueError,
+        "fields must name the fields to drop in where what collate_fn returned is a dict",
+    ),
+    (
+        {},
+        [(EVEN[0], EVEN[0]), (EVEN[1], EVEN[0][:2])],
+        RuntimeError,
+        "field 1, which isn't among fields.*stack expects",
+    ),
+    ({}, [(EVEN[0], {1})] * 2, TypeError, "field 1, which isn't among fields.*set"),
+    ({}, [EVEN[0].to_sparse()] * 2, TypeError, "sample 0 must be an ordinary CPU tensor"),
 ]
 
 
@@ -299,9 +324,21 @@ def test_bad_samples(options, samples, error, message):
         MessageDropoutCollate(**{"p": 0.5, **options})(samples)
 
 
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation:UserWarning", "ignore:.*nested tensors:UserWarning")
+def test_tensors_of_other_kinds():
+    """What torch warns of is that it makes such tensors at all."""
+    for make in (
+        lambda: torch.quantize_per_tensor(EVEN[0], 1.0, 0, torch.quint8),
+        lambda: torch.nested.nested_tensor([EVEN[0]]),
+    ):
+        with pytest.raises(TypeError, match="sample 0 must be an ordinary CPU tensor"):
+            MessageDropoutCollate(0.5)([make()] * 2)
+
+
 def test_errors_name_the_sample_and_its_key():
-    with pytest.raises(ValueError, match=r"field 0 of sample 1 \(key 31\)"):
-        MessageDropoutCollate(0.5)([Keyed(30, (EVEN[0], 1)), Keyed(31, (SAMPLES[1], 1))])
+    for key in (31, "clip-31"):
+        with pytest.raises(ValueError, match=rf"field 0 of sample 1 \(key {key!r}\)"):
+            MessageDropoutCollate(0.5)([Keyed(30, (EVEN[0], 1)), Keyed(key, (SAMPLES[1], 1))])
     loader = DataLoader(KeyedDataset(SAMPLES), 2, num_workers=1, collate_fn=MessageDropoutCollate(0.5))
     with pytest.raises(ValueError, match=r"sample 1 \(key 1\) must have 5 messages"):
         next(iter(loader))
@@ -315,7 +352,10 @@ def test_errors_name_the_sample_and_its_key():
         ({"seed": 1.5}, TypeError, "seed must be.*1.5"),
         ({"pad": True, "collate_fn": default_collate}, ValueError, "pad=True can't be used with collate_fn"),
         ({"fields": []}, ValueError, "fields must name at least one"),
-        ({"fields": 1.5}, ValueError, "fields must name at least one.*1.5"),
+        ({"fields": 1.5}, TypeError, "fields must be a name, an index.*1.5"),
+        ({"fields": {"a", "b"}}, TypeError, "fields must be a name, an index"),
+        ({"fields": True}, TypeError, "fields must be names.*True"),
+        ({"collate_fn": 5}, TypeError, "collate_fn must be a function.*5"),
         ({"fill": "a"}, TypeError, "fill must be.*'a'"),
         ({"pad_value": None}, TypeError, "pad_value must be.*None"),
         ({"span": 0}, ValueError, "span must be.*0"),
@@ -325,6 +365,15 @@ def test_errors_name_the_sample_and_its_key():
 def test_bad_construction(options, error, message):
     with pytest.raises(error, match=message):
         MessageDropoutCollate(**options)
+
+
+def test_a_collate_made_in_other_surroundings():
+    with torch.inference_mode(), torch.device("meta"):
+        collate = MessageDropoutCollate(0.5, seed=3, pad=True, return_mask=True)
+        batch, lengths, mask = collate([Keyed(i, s) for i, s in enumerate(SAMPLES)])
+    collate.set_epoch(1)
+    assert lengths.tolist() == list(LENGTHS)
+    assert batch.device == mask.device == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

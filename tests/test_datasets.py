@@ -12,7 +12,7 @@ import naive
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torchdata import nodes
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -29,9 +29,9 @@ def rows_of(batches: Any) -> dict[int, bytes]:
     }
 
 
-def dropped(seed: int, epoch: int = 0, keys: Any = range(6)) -> dict[int, bytes]:
+def dropped(seed: int, epoch: int = 0) -> dict[int, bytes]:
     """What every loader must give."""
-    keep = naive.keep_mask((6, 5), 0.5, seed=naive.fold_in(seed, epoch), keys=list(keys))
+    keep = naive.keep_mask((6, 5), 0.5, seed=naive.fold_in(seed, epoch))
     want = np.where(keep[..., None], torch.stack(EVEN).numpy(), np.float32(0))
     return {i: want[i].tobytes() for i in range(6)}
 
@@ -68,12 +68,20 @@ def test_keys_of_datasets():
     assert dataset[-1] == Keyed(2, "c")
     assert dataset[torch.tensor(2)] == Keyed(2, "c")
     assert dataset[np.int64(-1)] == Keyed(2, "c")
+    assert KeyedDataset(np.arange(3))[np.array(2)] == Keyed(2, 2)
     assert len(dataset) == 3
     assert dataset.__getitems__([2, 0]) == [Keyed(2, "c"), Keyed(0, "a")]
     an_id = uuid.UUID(int=5)
-    for key, want in ((lambda s: -1, 2**64 - 1), (lambda s: "clip-0001", 4734007382124388018)):
-        assert KeyedDataset(data, key)[0].key == want
-    assert KeyedDataset(data, lambda s: an_id)[0].key == KeyedDataset(data, lambda s: an_id.bytes)[0].key
+    for sample_id, key in (
+        (-1, 2**64 - 1), (2**64 - 1, 2**64 - 1), ("clip-0001", naive.hash64("clip-0001")),
+        (an_id, naive.hash64(an_id.bytes)), (b"\xff", naive.hash64(b"\xff")),
+    ):  # fmt: skip
+        sample = KeyedDataset([torch.ones(40, 1)], lambda s, sample_id=sample_id: sample_id)[0]
+        assert sample.key == sample_id
+        batch = MessageDropoutCollate(0.5, seed=1)([sample])
+        assert (
+            batch[0, :, 0].tolist() == naive.keep_mask((1, 40), 0.5, seed=naive.fold_in(1, 0), keys=[key])[0].tolist()
+        )
     for bad in (1.0, None, True, (1,)):
         with pytest.raises(TypeError, match="a sample's key must be"):
             KeyedDataset(data, lambda s, bad=bad: bad)[0]
@@ -98,6 +106,54 @@ def test_a_key_function_that_fails_is_named():
         next(iter(loader))
 
 
+def test_datasets_that_are_none():
+    with pytest.raises(TypeError, match="dataset must be a map-style dataset"):
+        KeyedDataset(i for i in range(3))
+    with pytest.raises(TypeError, match=r"key must be a function.*'id'"):
+        KeyedDataset(list("ab"), key="id")
+
+    class Own(KeyedDataset):
+        pass
+
+    assert Own("ab")[1] == Keyed(1, "b")
+    with pytest.raises(TypeError, match="Own must inherit from IterableDataset"):
+        Own(Stream(), key=name_of)
+
+
+def test_a_dataset_that_fetches_batches_is_asked_for_them():
+    class Fetching(torch.utils.data.Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitems__(self, indices):
+            return [LABELLED[i] for i in indices]
+
+        def __getitem__(self, index):
+            raise AssertionError("one by one")
+
+    assert rows_of(DataLoader(KeyedDataset(Fetching()), 4, collate_fn=MessageDropoutCollate(0.5, seed=11))) == dropped(
+        11
+    )
+
+
+def test_ranks_that_share_a_dataset():
+    rows: dict = {}
+    for rank in range(2):
+        sampler = DistributedSampler(LABELLED, num_replicas=2, rank=rank, shuffle=True, seed=3)
+        collate = MessageDropoutCollate(0.5, seed=11)
+        for thing in (sampler, collate):
+            thing.set_epoch(4)
+        loader = DataLoader(KeyedDataset(LABELLED), 2, sampler=sampler, collate_fn=collate)
+        rows |= rows_of(loader)
+    assert rows == dropped(11, 4)
+
+
+def test_parts_of_a_keyed_dataset_keep_their_ids():
+    subset = torch.utils.data.Subset(KeyedDataset(LABELLED), [4, 1])
+    rows = rows_of(DataLoader(subset, 2, collate_fn=MessageDropoutCollate(0.5, seed=11)))
+    assert rows == {i: dropped(11)[i] for i in (1, 4)}
+
+
 def test_equal_ids_in_a_batch_get_equal_masks():
     dataset = KeyedDataset([(torch.ones(64, 1), i) for i in range(4)], key=lambda s: s[1] // 2)
     batch, _ = MessageDropoutCollate(0.5, seed=1)(dataset.__getitems__(range(4)))
@@ -106,15 +162,13 @@ def test_equal_ids_in_a_batch_get_equal_masks():
     assert not torch.equal(batch[0], batch[2])
 
 
-def test_what_else_the_dataset_offers():
-    class Own(list):
-        classes = ("a", "b")
-
-    dataset = KeyedDataset(Own("abc"))
-    assert dataset.classes == ("a", "b")
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = dataset.nothing
-    assert not hasattr(dataset, "state_dict")
+def test_state_is_offered_where_there_is_one():
+    """As attributes of the object: from Python 3.12 on, a protocol isn't met by what __getattr__ gives."""
+    assert not {"state_dict", "load_state_dict"} & vars(KeyedDataset(list("abc"))).keys()
+    place = iter(KeyedDataset(Resumable(), key=operator.itemgetter(1)))
+    assert {"state_dict", "load_state_dict"} <= vars(place).keys()
+    next(place)
+    assert place.state_dict() == {"at": 1}
 
 
 # ---- other loaders
@@ -154,7 +208,6 @@ class Place:
 @pytest.mark.parametrize("iterable", [False, True])
 def test_a_stateful_loader_resumes_in_mid_epoch(workers, iterable):
     keyed = KeyedDataset(Resumable(), key=operator.itemgetter(1)) if iterable else KeyedDataset(LABELLED)
-    keys = range(6)
 
     def loader() -> Any:
         collate = MessageDropoutCollate(0.5, seed=11)
@@ -172,7 +225,7 @@ def test_a_stateful_loader_resumes_in_mid_epoch(workers, iterable):
     again.load_state_dict(state)
     rest = list(again)
     assert len(rest) == 3
-    assert rows_of(batches) | rows_of(rest) == dropped(11, 2, keys)
+    assert rows_of(batches) | rows_of(rest) == dropped(11, 2)
 
 
 @pytest.mark.parametrize("method", ["thread", "process"])

@@ -149,13 +149,48 @@ def test_a_dropped_message_is_not_read(tmp_path):
 def test_samples_that_need_another_layout_first():
     transposed = [a.T.contiguous().T for a in AUDIO[:1] * 3]
     mixed = [AUDIO[0], AUDIO[0].numpy(), torch.nn.Parameter(AUDIO[0]), AUDIO[0].clone().requires_grad_()]
-    conjugate = [torch.complex(AUDIO[0], AUDIO[0]).conj().imag.neg()] * 3
-    assert conjugate[0].is_neg() != AUDIO[0].is_neg() or torch.equal(conjugate[0], AUDIO[0])
-    for samples in (transposed, mixed, conjugate, [AUDIO[0].expand(5, 4)[::1]] * 2):
+    negative = [torch._neg_view(AUDIO[0])] * 3
+    conjugate = [torch.complex(AUDIO[0], AUDIO[0]).conj()] * 3
+    expanded = [AUDIO[0][:1].expand(5, 4)] * 2
+    assert negative[0].is_neg()
+    assert negative[0].is_contiguous()
+    assert conjugate[0].is_conj()
+    assert not expanded[0].is_contiguous()
+    assert not transposed[0].is_contiguous()
+    for samples in (transposed, mixed, negative, conjugate, expanded):
         got = MessageDropoutCollate(0.5, seed=3)(keyed(samples))
-        plain = [torch.as_tensor(s).detach().resolve_neg() for s in samples]
+        plain = [torch.as_tensor(s).detach().resolve_conj().resolve_neg() for s in samples]
         assert torch.equal(got, want(plain, naive.fold_in(3, 0))[0])
         assert not got.requires_grad
+
+
+def test_a_scaled_dtype_that_the_kernels_do_not_know():
+    """Float8 goes through torch's operations: padded with 4, kept messages times 2."""
+    samples = [torch.ones(n, 4).to(torch.float8_e4m3fn).requires_grad_() for n in LENGTHS]
+    collate = MessageDropoutCollate(0.5, scale=True, pad=True, pad_value=4, return_mask=True)
+    batch, lengths, keep = collate(samples)
+    inside = torch.arange(7) < lengths[:, None]
+    expected = torch.where(inside, torch.where(keep, 2.0, 0.0), 4.0)
+    assert not batch.requires_grad
+    assert torch.equal(batch.float(), expected[..., None].expand(4, 7, 4))
+
+
+def test_probabilities_by_position_in_what_a_collate_function_returns():
+    collate = MessageDropoutCollate(np.array([0.0, 1.0, 0.0, 1.0, 1.0, 0.5]), collate_fn=torch.stack)
+    assert collate([torch.ones(5, 1)] * 2)[..., 0].tolist() == [[1, 0, 1, 0, 0]] * 2
+
+
+def test_a_named_tuple_with_lengths_is_a_plain_tuple():
+    batch = MessageDropoutCollate(0.5, pad=True)([Inputs(a, i) for i, a in enumerate(AUDIO)])
+    assert type(batch) is tuple
+    assert batch[2].tolist() == list(LENGTHS)
+
+
+def test_a_sample_without_memory():
+    freed = torch.ones(5, 4)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="sample 1 must have memory"):
+        MessageDropoutCollate(0.5)([torch.ones(5, 4), freed])
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
@@ -176,17 +211,22 @@ SAMPLE = {"inputs": Inputs(AUDIO[0], TEXT[0]), "label": 1}
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ([("inputs", "none")], ValueError, r"fields must be among \['audio', 'text'\] in field 'inputs'.*'none'"),
-        ([("inputs", 2)], ValueError, r"in field 'inputs', but got 2"),
-        ([("label", 0)], ValueError, r"fields must be among \[\] in field 'label', but got 0"),
-        ("inputs", TypeError, "field 'inputs' of sample 0 must be an array or a tensor.*Inputs"),
-        ([("inputs", "audio"), ("inputs", "text")], ValueError, r"\('inputs', 1\) of sample 0 must have 5.*got 2.*fields="),
-        ([()], ValueError, r"fields must be names, indices or tuples of them, but got \(\)"),
-        ([["a", "b"]], ValueError, r"fields must be names.*\['a', 'b'\]"),
-        ({"inputs": None}, TypeError, "fields must give each field the name of its mask.*'inputs' has None"),
-        ({}, ValueError, "fields must name at least one"),
+        (("inputs", "none"), ValueError, r"among \['audio', 'text'\], which field 'inputs' of a sample has.*'none'"),
+        ([("inputs", 2)], ValueError, r"field 'inputs' of a sample has, but got 2"),
+        ([("label", 0)], ValueError, r"among \[\], which field 'label' of a sample has, but got 0"),
+        ("inputs", TypeError, r"field 'inputs' of sample 0 must be an array or a tensor.*Inputs"),
+        (
+            [("inputs", "audio"), ("inputs", "text")],
+            ValueError,
+            r"\('inputs', 'text'\) of sample 0 must have 5.*got 2.*fields=",
+        ),
+        ([("inputs", "text"), ("inputs", 1)], ValueError, r"\('inputs', 'text'\) and field \('inputs', 1\) are one"),
+        ([()], TypeError, r"fields must be names, indices or tuples of them, but got \(\)"),
+        ([["a", "b"]], TypeError, r"fields must be names.*\['a', 'b'\]"),
+        ({"inputs": None}, TypeError, r"fields must give each field the name of its mask.*'inputs' has None"),
+        ({}, ValueError, r"fields must name at least one"),
     ],
-)  # fmt: skip
+)
 def test_bad_fields(fields, error, message):
     with pytest.raises(error, match=message):
         MessageDropoutCollate(0.5, fields=fields)([SAMPLE])

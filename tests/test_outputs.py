@@ -80,6 +80,13 @@ def test_memory_in_use_is_not_used_again(hold):
     del held
 
 
+def test_memory_that_an_array_has_fixed_is_given_up():
+    y = fresh()
+    y.numpy()
+    del y
+    assert fresh().resize_(1, 2, 3).shape == (1, 2, 3)
+
+
 def test_what_was_resized_or_shared_is_given_up():
     for change in (lambda s: s.resize_(8), lambda s: s.share_memory_()):
         y = fresh()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import cpu, gil, loader
+from benchmarks import cold_start, cpu, curve, gil, loader, measure, overhead, peers, rules, train_step
 from benchmarks.__main__ import QUESTIONS, with_tables
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +62,7 @@ def test_the_tables_are_those_of_the_committed_runs():
 
 def test_the_benchmarks_run(monkeypatch):
     monkeypatch.setattr(cpu, "SHAPES", [(3, 5, 20)])
+    monkeypatch.setattr(peers, "TENSORS", [peer for peer in peers.TENSORS if "compiled" not in peer.__name__])
     results = cpu.run(rounds=1)
     assert all(time > 0 for time in results["rows"][0]["microseconds"].values())
     assert "| 3 × 5 × 20 |" in cpu.table(results)
@@ -73,6 +74,22 @@ def test_the_benchmarks_run(monkeypatch):
     results = gil.run(rounds=1)
     assert all(speed > 0 for speed in results["per_second"].values())
     assert "two threads collating" in gil.table(results)
+
+
+def test_the_other_benchmarks_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(curve, "KILOBYTES", [1, 4])
+    monkeypatch.setattr(overhead, "SHAPES", [(3, 5, 20)])
+    monkeypatch.setattr(rules, "SHAPE", (8, 256, 64))
+    monkeypatch.setattr(rules, "SMALLER", (4, 8, 16))
+    monkeypatch.setattr(rules, "LARGER", (4, 8, 16))
+    monkeypatch.setattr(train_step, "BATCH", (2, 3, 256))
+    monkeypatch.setattr(cold_start, "CASES", {"import numba": cold_start.CASES["import numba"]})
+    monkeypatch.setattr(cold_start, "COMPILED", {})
+    for question in (curve, overhead, rules, train_step, cold_start):
+        results = question.run(rounds=1)
+        assert question.table(results).count("\n") >= 2
+        measure.draw(tmp_path / "chart.png", question, results)
+        assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_two_commands_are_there():

@@ -82,6 +82,29 @@ def test_pools_of_multiprocessing(layer, method):
 
 
 @pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_a_child_that_imports_us_first_after_a_layer_started(layer):
+    run(layer, "first_import_in_a_child")
+
+
+@pytest.mark.parametrize("package", ["imported", "not imported"])
+def test_children_of_a_parent_that_used_torchs_threads(package):
+    run("omp", "after_torchs_threads", package)
+
+
+def test_a_fork_while_another_thread_compiles(tmp_path):
+    run("omp", "while_another_thread_compiles", NUMBA_CACHE_DIR=str(tmp_path))  # empty: the children compile, too
+
+
+@pytest.mark.parametrize(("layer", "parts"), [("omp", "2"), ("workqueue", "1")])
+def test_parallel_kernels_run_on_omp_and_never_on_workqueue(layer, parts):
+    run(layer, "chunks_are", parts)
+
+
+def test_nothing_global_is_changed():
+    run("omp", "nothing_global_changes")
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
 def test_one_thread_for_numba(layer):
     run(layer, "loaders", "fork", "used", "1,0", NUMBA_NUM_THREADS="1")
 
