@@ -211,7 +211,8 @@ def _split_keys(samples: list[Any]) -> tuple[list[Any] | None, np.ndarray | None
     """The samples' ids, their keys, and the samples without them."""
     if not samples:
         raise ValueError("samples must hold at least one sample, but got an empty list")
-    keyed = sum(isinstance(sample, Keyed) for sample in samples)
+    types = list(map(type, samples))
+    keyed = types.count(Keyed)
     if keyed == 0:
         return None, None, samples
     if keyed < len(samples):

@@ -89,7 +89,8 @@ class Stack:
 
     def _draw(self, plan: Plan, fill: Any = None, sources: Any = None, padding: Any = None) -> Draw:
         assert self.lengths is not None
-        lengths = None if min(self.lengths) == plan.size else np.array(self.lengths, np.int64)
+        full = self.lengths.count(plan.size) == len(self.lengths)
+        lengths = None if full else np.array(self.lengths, np.int64)
         p, t, f = self.options.p, None, None
         if p is not None:
             t, f = thresholds(p[: plan.size]), factors(p[: plan.size]) if self.options.scale else None
@@ -153,7 +154,7 @@ class Stack:
                 )
 
     def _check_lengths(self, field: str, lengths: list[int]) -> None:
-        if not self.options.pad and min(lengths) != max(lengths):
+        if not self.options.pad and lengths.count(lengths[0]) < len(lengths):
             row = next(row for row, length in enumerate(lengths) if length != lengths[0])
             raise ValueError(
                 f"{self._at(field, row)} must have {lengths[0]} messages, as the batch's first, but got "
