@@ -109,7 +109,7 @@ def _make(
     beside = steps[0] == steps[1] == (width * shape[dims - 1], width)
     small = kind == COPY and beside and width in (1, 2, 4, 8, 16, 32, 64)
     # Past the cache only what the cache can't hold: reading it soon after would cost more than was saved.
-    stream = kind == COPY and beside and width % LINE == 0 and messages * width >= STREAM_BYTES
+    stream = beside and width % LINE == 0 and messages * width >= STREAM_BYTES
     record = np.zeros(1, PLAN)
     record[0] = (
         shape[dims - 1], width, kind, rule.scale, *(steps[0] or (0, 0)), *(steps[1] or (0, 0)),

@@ -166,6 +166,7 @@ def _memory(x: Tensor) -> tuple[Any, ...]:
 
 GIVEN = Draw(given=True)
 _local = threading.local()  # one shared seed buffer would be a race
+_SEEDS = 2**63 - 1
 
 
 def _all_plain(*values: Any) -> bool:
@@ -174,11 +175,13 @@ def _all_plain(*values: Any) -> bool:
 
 def fresh_seed(generator: Any) -> int:
     """A seed of 63 bits from `generator`, or from torch's default generator of the CPU."""
-    if generator is not None and generator.device.type != "cpu":
-        raise ValueError(f"generator must be on the CPU, as x is, but it is on {generator.device}")
     try:
         buffer = _local.seed
     except AttributeError:
         with torch.inference_mode(False):
             buffer = _local.seed = torch.empty((), dtype=torch.int64, device="cpu")
-    return buffer.random_(0, 2**63 - 1, generator=generator).item()  # type: ignore[no-any-return]
+    if generator is None:
+        return buffer.random_(0, _SEEDS).item()  # type: ignore[no-any-return]
+    if generator.device.type != "cpu":
+        raise ValueError(f"generator must be on the CPU, as x is, but it is on {generator.device}")
+    return buffer.random_(0, _SEEDS, generator=generator).item()  # type: ignore[no-any-return]

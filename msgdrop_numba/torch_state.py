@@ -20,6 +20,10 @@ except AttributeError:  # another torch: nothing is known to be plain
     _dispatch_keys = None
 
 
+_is_compiling = torch.compiler.is_compiling
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+
 def in_transform() -> bool:
     """Whether a transform of torch.func is under way, here or in what is being compiled."""
     return _dispatch_keys is None or _transform() is not None
@@ -27,9 +31,9 @@ def in_transform() -> bool:
 
 def is_eager() -> bool:
     """Whether operations run as they are called: no tracing, vmap, forward AD or mode."""
-    if torch.compiler.is_compiling():  # asked first: Dynamo can't follow the rest
+    if _is_compiling() or _dispatch_keys is None:  # asked first: Dynamo can't follow the rest
         return False
-    if _dispatch_keys is None or _modes() or _tracing() is not None or forward_ad._current_level >= 0:
+    if _modes() or _tracing() is not None or forward_ad._current_level >= 0:
         return False
     return _transform() is None  # a tensor from outside a transform looks plain inside it
 
@@ -55,6 +59,4 @@ _is_cpu, _layout, _STRIDED = attrgetter("is_cpu"), attrgetter("layout"), {torch.
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether `tensor` is a dense eager CPU tensor outside every transform."""
-    if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
-        return False
-    return is_eager() and _dispatch_keys(tensor) in _PLAIN
+    return type(tensor) in _PLAIN_TYPES and is_eager() and _dispatch_keys(tensor) in _PLAIN

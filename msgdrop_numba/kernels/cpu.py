@@ -12,9 +12,9 @@ from numba import prange
 
 from msgdrop_numba.kernels._jit import jit, parallel_jit
 from msgdrop_numba.kernels.memory import (
-    bits_to_float,
+    brain_to_float,
     copy_bytes,
-    float_to_bits,
+    float_to_brain,
     float_to_half,
     half_to_float,
     stream_line,
@@ -26,6 +26,7 @@ from msgdrop_numba.kernels.rules import BLOCK, DRAW, PLAN, Array, dropped_exactl
 # What is done to the elements of a kept message: nothing, or multiply as this type.
 COPY, FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(5)
 LINE = 64  # bytes that a streaming store writes at once
+SCRATCH = 4096  # bytes scaled at a time on their way past the cache; no more than `flags` in drop_range has
 OTHER = -1  # multiply, as a type that the kernels don't know
 
 
@@ -48,15 +49,7 @@ def _scale(target: int, source: int, count: int, kind: int, factor: float) -> No
                 y2[j] = float_to_half(half_to_float(x2[j]) * s)
         else:
             for j in range(x2.size):
-                y2[j] = _round_to_bfloat16(bits_to_float(np.uint32(x2[j]) << np.uint32(16)) * s)
-
-
-@jit
-def _round_to_bfloat16(value: Any) -> Any:
-    bits = np.uint64(float_to_bits(value))
-    if value != value:  # rounding up could turn a NaN into an infinity
-        return np.uint16((bits >> np.uint64(16)) | np.uint64(0x40))
-    return np.uint16((bits + np.uint64(0x7FFF) + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16))
+                y2[j] = float_to_brain(brain_to_float(x2[j]) * s)
 
 
 @jit
@@ -70,6 +63,15 @@ def _copy(target: int, source: int, count: int, stream: bool) -> None:
 
 
 @jit
+def _scale_past(target: int, source: int, count: int, kind: int, factor: float, scratch: int) -> None:
+    """`_scale` past the cache, by way of a scratch memory that stays in it."""
+    for at in range(0, count, SCRATCH):
+        part = min(SCRATCH, count - at)
+        _scale(scratch, source + at, part, kind, factor)
+        _copy(target + at, scratch, part, True)
+
+
+@jit
 def _zero(target: int, count: int, stream: bool) -> None:
     if stream:
         for at in range(0, count, LINE):
@@ -80,7 +82,15 @@ def _zero(target: int, count: int, stream: bool) -> None:
 
 @jit
 def _keep_messages(
-    target: int, source: int, messages: int, plan: Any, kind: int, factor: float, factors: int, stream: bool
+    target: int,
+    source: int,
+    messages: int,
+    plan: Any,
+    kind: int,
+    factor: float,
+    factors: int,
+    stream: bool,
+    scratch: int,
 ) -> None:
     """Copy or scale neighbouring messages, in one piece where they lie so."""
     width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]
@@ -96,7 +106,10 @@ def _keep_messages(
     own = view(factors, messages if factors else 0, np.float64)
     for j in range(messages):
         by = own[j] if factors else factor
-        _scale(target + j * target_step, source + j * source_step, width, kind, by)
+        if stream:
+            _scale_past(target + j * target_step, source + j * source_step, width, kind, by, scratch)
+        else:
+            _scale(target + j * target_step, source + j * source_step, width, kind, by)
 
 
 @jit
@@ -115,7 +128,7 @@ def _drop_messages(target: int, messages: int, plan: Any, fill: int, stream: boo
 
 @jit
 def _write_block(
-    target: int, source: int, keep: Array, plan: Any, factor: float, factors: int, fill: int, stream: bool
+    target: int, source: int, keep: Array, plan: Any, factor: float, factors: int, fill: int, stream: bool, scratch: int
 ) -> None:
     """Write the messages of `keep`, run by run of equal flags; what is dropped is never read."""
     start = 0
@@ -127,7 +140,7 @@ def _write_block(
         if keep[start]:
             by = factors + 8 * start if factors else 0
             from_ = source + start * plan["x_step"]
-            _keep_messages(to, from_, stop - start, plan, plan["kind"], factor, by, stream)
+            _keep_messages(to, from_, stop - start, plan, plan["kind"], factor, by, stream, scratch)
         else:
             _drop_messages(to, stop - start, plan, fill, stream)
         start = stop
@@ -238,12 +251,12 @@ def drop_range(
                 _write_small(to, from_, keep[:inside], width, fill, flags.ctypes.data)
             else:
                 by = factors + 8 * position if draw["factors"] else 0
-                _write_block(to, from_, keep[:inside], plan, factor, by, fill, stream)
+                _write_block(to, from_, keep[:inside], plan, factor, by, fill, stream, flags.ctypes.data)
             to, from_ = to + inside * plan["out_step"], from_ + inside * plan["x_step"]
             if draw["sources"]:
                 _drop_messages(to, count - inside, plan, padding, stream)
             else:
-                _keep_messages(to, from_, count - inside, plan, COPY, 1.0, 0, stream)
+                _keep_messages(to, from_, count - inside, plan, COPY, 1.0, 0, stream, 0)
         first += count
 
 

@@ -54,14 +54,17 @@ def float_to_half(value: Any) -> Any:
         return np.float16(value).view(np.uint16)
 
 
-def float_to_bits(value: Any) -> Any:
-    """The bits (uint32) of a float32."""
-    return np.float32(value).view(np.uint32)
+def brain_to_float(value: Any) -> Any:
+    """The float32 of bfloat16 bits (uint16)."""
+    return np.uint32(int(value) << 16).view(np.float32)
 
 
-def bits_to_float(value: Any) -> Any:
-    """The float32 of its bits (uint32)."""
-    return np.uint32(value).view(np.float32)
+def float_to_brain(value: Any) -> Any:
+    """The bfloat16 bits (uint16) nearest to a float32, ties to even."""
+    bits = int(np.float32(value).view(np.uint32))
+    if value != value:  # rounding up could turn a NaN into an infinity
+        return np.uint16(bits >> 16 | 0x40)
+    return np.uint16((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
 
 
 def _instruction(result: Any, arguments: tuple[Any, ...], emit: Callable[..., Any]) -> Any:
@@ -104,6 +107,20 @@ def _emit_stream(builder: Any, target: Any, source: Any) -> None:
     store.set_metadata("nontemporal", one)
 
 
+def _emit_from_brain(builder: Any, value: Any) -> Any:
+    return builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), _FLOAT)
+
+
+def _emit_to_brain(builder: Any, value: Any) -> Any:
+    # In 32 bits throughout, which vectorises; LLVM's own conversion may be an instruction that flushes subnormals.
+    bits = builder.bitcast(value, _I32)
+    high = builder.lshr(bits, _I32(16))
+    rounded = builder.add(builder.add(bits, _I32(0x7FFF)), builder.and_(high, _I32(1)))
+    nan = builder.fcmp_unordered("uno", value, value)
+    chosen = builder.select(nan, builder.or_(high, _I32(0x40)), builder.lshr(rounded, _I32(16)))
+    return builder.trunc(chosen, _I16)
+
+
 _FLOAT, _HALF, _I16, _I32 = ir.FloatType(), ir.HalfType(), ir.IntType(16), ir.IntType(32)
 _pointer = _instruction(types.voidptr, (types.intp,), lambda b, v: b.inttoptr(v, BYTES))
 _copy = _instruction(types.void, (types.intp,) * 3, _emit_copy)
@@ -111,8 +128,8 @@ _zero = _instruction(types.void, (types.intp,) * 2, _emit_zero)
 _stream = _instruction(types.void, (types.intp,) * 2, _emit_stream)
 _half_to_float = _instruction(types.float32, (types.uint16,), lambda b, v: b.fpext(b.bitcast(v, _HALF), _FLOAT))
 _float_to_half = _instruction(types.uint16, (types.float32,), lambda b, v: b.bitcast(b.fptrunc(v, _HALF), _I16))
-_float_to_bits = _instruction(types.uint32, (types.float32,), lambda b, v: b.bitcast(v, _I32))
-_bits_to_float = _instruction(types.float32, (types.uint32,), lambda b, v: b.bitcast(v, _FLOAT))
+_brain_to_float = _instruction(types.float32, (types.uint16,), _emit_from_brain)
+_float_to_brain = _instruction(types.uint16, (types.float32,), _emit_to_brain)
 
 overload(view)(lambda address, count, dtype: lambda address, count, dtype: carray(_pointer(address), count, dtype))
 overload(copy_bytes)(lambda target, source, count: lambda target, source, count: _copy(target, source, count))
@@ -120,5 +137,5 @@ overload(zero_bytes)(lambda target, count: lambda target, count: _zero(target, c
 overload(stream_line)(lambda target, source: lambda target, source: _stream(target, source))
 overload(half_to_float)(lambda value: lambda value: _half_to_float(value))
 overload(float_to_half)(lambda value: lambda value: _float_to_half(value))
-overload(float_to_bits)(lambda value: lambda value: _float_to_bits(value))
-overload(bits_to_float)(lambda value: lambda value: _bits_to_float(value))
+overload(brain_to_float)(lambda value: lambda value: _brain_to_float(value))
+overload(float_to_brain)(lambda value: lambda value: _float_to_brain(value))
