@@ -82,7 +82,7 @@ def test_the_other_benchmarks_run(monkeypatch, tmp_path):
     monkeypatch.setattr(rules, "SHAPE", (8, 256, 64))
     monkeypatch.setattr(rules, "SMALLER", (4, 8, 16))
     monkeypatch.setattr(rules, "LARGER", (4, 8, 16))
-    monkeypatch.setattr(train_step, "BATCH", (2, 3, 256))
+    monkeypatch.setattr(train_step, "BATCH", (2, 3, 64))
     monkeypatch.setattr(cold_start, "CASES", {"import numba": cold_start.CASES["import numba"]})
     monkeypatch.setattr(cold_start, "COMPILED", {})
     for question in (curve, overhead, rules, train_step, cold_start):

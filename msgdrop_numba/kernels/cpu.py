@@ -14,12 +14,14 @@ from msgdrop_numba.kernels._jit import jit, parallel_jit
 from msgdrop_numba.kernels.memory import (
     brain_to_float,
     copy_bytes,
+    copy_line,
     float_to_brain,
     float_to_half,
     half_to_float,
     stream_line,
     view,
     zero_bytes,
+    zero_line,
 )
 from msgdrop_numba.kernels.rules import BLOCK, DRAW, PLAN, Array, dropped_exactly, keep_block, row_rule
 
@@ -58,8 +60,25 @@ def _copy(target: int, source: int, count: int, stream: bool) -> None:
     if stream:
         for at in range(0, count, LINE):
             stream_line(target + at, source + at)
+    elif count >= LINE:
+        for at in range(0, count - LINE + 1, LINE):
+            copy_line(target + at, source + at)
+        copy_line(target + count - LINE, source + count - LINE)  # the rest, and some of it again
     else:
         copy_bytes(target, source, count)
+
+
+@jit
+def _zero(target: int, count: int, stream: bool) -> None:
+    if stream:
+        for at in range(0, count, LINE):
+            stream_line(target + at, 0)
+    elif count >= LINE:
+        for at in range(0, count - LINE + 1, LINE):
+            zero_line(target + at)
+        zero_line(target + count - LINE)
+    else:
+        zero_bytes(target, count)
 
 
 @jit
@@ -72,78 +91,44 @@ def _scale_past(target: int, source: int, count: int, kind: int, factor: float, 
 
 
 @jit
-def _zero(target: int, count: int, stream: bool) -> None:
-    if stream:
-        for at in range(0, count, LINE):
-            stream_line(target + at, 0)
+def _fill(target: int, message: int, width: int, stream: bool) -> None:
+    """One message: a copy of the one given, or zeros."""
+    if message:
+        _copy(target, message, width, stream)
     else:
-        zero_bytes(target, count)
-
-
-@jit
-def _keep_messages(
-    target: int,
-    source: int,
-    messages: int,
-    plan: Any,
-    kind: int,
-    factor: float,
-    factors: int,
-    stream: bool,
-    scratch: int,
-) -> None:
-    """Copy or scale neighbouring messages, in one piece where they lie so."""
-    width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]
-    if kind == COPY:
-        if target == source:
-            return
-        if source_step == width and target_step == width:
-            _copy(target, source, messages * width, stream)
-            return
-        for j in range(messages):
-            _copy(target + j * target_step, source + j * source_step, width, stream)
-        return
-    own = view(factors, messages if factors else 0, np.float64)
-    for j in range(messages):
-        by = own[j] if factors else factor
-        if stream:
-            _scale_past(target + j * target_step, source + j * source_step, width, kind, by, scratch)
-        else:
-            _scale(target + j * target_step, source + j * source_step, width, kind, by)
-
-
-@jit
-def _drop_messages(target: int, messages: int, plan: Any, fill: int, stream: bool) -> None:
-    """Fill neighbouring messages, in one piece where they lie so."""
-    width, step = plan["width"], plan["out_step"]
-    if fill == 0 and step == width:
-        _zero(target, messages * width, stream)
-        return
-    for j in range(messages):
-        if fill:
-            _copy(target + j * step, fill, width, stream)
-        else:
-            _zero(target + j * step, width, stream)
+        _zero(target, width, stream)
 
 
 @jit
 def _write_block(
     target: int, source: int, keep: Array, plan: Any, factor: float, factors: int, fill: int, stream: bool, scratch: int
 ) -> None:
-    """Write the messages of `keep`, run by run of equal flags; what is dropped is never read."""
-    start = 0
-    while start < keep.size:
-        stop = start + 1
-        while stop < keep.size and keep[stop] == keep[start]:
-            stop += 1
-        to = target + start * plan["out_step"]
-        if keep[start]:
-            by = factors + 8 * start if factors else 0
-            from_ = source + start * plan["x_step"]
-            _keep_messages(to, from_, stop - start, plan, plan["kind"], factor, by, stream, scratch)
-        else:
-            _drop_messages(to, stop - start, plan, fill, stream)
-        start = stop
+    """Write the messages of `keep` one by one; what is dropped is never read."""
+    width, kind, source_step, target_step = plan["width"], plan["kind"], plan["x_step"], plan["out_step"]
+    own = view(factors, keep.size if factors else 0, np.float64)
+    for j in range(keep.size):
+        to, from_ = target + j * target_step, source + j * source_step
+        if not keep[j]:
+            _fill(to, fill, width, stream)
+        elif kind != COPY:
+            by = own[j] if factors else factor
+            if stream:
+                _scale_past(to, from_, width, kind, by, scratch)
+            else:
+                _scale(to, from_, width, kind, by)
+        elif to != from_:
+            _copy(to, from_, width, stream)
+
+
+@jit
+def _write_padding(target: int, source: int, messages: int, plan: Any, draw: Any, stream: bool) -> None:
+    """What lies behind a row's messages: the padding given where rows have sources, else as it is in x."""
+    for j in range(messages):
+        to, from_ = target + j * plan["out_step"], source + j * plan["x_step"]
+        if draw["sources"]:
+            _fill(to, draw["padding"], plan["width"], stream)
+        elif to != from_:
+            _copy(to, from_, plan["width"], stream)
 
 
 @jit
@@ -224,7 +209,7 @@ def drop_range(
     stream = plan["stream"] and out % LINE == 0
     seed = np.uint64(seed_low) | (np.uint64(seed_high) << np.uint64(32))
     row, key, valid, factor, source, small = -1, np.uint64(0), size, plan["factor"], x, False
-    thresholds, factors, padding = draw["thresholds"], draw["factors"], draw["padding"]
+    thresholds, factors = draw["thresholds"], draw["factors"]
     phase, cutoff, ties_end = 0, np.uint64(0), 0
     while first < last:
         position = first % size
@@ -253,10 +238,7 @@ def drop_range(
                 by = factors + 8 * position if draw["factors"] else 0
                 _write_block(to, from_, keep[:inside], plan, factor, by, fill, stream, flags.ctypes.data)
             to, from_ = to + inside * plan["out_step"], from_ + inside * plan["x_step"]
-            if draw["sources"]:
-                _drop_messages(to, count - inside, plan, padding, stream)
-            else:
-                _keep_messages(to, from_, count - inside, plan, COPY, 1.0, 0, stream, 0)
+            _write_padding(to, from_, count - inside, plan, draw, stream)
         first += count
 
 

@@ -35,6 +35,16 @@ def zero_bytes(target: int, count: int) -> None:
     ctypes.memset(int(target), 0, int(count))
 
 
+def copy_line(target: int, source: int) -> None:
+    """Copy 64 bytes, in place of a call for a message of a few of them."""
+    ctypes.memmove(int(target), int(source), 64)
+
+
+def zero_line(target: int) -> None:
+    """Set 64 bytes to zero."""
+    ctypes.memset(int(target), 0, 64)
+
+
 def stream_line(target: int, source: int) -> None:
     """Copy 64 bytes to an address that is a multiple of 64, past the cache; from address 0: zeros."""
     if source:
@@ -89,20 +99,28 @@ def _emit_zero(builder: Any, target: Any, count: Any) -> None:
     cgutils.memset(builder, builder.inttoptr(target, BYTES), count, 0)
 
 
+def _emit_copy_line(builder: Any, target: Any, source: Any) -> None:
+    value = builder.load(builder.inttoptr(source, _LINE.as_pointer()), align=1)
+    builder.store(value, builder.inttoptr(target, _LINE.as_pointer()), align=1)
+
+
+def _emit_zero_line(builder: Any, target: Any) -> None:
+    builder.store(_LINE(None), builder.inttoptr(target, _LINE.as_pointer()), align=1)
+
+
 def _emit_stream(builder: Any, target: Any, source: Any) -> None:
-    line = ir.VectorType(ir.IntType(64), 8)
     here, there, after = (builder.append_basic_block(name) for name in ("zeros", "copy", "store"))
     builder.cbranch(builder.icmp_unsigned("==", source, source.type(0)), here, there)
     builder.position_at_end(here)
     builder.branch(after)
     builder.position_at_end(there)
-    value = builder.load(builder.inttoptr(source, line.as_pointer()), align=1)
+    value = builder.load(builder.inttoptr(source, _LINE.as_pointer()), align=1)
     builder.branch(after)
     builder.position_at_end(after)
-    chosen = builder.phi(line)
-    chosen.add_incoming(line(None), here)
+    chosen = builder.phi(_LINE)
+    chosen.add_incoming(_LINE(None), here)
     chosen.add_incoming(value, there)
-    store = builder.store(chosen, builder.inttoptr(target, line.as_pointer()), align=64)
+    store = builder.store(chosen, builder.inttoptr(target, _LINE.as_pointer()), align=64)
     one = builder.module.add_metadata([ir.IntType(32)(1)])
     store.set_metadata("nontemporal", one)
 
@@ -121,10 +139,13 @@ def _emit_to_brain(builder: Any, value: Any) -> Any:
     return builder.trunc(chosen, _I16)
 
 
+_LINE = ir.VectorType(ir.IntType(64), 8)
 _FLOAT, _HALF, _I16, _I32 = ir.FloatType(), ir.HalfType(), ir.IntType(16), ir.IntType(32)
 _pointer = _instruction(types.voidptr, (types.intp,), lambda b, v: b.inttoptr(v, BYTES))
 _copy = _instruction(types.void, (types.intp,) * 3, _emit_copy)
 _zero = _instruction(types.void, (types.intp,) * 2, _emit_zero)
+_copy_line = _instruction(types.void, (types.intp,) * 2, _emit_copy_line)
+_zero_line = _instruction(types.void, (types.intp,), _emit_zero_line)
 _stream = _instruction(types.void, (types.intp,) * 2, _emit_stream)
 _half_to_float = _instruction(types.float32, (types.uint16,), lambda b, v: b.fpext(b.bitcast(v, _HALF), _FLOAT))
 _float_to_half = _instruction(types.uint16, (types.float32,), lambda b, v: b.bitcast(b.fptrunc(v, _HALF), _I16))
@@ -134,6 +155,8 @@ _float_to_brain = _instruction(types.uint16, (types.float32,), _emit_to_brain)
 overload(view)(lambda address, count, dtype: lambda address, count, dtype: carray(_pointer(address), count, dtype))
 overload(copy_bytes)(lambda target, source, count: lambda target, source, count: _copy(target, source, count))
 overload(zero_bytes)(lambda target, count: lambda target, count: _zero(target, count))
+overload(copy_line)(lambda target, source: lambda target, source: _copy_line(target, source))
+overload(zero_line)(lambda target: lambda target: _zero_line(target))
 overload(stream_line)(lambda target, source: lambda target, source: _stream(target, source))
 overload(half_to_float)(lambda value: lambda value: _half_to_float(value))
 overload(float_to_half)(lambda value: lambda value: _float_to_half(value))
