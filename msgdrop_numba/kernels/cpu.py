@@ -18,6 +18,7 @@ from msgdrop_numba.kernels.memory import (
     float_to_brain,
     float_to_half,
     half_to_float,
+    prefetch,
     stream_line,
     view,
     zero_bytes,
@@ -28,6 +29,7 @@ from msgdrop_numba.kernels.rules import BLOCK, DRAW, PLAN, Array, dropped_exactl
 # What is done to the elements of a kept message: nothing, or multiply as this type.
 COPY, FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(5)
 LINE = 64  # bytes that a streaming store writes at once
+AHEAD = 4  # messages; where some are left out, the processor doesn't foresee which memory is read next
 SCRATCH = 4096  # bytes scaled at a time on their way past the cache; no more than `flags` in drop_range has
 OTHER = -1  # multiply, as a type that the kernels don't know
 
@@ -106,8 +108,12 @@ def _write_block(
     """Write the messages of `keep` one by one; what is dropped is never read."""
     width, kind, source_step, target_step = plan["width"], plan["kind"], plan["x_step"], plan["out_step"]
     own = view(factors, keep.size if factors else 0, np.float64)
+    foresee = target != source and width >= 4 * LINE
     for j in range(keep.size):
         to, from_ = target + j * target_step, source + j * source_step
+        if foresee and j + AHEAD < keep.size and keep[j + AHEAD]:
+            for at in range(0, width, LINE):
+                prefetch(from_ + AHEAD * source_step + at)
         if not keep[j]:
             _fill(to, fill, width, stream)
         elif kind != COPY:

@@ -53,6 +53,10 @@ def stream_line(target: int, source: int) -> None:
         ctypes.memset(int(target), 0, 64)
 
 
+def prefetch(source: int) -> None:
+    """Ask for a cache line that will be read soon."""
+
+
 def half_to_float(value: Any) -> Any:
     """The float32 of float16 bits (uint16)."""
     return np.float32(np.uint16(value).view(np.float16))
@@ -125,6 +129,13 @@ def _emit_stream(builder: Any, target: Any, source: Any) -> None:
     store.set_metadata("nontemporal", one)
 
 
+def _emit_prefetch(builder: Any, source: Any) -> None:
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [BYTES, _I32, _I32, _I32]), "llvm.prefetch.p0"
+    )
+    builder.call(function, [builder.inttoptr(source, BYTES), _I32(0), _I32(3), _I32(1)])
+
+
 def _emit_from_brain(builder: Any, value: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), _FLOAT)
 
@@ -147,6 +158,7 @@ _zero = _instruction(types.void, (types.intp,) * 2, _emit_zero)
 _copy_line = _instruction(types.void, (types.intp,) * 2, _emit_copy_line)
 _zero_line = _instruction(types.void, (types.intp,), _emit_zero_line)
 _stream = _instruction(types.void, (types.intp,) * 2, _emit_stream)
+_prefetch = _instruction(types.void, (types.intp,), _emit_prefetch)
 _half_to_float = _instruction(types.float32, (types.uint16,), lambda b, v: b.fpext(b.bitcast(v, _HALF), _FLOAT))
 _float_to_half = _instruction(types.uint16, (types.float32,), lambda b, v: b.bitcast(b.fptrunc(v, _HALF), _I16))
 _brain_to_float = _instruction(types.float32, (types.uint16,), _emit_from_brain)
@@ -158,6 +170,7 @@ overload(zero_bytes)(lambda target, count: lambda target, count: _zero(target, c
 overload(copy_line)(lambda target, source: lambda target, source: _copy_line(target, source))
 overload(zero_line)(lambda target: lambda target: _zero_line(target))
 overload(stream_line)(lambda target, source: lambda target, source: _stream(target, source))
+overload(prefetch)(lambda source: lambda source: _prefetch(source))
 overload(half_to_float)(lambda value: lambda value: _half_to_float(value))
 overload(float_to_half)(lambda value: lambda value: _float_to_half(value))
 overload(brain_to_float)(lambda value: lambda value: _brain_to_float(value))
