@@ -45,7 +45,8 @@ def all_dense(tensors: list[torch.Tensor]) -> bool:
     the tensors that only keys tell apart, a transform's wrappers refuse to give their address.
     """
     return (
-        not (tensors[0].is_quantized or tensors[0].is_nested)  # the others aren't like it, or they are
+        not tensors[0].is_quantized  # the others have its dtype, or are refused for that
+        and not any(map(_is_nested, tensors))
         and all(map(_is_cpu, tensors))
         and set(map(_layout, tensors)) == _STRIDED
         and all(map(torch.Tensor.is_contiguous, tensors))
@@ -54,7 +55,8 @@ def all_dense(tensors: list[torch.Tensor]) -> bool:
     )
 
 
-_is_cpu, _layout, _STRIDED = attrgetter("is_cpu"), attrgetter("layout"), {torch.strided}
+_is_cpu, _is_nested, _layout = attrgetter("is_cpu"), attrgetter("is_nested"), attrgetter("layout")
+_STRIDED = {torch.strided}
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

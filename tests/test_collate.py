@@ -333,6 +333,8 @@ def test_tensors_of_other_kinds():
     ):
         with pytest.raises(TypeError, match="sample 0 must be an ordinary CPU tensor"):
             MessageDropoutCollate(0.5)([make()] * 2)
+    with pytest.raises(TypeError, match="sample 1 must be an ordinary CPU tensor"):
+        MessageDropoutCollate(0.5)([EVEN[0], torch.nested.nested_tensor([EVEN[0]])])
 
 
 def test_errors_name_the_sample_and_its_key():
