@@ -26,11 +26,7 @@ def seconds(contestants: dict[str, Callable[[], Any]], rounds: int, least: float
     for name, timer in timers.items():
         timer.timeit(2)
         calls[name] = max(1, int(least / max(timer.timeit(3).mean, 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            times[name].append(timer.timeit(calls[name]).mean)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return medians({name: lambda name=name: timers[name].timeit(calls[name]).mean for name in timers}, rounds)
 
 
 def medians(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
