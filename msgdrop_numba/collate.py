@@ -127,7 +127,8 @@ class MessageDropoutCollate:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._epoch.share_memory_()  # a copy's epoch must reach that copy's workers; one sent to a worker is shared
+        if not self._epoch.is_shared():  # a copy's epoch must reach that copy's workers; one sent to a worker is shared
+            self._epoch.share_memory_()
 
     def __call__(self, samples: list[Any]) -> Any:
         if not isinstance(samples, list):

@@ -221,10 +221,7 @@ class _IsShared:
         return self.collate(samples).is_shared()
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_epochs_reach_the_persistent_workers_of_a_copy(copied, method):
-    collate = copied(MessageDropoutCollate(0.5, seed=11))
+def epochs_reach_a_persistent_worker(collate: Any, method: str) -> None:
     loader = DataLoader(
         KeyedDataset(EVEN), 6, num_workers=1, persistent_workers=True, collate_fn=collate,
         multiprocessing_context=method,
@@ -233,6 +230,23 @@ def test_epochs_reach_the_persistent_workers_of_a_copy(copied, method):
         collate.set_epoch(epoch)
         keep = torch.from_numpy(keep_mask((6, 5), 0.5, seed=fold_in(11, epoch)))
         assert torch.equal(next(iter(loader)), torch.where(keep[..., None], torch.stack(EVEN), 0))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_epochs_reach_persistent_workers_through_files(method):
+    """A spawned worker doesn't know of the other sharing strategy, and must not share again what it was sent."""
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        epochs_reach_a_persistent_worker(MessageDropoutCollate(0.5, seed=11), method)
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_epochs_reach_the_persistent_workers_of_a_copy(copied, method):
+    epochs_reach_a_persistent_worker(copied(MessageDropoutCollate(0.5, seed=11)), method)
 
 
 @pytest.mark.parametrize("rules", [{"exact": True}, {"span": 2}, {"min_keep": 2}, {"p": np.linspace(0, 1, 9)}])
