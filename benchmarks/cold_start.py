@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import machine, markdown, medians
+from benchmarks.measure import machine, markdown
+from msgdrop_numba.bench import medians
 
 ROOT = Path(__file__).parents[1]
 

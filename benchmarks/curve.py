@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from benchmarks import peers
-from benchmarks.measure import machine, markdown, seconds
+from benchmarks.measure import machine, markdown
 from msgdrop_numba import message_dropout
+from msgdrop_numba.bench import seconds
 
 P = 0.3
 FEATURES = [4, 64, 512]

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import machine, markdown, medians
+from benchmarks.measure import machine, markdown
 from msgdrop_numba import MessageDropoutCollate, message_dropout
+from msgdrop_numba.bench import medians
 
 SECONDS = 0.5
 BATCH = (64, 256, 512)

@@ -16,8 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, default_collate
 
 from benchmarks import peers
-from benchmarks.measure import machine, markdown, medians
+from benchmarks.measure import machine, markdown
 from msgdrop_numba import KeyedDataset, MessageDropoutCollate
+from msgdrop_numba.bench import medians
 
 P = 0.5
 SIZES = {"64 × (256, 512)": (64, 256, 512, 12), "32 × (16, 128)": (32, 16, 128, 300)}  # and batches an epoch

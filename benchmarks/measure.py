@@ -1,10 +1,8 @@
-"""Interleaved timing: every contestant once a round, medians over the rounds, ratios against ours."""
+"""Tables, charts and the machine; the timing is `msgdrop_numba.bench`'s."""
 
 from __future__ import annotations
 
 import platform
-import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +10,8 @@ import numba
 import numpy
 import torch
 from tabulate import tabulate
-from torch.utils.benchmark import Timer
 
 import msgdrop_numba
-
-
-def seconds(contestants: dict[str, Callable[[], Any]], rounds: int, least: float) -> dict[str, float]:
-    """The median time of a call of each contestant, in seconds; a round of each takes at least `least` seconds."""
-    timers = {
-        name: Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()) for name, f in contestants.items()
-    }
-    calls = {}
-    for name, timer in timers.items():
-        timer.timeit(2)
-        calls[name] = max(1, int(least / max(timer.timeit(3).mean, 1e-7)))
-    return medians({name: lambda name=name: timers[name].timeit(calls[name]).mean for name in timers}, rounds)
-
-
-def medians(cases: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of what each case gives, once a round; a first round is for warming up."""
-    values: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(rounds + 1):
-        for name, case in cases.items():
-            value = case()
-            if number:
-                values[name].append(value)
-    return {name: statistics.median(found) for name, found in values.items()}
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

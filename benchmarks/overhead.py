@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.measure import machine, markdown, seconds
+from benchmarks.measure import machine, markdown
 from msgdrop_numba import message_dropout
+from msgdrop_numba.bench import seconds
 
 P = 0.3
 SHAPES = [(3, 5, 20), (8, 16, 128), (32, 64, 256), (64, 256, 512)]

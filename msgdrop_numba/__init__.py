@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from msgdrop_numba.batches import MessageDropoutBatch
 from msgdrop_numba.functional import fold_in, keep_mask, message_dropout
 from msgdrop_numba.version import __version__ as __version__
 
@@ -20,6 +21,7 @@ __all__ = [
     "Keyed",
     "KeyedDataset",
     "MessageDropout",
+    "MessageDropoutBatch",
     "MessageDropoutCollate",
     "fold_in",
     "keep_mask",

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import sys
 
-INSTALL = 'msgdrop needs more packages for this: pip install "msgdrop_numba[demo]"'
+# The extra that brings a package; what isn't named here comes with [cli].
+_EXTRAS = {"torch": "torch", "ray": "ray", "matplotlib": "plot", "sktime": "demo"}
+
+
+def install_line(package: str | None) -> str:
+    """What to say where a package is missing."""
+    extra = _EXTRAS.get(package or "", "cli")
+    return f'msgdrop needs {package} for this: pip install "msgdrop_numba[{extra}]"'
 
 
 def main() -> None:
@@ -12,7 +19,7 @@ def main() -> None:
     try:
         from msgdrop_numba import cli
     except ModuleNotFoundError as missing:
-        sys.exit(f"{INSTALL} (missing: {missing.name})")
+        sys.exit(f"Error: {install_line(missing.name)}")
     cli.main(prog_name="msgdrop")
 
 

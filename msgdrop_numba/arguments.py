@@ -112,7 +112,7 @@ def row_keys(keys: Any, row_shape: tuple[int, ...]) -> np.ndarray | None:
         return flat.copy()  # the user's own memory may be what is written
     folded = np.empty(math.prod(row_shape), np.uint64)
     if folded.size:
-        fold_rows(flat, folded.size // flat.size, folded)
+        fold_rows(flat, folded.size // flat.size, 0, folded)
     return folded
 
 

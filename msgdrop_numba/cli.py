@@ -1,21 +1,237 @@
-"""The `msgdrop` command."""
+"""The `msgdrop` command. What a command needs is imported when it runs, so that `--help` comes at once."""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
-from msgdrop_numba.__main__ import INSTALL
+from msgdrop_numba.__main__ import install_line
+from msgdrop_numba.errors import JobError, one_line
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    """Every error is one line, and a traceback with --debug."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if context.params["debug"]:
+                raise
+            said = install_line(error.name) if isinstance(error, ModuleNotFoundError) else one_line(error)
+            raise click.ClickException(said) from error
+
+
+class _Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Integers with commas between them."""
+
+    name = "N,N"
+
+    def convert(self, value: Any, parameter: Any, context: Any) -> Any:
+        if isinstance(value, tuple):
+            return value
+        parts = value.split(",")
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            self.fail(f"must be positive integers with commas between them, but got {value!r}", parameter, context)
+        return tuple(int(part) for part in parts)
+
+
+def _rule(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say which messages drop."""
+    for option in (
+        click.option("--min-keep", default=0, type=click.IntRange(min=0), help="Keep at least so many of a row."),
+        click.option("--span", default=1, type=click.IntRange(min=1), help="Drop runs of so many messages together."),
+        click.option("--exact", is_flag=True, help="Drop exactly floor(n p) of a row's n messages."),
+        click.option("--seed", required=True, type=click.IntRange(0, 2**64 - 1), help="Seed of the masks."),
+        click.option("--p", required=True, type=click.FloatRange(0, 1), help="Probability of dropping a message."),
+    ):
+        command = option(command)
+    return command
+
+
+def _picture_path(context: Any, parameter: Any, path: Path | None) -> Path | None:
+    if path is not None and path.suffix.lower() != ".png":
+        raise click.BadParameter(f"must end in .png, but got {str(path)!r}")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {str(path.absolute().parent)!r}")
+    return path
+
+
+_PATH = click.Path(path_type=Path)
+_PNG = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="msgdrop_numba", prog_name="msgdrop")
-def main() -> None:
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
     """Message dropout: drop whole messages (frames, tokens, agents' messages), the same ones everywhere."""
+
+
+@main.command()
+@click.argument("source", metavar="INPUT", type=_PATH)
+@click.argument("output", type=_PATH)
+@_rule
+@click.option(
+    "--epochs", default=1, show_default=True, type=click.IntRange(min=1), help="Folders to make, an epoch each."
+)
+@click.option("--columns", help="Parquet: the columns of messages, with commas between them. They share a mask.")
+@click.option("--key", help="Parquet: the column of sample ids, integers or strings. Equal ids get equal masks.")
+@click.option("--ids", metavar="NAME.npy", help="The file of sample ids in each folder of .npy shards; copied along.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes (Ray: tasks at a time); by default one a CPU.")
+@click.option(
+    "--engine", default="local", show_default=True, type=click.Choice(["local", "ray"]), help="What runs them."
+)
+@click.option("--ray-address", metavar="ADDRESS", help="A Ray cluster that sees INPUT and OUTPUT under the same paths.")
+def apply(
+    source: Path, output: Path, p: float, seed: int, exact: bool, span: int, min_keep: int, epochs: int,
+    columns: str | None, key: str | None, ids: str | None, jobs: int | None, engine: str, ray_address: str | None,
+) -> None:  # fmt: skip
+    """Drop messages in all shards of INPUT, into OUTPUT/epoch-0, OUTPUT/epoch-1 and so on.
+
+    INPUT is a folder of .npy shards (samples, messages, features), all alike, or of Parquet files with columns of
+    tensors or lists of lists; or one such file. Files whose names begin with a dot or an underscore, and other kinds,
+    are left out.
+
+    A row's mask depends on the seed, the epoch and the row's id alone. Without --ids a .npy row is named by its
+    shard's path in INPUT and its number.
+
+    Run the same command again to go on after an interruption: what is done stays. An OUTPUT holds one job.
+    """
+    from msgdrop_numba import apply as job
+    from msgdrop_numba import inputs
+    from msgdrop_numba.shards import Settings
+
+    if exact and span > 1:
+        raise click.UsageError("--exact can't be combined with --span: it drops single messages")
+    if ray_address is not None and engine != "ray":
+        raise click.UsageError("--ray-address needs --engine ray")
+    if ids is not None and (Path(ids).name != ids or not ids.endswith(".npy")):
+        raise click.UsageError(f"--ids must be the name of .npy files that lie beside the shards, but got {ids!r}")
+    names = None if columns is None else [name.strip() for name in columns.split(",")]
+    settings = Settings(p, seed, exact, span, min_keep, names, key, ids)
+    run = job.on_ray(jobs, ray_address) if engine == "ray" else job.local(jobs or os.cpu_count() or 1)
+    found = inputs.find(source, settings)
+    with _bytes_bar("dropping", epochs * sum(file.bytes for file in found.files)) as tick:
+        made = job.make(source, found, output, settings, epochs, run, tick)
+    click.echo(f"{made} files written, {epochs * len(found.files)} in {output}")
+
+
+@main.command()
+@click.argument("output", type=_PATH)
+def verify(output: Path) -> None:
+    """Check every byte of an OUTPUT of `msgdrop apply` against its journal."""
+    from msgdrop_numba import apply as job
+
+    with _bytes_bar("reading", job.size(output)) as tick:
+        wrong = job.verify(output, tick)
+    for line in wrong:
+        click.echo(line, err=True)
+    if wrong:
+        raise JobError(f"{output} is not as its journal says: {len(wrong)} differences")
+    click.echo(f"{output} is as its journal says")
+
+
+class _bytes_bar:  # noqa: N801
+    """A bar of bytes on standard error, with rate and time left; its tick takes how many more are done."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.progress = Progress(
+            TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+            TextColumn("left"), console=Console(stderr=True),
+        )  # fmt: skip
+        self.task = self.progress.add_task("", total=total)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self.progress.start()
+        return lambda count: self.progress.advance(self.task, count)
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+
+@main.command()
+@click.option(
+    "--shape", default=(8, 64), type=_Numbers(), metavar="ROWS,MESSAGES", help="Rows and messages.  [default: 8,64]"
+)
+@_rule
+@click.option("--output", type=_PNG, callback=_picture_path, help="Draw it into a PNG file too.")
+def show(
+    shape: tuple[int, ...], p: float, seed: int, exact: bool, span: int, min_keep: int, output: Path | None
+) -> None:
+    """Show the mask of rows with the keys 0, 1, 2, ...: what is kept is full, what is dropped is empty."""
+    from msgdrop_numba import keep_mask
+
+    if len(shape) != 2:
+        raise click.BadParameter(f"must be two numbers, rows and messages, but got {shape}", param_hint="--shape")
+    mask = keep_mask(shape, p, exact=exact, span=span, min_keep=min_keep, seed=seed)
+    encoding = sys.stdout.encoding or "ascii"
+    kept, dropped = ("█", "·") if encoding.lower().startswith("utf") else ("#", ".")
+    for key, row in enumerate(mask):
+        click.echo(f"{key:>{len(str(len(mask) - 1))}} {''.join(kept if keep else dropped for keep in row)}")
+    click.echo(f"kept {mask.mean():.1%} of {mask.size} messages")
+    if output is not None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, max(1.5, 8 * shape[0] / shape[1] + 1)), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(~mask, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.set_xlabel("message (white: kept, black: dropped)")
+        axes.set_ylabel("key")
+        figure.savefig(output, dpi=150)
+        click.echo(f"Picture: {output}")
+
+
+@main.command()
+def info() -> None:
+    """Say what is installed, how kernels run here, and which path each kind of array takes."""
+    from msgdrop_numba import info as facts
+
+    console = Console()
+    for name, value in {**facts.versions(), **facts.kernels(), "GPU": facts.gpu()}.items():
+        click.echo(f"{name}: {value}")
+    table = Table("array", "path", "why")
+    for row in facts.PATHS:
+        table.add_row(*row)
+    console.print(table)
+
+
+@main.command()
+@click.option("--shape", default=(64, 256, 512), type=_Numbers(), metavar="N,N,N", help="Of x.  [default: 64,256,512]")
+@click.option("--p", default=0.3, show_default=True, type=click.FloatRange(0, 1), help="Probability of dropping.")
+@click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=1), help="Interleaved rounds.")
+def bench(shape: tuple[int, ...], p: float, rounds: int) -> None:
+    """Time `message_dropout` against F.dropout1d and masked_fill on this machine: float32 tensors, medians."""
+    from msgdrop_numba import bench as timing
+
+    if len(shape) != 3:
+        raise click.BadParameter(
+            f"must be three numbers, as F.dropout1d needs them, but got {shape}", param_hint="--shape"
+        )
+    taken = timing.run(shape, p, rounds)
+    ours = taken["message_dropout"]
+    table = Table("what", "µs a call", "times as long as ours")
+    for name, seconds in taken.items():
+        table.add_row(name, f"{1e6 * seconds:,.1f}", f"{seconds / ours:.2f}")
+    Console().print(table)
 
 
 @main.command()
@@ -27,7 +243,7 @@ def main() -> None:
     "--seeds", default=5, show_default=True, type=click.IntRange(min=1), help="Networks trained for each arm."
 )
 @click.option(
-    "--output", default="msgdrop-demo.png", show_default=True, type=click.Path(dir_okay=False, path_type=Path),
+    "--output", default="msgdrop-demo.png", show_default=True, type=_PNG, callback=_picture_path,
     help="Where the plot goes (PNG); the numbers go beside it, as JSON.",
 )  # fmt: skip
 def demo(epochs: int, p: float, seeds: int, output: Path) -> None:
@@ -37,17 +253,11 @@ def demo(epochs: int, p: float, seeds: int, output: Path) -> None:
     DataLoader's collate, with probability --p, and as a layer between the recurrent layers). Then 0-80% of the test
     frames are zeroed and the accuracy is measured. Takes about a minute with the defaults.
     """
-    if output.suffix.lower() != ".png":
-        raise click.BadParameter(f"must end in .png, but got {str(output)!r}", param_hint="--output")
-    if not output.absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no folder {str(output.absolute().parent)!r}", param_hint="--output")
-    try:
-        import matplotlib  # noqa: F401
-        import sktime  # noqa: F401
+    import matplotlib  # noqa: F401
+    import sktime  # noqa: F401
 
-        from msgdrop_numba import demo as experiment
-    except ModuleNotFoundError as missing:
-        raise click.ClickException(f"{INSTALL} (missing: {missing.name})") from None
+    from msgdrop_numba import demo as experiment
+
     console = Console()
     with Progress(
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs,"), TimeRemainingColumn(),

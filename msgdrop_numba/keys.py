@@ -7,6 +7,8 @@ import numbers
 from typing import Any
 from uuid import UUID
 
+import numpy as np
+
 from msgdrop_numba.arguments import check_key
 
 
@@ -42,6 +44,15 @@ def sample_key(sample_id: Any) -> int:
     if isinstance(sample_id, bytes):
         return hash64(sample_id)
     raise TypeError(f"a sample's key must be an integer, string, bytes or UUID, but got {sample_id!r}")
+
+
+def sample_keys(ids: np.ndarray) -> np.ndarray:
+    """The 64-bit keys of an array of ids: one of integers as it is."""
+    if ids.dtype.kind in "iu":
+        return ids
+    if ids.dtype.kind not in "OUST":
+        raise TypeError(f"sample ids must be integers or strings, but got {ids.dtype}")
+    return np.array([sample_key(sample_id) for sample_id in ids.tolist()], np.uint64)
 
 
 def hash64(data: bytes) -> int:

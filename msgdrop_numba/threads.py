@@ -46,7 +46,8 @@ _layer = _Layer(forked=multiprocessing.parent_process() is not None and "--multi
 def chunks(nbytes: int) -> int:
     """How many parts a job that writes `nbytes` is cut into; 1 stands for the serial kernel.
 
-    The budget is torch's thread count where torch is loaded (1 in a DataLoader worker), and at most numba's.
+    The budget is torch's thread count where torch is loaded (1 in a DataLoader worker), else OMP_NUM_THREADS where that
+    is set (Ray sets it to a task's CPUs), and at most numba's.
     """
     if nbytes < PARALLEL_BYTES:
         return 1
@@ -54,6 +55,8 @@ def chunks(nbytes: int) -> int:
     budget: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     if torch is not None and hasattr(torch, "get_num_threads"):  # not there yet in a half-done import
         budget = min(budget, torch.get_num_threads())
+    elif (asked := os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()).isdecimal():
+        budget = min(budget, int(asked))
     return budget if budget > 1 and _layer.may_start() else 1
 
 

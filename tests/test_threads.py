@@ -21,7 +21,14 @@ def test_the_budget(monkeypatch):
     assert threads.chunks(big) == 2
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert threads.chunks(big) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert threads.chunks(big) == 2  # torch has read the variable, and may have been told otherwise since
     monkeypatch.delitem(sys.modules, "torch")
+    for variable, parts in [("1", 1), ("2,3", 2), (" 8", 2), ("", 2), ("dynamic", 2)]:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        assert threads.chunks(big) == parts
+    monkeypatch.delenv("OMP_NUM_THREADS")
     assert threads.chunks(big) == 2
     monkeypatch.setattr(threads._layer, "usable", False)
     assert threads.chunks(big) == 1

@@ -200,7 +200,8 @@ def keep_block(
 
 
 @jit
-def fold_rows(keys: Array, inner: int, folded: Array) -> None:
-    """The keys of all rows from keys that lack their trailing dims, `inner` rows each."""
-    for row in range(folded.size):
-        folded[row] = fold_in(keys[row // inner], np.uint64(row % inner))
+def fold_rows(keys: Array, inner: int, first: int, folded: Array) -> None:
+    """The keys of the rows from `first` on, from keys that lack their trailing dims, `inner` rows each."""
+    for j in range(folded.size):
+        row = first + j
+        folded[j] = fold_in(keys[row // inner], np.uint64(row % inner))

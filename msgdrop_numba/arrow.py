@@ -1,0 +1,137 @@
+"""Arrow columns of messages as NumPy arrays: tensors, lists of lists, and Ray's tensors, registered here or not."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+
+class Leaf(NamedTuple):
+    """All numbers of a column's chunk, and where its rows lie among them.
+
+    Fields:
+        values: the numbers, a view of the chunk's own memory, read-only.
+        starts: where each row begins.
+        shapes: `(messages, *features)` of each row.
+    """
+
+    values: np.ndarray
+    starts: list[int]
+    shapes: list[tuple[int, ...]]
+
+
+def own(chunk: pa.Array) -> pa.Array:
+    """The chunk, without what it was sliced from: a copy where that is larger."""
+    whole = chunk.get_total_buffer_size() <= 2 * chunk.nbytes + 1024
+    return chunk if whole else chunk.take(pa.array(np.arange(len(chunk))))
+
+
+def leaf(chunk: pa.Array, field: pa.Field | None = None) -> Leaf:
+    """The numbers of a chunk of a column; `field` says the shape of tensors whose type isn't registered here.
+
+    Raises:
+        TypeError: it holds no tensors, nor lists of lists, of numbers.
+        ValueError: it has nulls, messages of different lengths, or tensors in another order of dims.
+    """
+    shape = _tensor_shape(chunk.type, field)
+    array = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
+    if array.null_count:
+        raise ValueError(f"there are {array.null_count} nulls among its rows: filter them out first")
+    if pa.types.is_struct(array.type) and {f.name for f in array.type} == {"data", "shape"}:  # Ray's ragged tensors
+        data = array.field("data")
+        starts, _ = _bounds(data)
+        return Leaf(_numbers(data.values), starts.tolist(), [tuple(s) for s in array.field("shape").to_pylist()])
+    if not _is_list(array.type):
+        raise TypeError(f"it must hold tensors or lists of lists of numbers, but has the type {chunk.type}")
+    starts, ends = _bounds(array)
+    array = array.values
+    if shape is not None:
+        if (ends - starts != math.prod(shape)).any():
+            raise ValueError(f"its tensors must hold {math.prod(shape)} numbers each, as their type {shape} says")
+        return Leaf(_numbers(array), starts.tolist(), [shape] * len(starts))
+    counts, features = ends - starts, []
+    while _is_list(array.type):
+        size, begins = _even(array, starts, ends)
+        features.append(size)
+        starts, ends, array = begins, begins + (ends - starts) * size, array.values
+    if not features:
+        raise TypeError(
+            f"it must have messages of several features, lists of lists, but has the type {chunk.type}; "
+            "make each number a list of one"
+        )
+    return Leaf(_numbers(array), starts.tolist(), [(count, *features) for count in counts.tolist()])
+
+
+def with_numbers(array: pa.Array, values: np.ndarray) -> pa.Array:
+    """The same chunk with other numbers, all of them as in `leaf`."""
+    if isinstance(array, pa.ExtensionArray):
+        return pa.ExtensionArray.from_storage(array.type, with_numbers(array.storage, values))
+    if pa.types.is_struct(array.type):
+        parts = [with_numbers(array.field("data"), values), array.field("shape")]
+        return pa.StructArray.from_arrays([parts[f.name == "shape"] for f in array.type], fields=list(array.type))
+    if _is_list(array.type):
+        own = array.buffers()[: 1 if pa.types.is_fixed_size_list(array.type) else 2]
+        return pa.Array.from_buffers(
+            array.type, len(array), own, array.null_count, array.offset, [with_numbers(array.values, values)]
+        )
+    return pa.Array.from_buffers(array.type, len(array), [None, pa.py_buffer(values)])
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _bounds(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Where each of a list array's elements begins and ends among all its values."""
+    if pa.types.is_fixed_size_list(array.type):
+        starts = (np.arange(len(array)) + array.offset) * array.type.list_size
+        return starts, starts + array.type.list_size
+    offsets = np.asarray(array.offsets).astype(np.int64)
+    return offsets[:-1], offsets[1:]
+
+
+def _even(array: pa.Array, starts: np.ndarray, ends: np.ndarray) -> tuple[int, np.ndarray]:
+    """The one length of the lists from each start to its end, and where the first of each begins."""
+    begins, stops = _bounds(array)
+    used = slice(int(starts.min()), int(ends.max())) if starts.size else slice(0, 0)
+    if array.slice(used.start, used.stop - used.start).null_count:
+        raise ValueError("there are nulls among its messages: fill them first")
+    sizes = np.unique((stops - begins)[used])
+    if sizes.size > 1:
+        raise ValueError(f"its messages must all have as many features, but have {sizes.tolist()}")
+    return (int(sizes[0]) if sizes.size else 0), np.append(begins, stops[-1:] if stops.size else 0)[starts]
+
+
+def _numbers(array: pa.Array) -> np.ndarray:
+    kind = array.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise TypeError(f"its messages must hold integers or floating-point numbers, but hold {kind}")
+    if array.null_count:
+        raise ValueError("there are nulls among its numbers: fill them first")
+    numbers: np.ndarray = array.to_numpy(zero_copy_only=True)
+    return numbers
+
+
+def _tensor_shape(kind: pa.DataType, field: pa.Field | None) -> tuple[int, ...] | None:
+    """The shape of the tensors of a type, None where the lists themselves say it."""
+    if isinstance(kind, pa.FixedShapeTensorType):
+        if kind.permutation is not None and list(kind.permutation) != list(range(len(kind.shape))):
+            raise ValueError(f"its tensors must be stored in the order of their dims, but have {kind.permutation}")
+    elif not isinstance(kind, pa.BaseExtensionType):
+        described = (field.metadata or {}) if field is not None else {}
+        if not described.get(b"ARROW:extension:name", b"").startswith(b"ray.data.arrow_tensor"):
+            return None
+        return _at_least_two(tuple(json.loads(described[b"ARROW:extension:metadata"])))
+    if pa.types.is_struct(kind.storage_type) or not hasattr(kind, "shape"):
+        return None
+    return _at_least_two(tuple(kind.shape))
+
+
+def _at_least_two(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) < 2:
+        raise ValueError(f"its tensors must be (messages, features), but have the shape {shape}")
+    return shape

@@ -1,0 +1,288 @@
+"""MessageDropoutBatch: dict of columns in, dict of columns out, for Ray Data, Hugging Face datasets and Dask."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from msgdrop_numba.arguments import check_is_number, check_key, check_seed, probabilities, split_p
+from msgdrop_numba.functional import fold_in, message_dropout
+from msgdrop_numba.keys import sample_keys
+from msgdrop_numba.rule import DropRule
+
+MASK = "keep_mask"
+
+
+class MessageDropoutBatch:
+    """Drop messages in the columns of a batch; the same sample gets the same mask in any batch, on any machine.
+
+    For `ray.data.Dataset.map_batches`, `datasets.Dataset.map(batched=True)` with the numpy format, `dask.delayed`, or
+    by hand. A mask depends on seed, epoch and the sample's id alone, so partitions, order and retries don't matter.
+
+    Args:
+        p: probability that a message is **dropped**; a number, or an array with one for each position.
+        columns: name or names of the columns that hold messages. They share one mask: as many messages in each row.
+        key: name of the column of sample ids, integers or strings (bytes and UUIDs too). Needed: a position in a
+            block is no id. Rows with equal ids get equal masks.
+        seed: integer in [0, 2**64).
+        epoch: integer in [-2**63, 2**64); the masks are those of `fold_in(seed, epoch)`.
+        lengths: name of a column with each row's count of valid messages. What lies behind is padding, left as it is.
+        passthrough: give back all columns; with False `columns` (and the mask) alone.
+        scale, exact, span, min_keep, fill: as for `message_dropout`.
+        return_mask: add the keep mask as the column `"keep_mask"`, True = kept.
+
+    Called with a batch, a mapping from names to columns (pandas DataFrames and Arrow tables do too), it gives back a
+    dict (a DataFrame, a table) and never writes its input. A column may be
+
+    - an array or tensor `(rows, messages, *features)`;
+    - ragged: a list or object array of arrays or tensors `(messages, *features)`; comes back as a list;
+    - Arrow's: tensors or lists of lists, ragged or not; comes back with the same type.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; at a call: a column is missing, or isn't what it must be.
+
+    Example:
+        >>> drop = MessageDropoutBatch(0.5, columns="frames", key="id", seed=7)
+        >>> batch = {"id": np.array(["a", "b"]), "frames": np.ones((2, 4, 3), np.float32)}
+        >>> drop(batch)["frames"].any(axis=-1)
+        array([[False,  True,  True, False],
+               [False, False, False, False]])
+
+    Source: the mask contract, version 1 (README), on ids, keys and epochs.
+    """
+
+    def __init__(
+        self,
+        p: Any = 0.5,
+        *,
+        columns: str | Sequence[str],
+        key: str,
+        seed: int,
+        epoch: int = 0,
+        lengths: str | None = None,
+        passthrough: bool = True,
+        scale: bool = False,
+        exact: bool = False,
+        span: int = 1,
+        min_keep: int = 0,
+        fill: Any = 0.0,
+        return_mask: bool = False,
+    ) -> None:
+        number, array = split_p(p)
+        if array is not None and array.ndim > 1:
+            raise ValueError(f"p must be a number or have one dim, a position each, but got {tuple(array.shape)}")
+        self.columns = (columns,) if isinstance(columns, str) else tuple(columns)
+        if not all(isinstance(name, str) for name in (*self.columns, key)):
+            raise TypeError(f"columns and key must be names, but got {columns!r} and {key!r}")
+        if not self.columns or len({*self.columns, key, lengths}) < len(self.columns) + 2:
+            raise ValueError(
+                f"columns, key and lengths must name different columns, but got {columns!r}, {key!r} and {lengths!r}"
+            )
+        self.key, self.lengths = key, lengths
+        self.seed = fold_in(check_seed(seed), check_key("epoch", epoch))
+        self.rule = DropRule(number, exact, span, min_keep)
+        self.p = None if array is None else probabilities(array, tuple(array.shape))
+        self.scale, self.return_mask, self.passthrough = scale, return_mask, passthrough
+        if not isinstance(fill, np.ndarray):
+            check_is_number("fill", fill)
+        self.fill = fill.copy() if isinstance(fill, np.ndarray) else fill
+
+    def __call__(self, batch: Any) -> Any:
+        fields = _fields(batch)
+        wanted = [*self.columns, self.key, *([] if self.lengths is None else [self.lengths])]
+        for name in wanted:
+            if name not in fields:
+                raise ValueError(f"the batch has no column {name!r}: it has {', '.join(map(repr, fields))}")
+        if self.return_mask and MASK in fields:
+            raise ValueError(f"the batch has a column {MASK!r} already: rename it, or leave return_mask out")
+        keys = _keys(self.key, fields[self.key].column)
+        lengths = None if self.lengths is None else _plain(self.lengths, fields[self.lengths].column)
+        changed, masks, sizes = {}, {}, {}
+        for name in self.columns:
+            try:
+                changed[name], masks[name], sizes[name] = self._drop(_read(*fields[name]), keys, lengths)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"column {name!r}: {error}") from error
+            if sizes[name] != sizes[self.columns[0]]:
+                raise ValueError(
+                    f"columns {self.columns[0]!r} and {name!r} must have as many messages in each row, as they share a "
+                    "mask; give each a MessageDropoutBatch of its own"
+                )
+        if self.return_mask:
+            changed[MASK] = masks[self.columns[0]]
+        return _answer(batch, changed, self.passthrough)
+
+    def _drop(self, rows: _Rows, keys: np.ndarray, lengths: np.ndarray | None) -> tuple[Any, Any, list[int]]:
+        """One column without its dropped messages, its mask, and its rows' counts of messages."""
+        count = sum(map(len, rows.blocks))
+        for what, array in (("key", keys), ("lengths", lengths)):
+            if array is not None and len(array) != count:
+                raise ValueError(f"it has {count} rows, but the {what} column has {len(array)}")
+        done, masks, first = [], [], 0
+        for block in rows.blocks:
+            own = slice(first, first + len(block))
+            first = own.stop
+            y, mask = message_dropout(
+                block, self.rule.p if self.p is None else self.p[: block.shape[1]], inplace=rows.writable,
+                scale=self.scale, exact=self.rule.exact, span=self.rule.span, min_keep=self.rule.min_keep,
+                lengths=None if lengths is None else lengths[own], fill=_like(self.fill, block), message_dims=2,
+                seed=self.seed, keys=keys[own], return_mask=True,
+            )  # fmt: skip
+            done.append(y)
+            masks.append(mask)
+        sizes = [block.shape[1] for block in rows.blocks for _ in range(len(block))]
+        return rows.join(done), rows.join_masks(masks), sizes
+
+
+class _Field(NamedTuple):
+    """A column, and what Arrow says of it beside its type."""
+
+    column: Any
+    field: Any = None
+
+
+class _Rows(NamedTuple):
+    """A column as blocks `(rows, messages, *features)`, and how to make a column, or one of masks, of such again."""
+
+    blocks: list[Any]
+    join: Callable[[list[Any]], Any]
+    join_masks: Callable[[list[Any]], Any]
+    writable: bool = False  # whether the blocks are copies of ours
+
+
+def _fields(batch: Any) -> dict[str, _Field]:
+    if _is("pyarrow", "Table", batch):
+        return {field.name: _Field(batch.column(i), field) for i, field in enumerate(batch.schema)}
+    if _is("pandas", "DataFrame", batch):
+        return {name: _Field(batch[name].to_numpy()) for name in batch.columns}
+    if isinstance(batch, Mapping):
+        return {name: _Field(batch[name]) for name in batch}
+    raise TypeError(
+        f"the batch must be a dict of columns, a DataFrame or an Arrow table, but got {type(batch).__name__}"
+    )
+
+
+def _answer(batch: Any, changed: dict[str, Any], passthrough: bool) -> Any:
+    """What the batch becomes: of its own kind, a dict where it is any mapping."""
+    if _is("pandas", "DataFrame", batch):
+        import pandas
+
+        columns = {name: pandas.Series(list(column), index=batch.index) for name, column in changed.items()}
+        return batch.assign(**columns) if passthrough else pandas.DataFrame(columns)
+    if isinstance(batch, Mapping):
+        return {**({name: batch[name] for name in batch} if passthrough else {}), **changed}
+    table = batch if passthrough else batch.select([])
+    for name, column in changed.items():
+        if name in table.column_names:
+            table = table.set_column(table.column_names.index(name), batch.schema.field(name), column)
+        else:
+            table = table.append_column(name if name == MASK else batch.schema.field(name), column)
+    return table
+
+
+def _is(module: str, name: str, value: Any) -> bool:
+    """Whether `value` is of a library's class, without importing the library."""
+    library = sys.modules.get(module)
+    return library is not None and isinstance(value, getattr(library, name))
+
+
+def _is_array(value: Any) -> bool:
+    return (isinstance(value, np.ndarray) and value.dtype != object) or _is("torch", "Tensor", value)
+
+
+def _read(column: Any, field: Any) -> _Rows:
+    if _is_array(column):
+        if column.ndim < 3:
+            raise ValueError(f"it must be (rows, messages, *features), but has the shape {tuple(column.shape)}")
+        return _Rows([column], lambda done: done[0], lambda masks: masks[0])
+    if _is("pyarrow", "Array", column) or _is("pyarrow", "ChunkedArray", column):
+        return _read_arrow(column, field)
+    if not isinstance(column, (list, np.ndarray)):
+        raise TypeError(f"it must be an array, a tensor, a list of those or an Arrow column, but is a {type(column)}")
+    rows = [_row(value) for value in column]
+    return _Rows(
+        [row[None] for row in rows],
+        lambda done: [y[0] for y in done],
+        lambda masks: [mask[0] for mask in masks],
+    )
+
+
+def _row(value: Any) -> Any:
+    """One row of a ragged column; Ray and pandas give lists of lists as arrays of arrays."""
+    lists = isinstance(value, np.ndarray) and value.dtype == object and len(value) > 0
+    if lists and all(isinstance(message, np.ndarray) for message in value):
+        value = np.stack([_row(message) if message.dtype == object else message for message in value])
+    if not _is_array(value):
+        raise TypeError(
+            f"its rows must be arrays or tensors, but one is a {type(value).__name__}; "
+            'of Hugging Face datasets, ask for arrays: with_format("numpy")'
+        )
+    if value.ndim < 2:
+        raise ValueError(f"its rows must be (messages, *features), but one has the shape {tuple(value.shape)}")
+    return value
+
+
+def _read_arrow(column: Any, field: Any) -> _Rows:
+    """An Arrow column: a copy of its numbers to drop in, and blocks of rows that lie evenly among them."""
+    import pyarrow
+
+    from msgdrop_numba import arrow
+
+    whole = not hasattr(column, "chunks")
+    chunks = [arrow.own(chunk) for chunk in ([column] if whole else column.chunks)]
+    blocks: list[np.ndarray] = []
+    copies = []
+    for chunk in chunks:
+        found = arrow.leaf(chunk, field)
+        values = found.values.copy()
+        copies.append(values)
+        row = 0
+        for shape, same in groupby(found.shapes):
+            count, size = len(list(same)), int(np.prod(shape))
+            blocks.append(values[found.starts[row] :][: count * size].reshape(count, *shape))
+            row += count
+
+    def join(_: list[Any]) -> Any:
+        done = [arrow.with_numbers(chunk, values) for chunk, values in zip(chunks, copies, strict=True)]
+        return done[0] if whole else pyarrow.chunked_array(done, column.type)
+
+    kind = pyarrow.list_(pyarrow.bool_())
+    return _Rows(blocks, join, lambda masks: pyarrow.array([row for mask in masks for row in mask], kind), True)
+
+
+def _like(fill: Any, block: Any) -> Any:
+    if isinstance(fill, np.ndarray) and not isinstance(block, np.ndarray):
+        import torch
+
+        return torch.from_numpy(fill).to(block.device)
+    return fill
+
+
+def _plain(name: str, column: Any) -> np.ndarray:
+    """A column of numbers or strings as an array."""
+    if _is("torch", "Tensor", column):
+        column = column.numpy(force=True)
+    if _is("pyarrow", "Array", column) or _is("pyarrow", "ChunkedArray", column):
+        if column.null_count:
+            raise ValueError(f"column {name!r} has {column.null_count} nulls: filter those rows out before")
+        column = column.to_numpy(zero_copy_only=False)
+    if isinstance(column, np.ma.MaskedArray):
+        raise TypeError(f"column {name!r} must be a plain array, but is a masked one")
+    array = np.asarray(column, None if isinstance(column, np.ndarray) else object)
+    if array.ndim != 1:
+        raise ValueError(f"column {name!r} must have one value a row, but has the shape {array.shape}")
+    return array
+
+
+def _keys(name: str, column: Any) -> np.ndarray:
+    """The keys of a column of ids."""
+    ids = _plain(name, column)
+    try:
+        return sample_keys(ids)
+    except (TypeError, ValueError) as error:
+        why = "; a null among integers makes all of them floats: filter such rows out before"
+        raise type(error)(f"column {name!r}: {error}{why}") from None

@@ -1,0 +1,67 @@
+"""`msgdrop info`: what is installed, how kernels run here, and which path each kind of array takes."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import numba
+
+from msgdrop_numba import threads
+from msgdrop_numba.kernels.cpu import drop_range
+
+PACKAGES = ("numpy", "numba", "torch", "pyarrow", "ray", "xxhash")
+
+
+def versions() -> dict[str, str]:
+    """This package, Python, and what else there is of the packages that it knows."""
+    found = {"msgdrop_numba": metadata.version("msgdrop_numba"), "Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def kernels() -> dict[str, str]:
+    """Threads, threading layer, compiled code. Starts numba's threads, as the first large call would."""
+    parts = threads.chunks(threads.PARALLEL_BYTES)
+    try:
+        layer: str = numba.threading_layer()
+    except ValueError:  # no parallel kernel may run here, so none was started
+        layer = "not started"
+    cached: Any = drop_range
+    folder = cached._cache.cache_path
+    least = f"{threads.PARALLEL_BYTES // 1024} KB"
+    return {
+        "threads": f"{parts} for outputs of {least} and more, else 1; this machine has {os.cpu_count()} CPUs",
+        "threading layer": f"{layer}{' (serial kernels only)' if parts == 1 else ''}",
+        "compiled code": folder or "can't be cached: no folder is writable, set NUMBA_CACHE_DIR",
+    }
+
+
+def gpu() -> str:
+    """What torch says of the GPU."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return "unknown: torch isn't installed"
+    if not torch.cuda.is_available():
+        return f"none that torch {torch.__version__} can use"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+# Kind of array, what runs, and why.
+PATHS = [
+    ("NumPy array", "compiled kernel", "its features are contiguous and its rows lie evenly"),
+    ("NumPy array, other layouts", "compiled mask, NumPy's where", "the kernel can't follow its strides or byte order"),
+    ("CPU tensor", "compiled kernel", "as for arrays; under autograd with a backward of ours"),
+    ("CPU tensor, other layouts", "compiled mask, torch's where", "the kernel can't follow its strides"),
+    ("CPU tensor, torch.compile", "compiled mask, torch's where", "one graph, fused by the compiler"),
+    ("export, vmap, jvp, fake tensors", "tensor operations", "nothing of this package may be called there"),
+    ("CUDA, ROCm, MPS and XPU tensors", "tensor operations", "there are no kernels for devices yet"),
+    ("other __cuda_array_interface__", "refused with a TypeError", "there are no kernels for devices yet"),
+]

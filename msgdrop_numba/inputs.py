@@ -1,0 +1,163 @@
+"""What lies in the INPUT of `msgdrop apply`: found, and checked before anything is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from msgdrop_numba.errors import JobError, one_line
+from msgdrop_numba.functional import message_dropout
+from msgdrop_numba.shards import Npy, Settings, batch_of, read_header
+
+
+class File(NamedTuple):
+    """A file of the input."""
+
+    name: str  # relative POSIX path
+    path: Path
+    bytes: int
+    ids: tuple[str, int] | None = None  # as a task has them
+
+
+class Input(NamedTuple):
+    """The files of an input, all of one kind, in the order of their names."""
+
+    files: list[File]
+    digest: str  # changes with any file's name, size or time
+
+
+def find(source: Path, settings: Settings) -> Input:
+    """The shards of a folder, or a single one; names that begin with a dot or an underscore are left out.
+
+    Raises:
+        JobError: there are none, they don't fit together, or one of them can't be what it must be.
+    """
+    files, stats = [], []
+    for name, path in _walk(source):
+        stat = path.stat()
+        files.append(File(name, path, stat.st_size))
+        stats.append((name, stat.st_size, stat.st_mtime_ns))
+    kinds = {file.path.suffix for file in files}
+    if len(kinds) != 1:
+        what = "both .npy and .parquet files: give a folder of one kind" if kinds else "no .npy or .parquet file"
+        raise JobError(f"{source} holds {what}")
+    if kinds == {".npy"}:
+        if settings.columns or settings.key:
+            raise JobError(f"columns and key are for Parquet, but {source} holds .npy files: leave them out")
+        files = _check_npy(files, settings)
+    else:
+        if not settings.columns or not settings.key or settings.ids:
+            raise JobError(f"{source} holds Parquet files: give --columns and --key, and no --ids")
+        _check_parquet(files, settings)
+    return Input(files, xxhash.xxh3_64(json.dumps(stats).encode()).hexdigest())
+
+
+def _walk(source: Path) -> list[tuple[str, Path]]:
+    if not source.exists():
+        raise JobError(f"there is no {source}")
+    if source.is_file():
+        return [(source.name, source)] if source.suffix in (".npy", ".parquet") else []
+    found = []
+    for folder, folders, names in os.walk(source, onerror=_raise):
+        folders[:] = [name for name in folders if name[0] not in "._"]
+        for name in names:
+            path = Path(folder, name)
+            if path.suffix in (".npy", ".parquet") and name[0] not in "._":
+                found.append((path.relative_to(source).as_posix(), path))
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _check_npy(files: list[File], settings: Settings) -> list[File]:
+    """The files, with the ids of their rows."""
+    headers = {file.name: _header(file) for file in files}
+    shards = [file for file in files if file.path.name != settings.ids]
+    if not shards:
+        raise JobError(f"there are no .npy files beside those of ids, {settings.ids}")
+    first = headers[shards[0].name]
+    for file in shards:
+        header = headers[file.name]
+        if (header.shape[1:], header.dtype) != (first.shape[1:], first.dtype):
+            raise JobError(
+                f"{file.name} has rows of {header.shape[1:]} {header.dtype}, but {shards[0].name} of "
+                f"{first.shape[1:]} {first.dtype}: all shards must be alike"
+            )
+    try:
+        _check_rule(first, settings)
+    except (TypeError, ValueError) as error:
+        raise JobError(f"{shards[0].name}: {error}") from error
+    return files if settings.ids is None else _with_ids(files, headers, settings.ids)
+
+
+def _header(file: File) -> Npy:
+    try:
+        return read_header(str(file.path))
+    except ValueError as error:
+        raise JobError(f"{file.name}: {error}") from error
+
+
+def _check_rule(header: Npy, settings: Settings) -> None:
+    if len(header.shape) < 3:
+        raise ValueError(f"it must be (samples, messages, features), but has the shape {header.shape}")
+    message_dropout(
+        np.empty((0, *header.shape[1:]), header.dtype), settings.p, exact=settings.exact, span=settings.span,
+        min_keep=settings.min_keep, seed=settings.seed,
+    )  # fmt: skip
+
+
+def _with_ids(files: list[File], headers: dict[str, Npy], name: str) -> list[File]:
+    """The files with their rows of the ids beside them: a folder's shards in the order of their names."""
+    folders: dict[Path, list[File]] = defaultdict(list)
+    for file in files:
+        folders[file.path.parent].append(file)
+    found = []
+    for folder, beside in folders.items():
+        own = [file for file in beside if file.path.name == name]
+        shards = [file for file in beside if file.path.name != name]
+        if not own:
+            raise JobError(f"{shards[0].name} has no {name} beside it, which --ids names")
+        ids = headers[own[0].name]
+        if ids.dtype.kind not in "iuUS" or len(ids.shape) != 1:
+            raise JobError(f"{own[0].name} must hold integers or strings, one a row, but is {ids.shape} {ids.dtype}")
+        rows = sum(headers[file.name].shape[0] for file in shards)
+        if rows != ids.shape[0]:
+            raise JobError(f"{own[0].name} has {ids.shape[0]} ids, but the shards beside it have {rows} rows together")
+        first = 0
+        for file in shards:
+            found.append(file._replace(ids=(str(folder.resolve() / name), first)))
+            first += headers[file.name].shape[0]
+        found += own
+    return sorted(found)
+
+
+def _check_parquet(files: list[File], settings: Settings) -> None:
+    from pyarrow import parquet
+
+    drop, kinds = batch_of(settings, 0), []
+    for file in files:
+        try:
+            schema = parquet.read_schema(file.path)
+            drop(schema.empty_table())
+        except (TypeError, ValueError, OSError) as error:
+            raise JobError(f"{file.name}: {one_line(error)}") from error
+        kinds.append([(field.name, _numbers(field) if field.name in drop.columns else field.type) for field in schema])
+        if kinds[-1] != kinds[0]:
+            raise JobError(f"{file.name} has other columns than {files[0].name}: all shards must be alike")
+
+
+def _numbers(field: Any) -> Any:
+    """The dtype of a column of messages: their number and size may differ from file to file."""
+    import pyarrow
+
+    from msgdrop_numba import arrow
+
+    return arrow.leaf(pyarrow.array([], field.type), field).values.dtype

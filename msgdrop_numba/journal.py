@@ -1,0 +1,90 @@
+"""What an OUTPUT holds and how it was made: a line of JSON for the job, one for each file that is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from msgdrop_numba.errors import JobError
+from msgdrop_numba.shards import Written, sync_folder
+
+NAME = "journal.jsonl"
+
+
+class Journal:
+    """The journal of a folder, for the one process that holds its lock.
+
+    Args:
+        folder: the OUTPUT.
+        header: what the job is, JSON's types alone. A journal of another job is refused.
+
+    Raises:
+        JobError: the folder's journal is of another job, or can't be read.
+    """
+
+    def __init__(self, folder: Path, header: dict[str, Any]) -> None:
+        self.path = folder / NAME
+        self.header = header
+        found, self.written = read(folder)
+        if found:
+            self._compare(found)
+        self._rewrite()  # without what a killed job left of a line
+
+    def _compare(self, found: dict[str, Any]) -> None:
+        for name, now in _flat(self.header).items():
+            if (before := _flat(found).get(name)) != now:
+                said = "its input has changed since" if name == "input" else f"its {name} is {before!r}, not {now!r}"
+                raise JobError(f"{self.path.parent} belongs to another job: {said}; give another OUTPUT")
+
+    def add(self, name: str, written: Written) -> None:
+        """Note a file that is whole."""
+        self.written[name] = written
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(_line(name, written))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> None:
+        """Put the lines in order, so that equal jobs leave equal journals."""
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        text = (
+            json.dumps(self.header) + "\n" + "".join(_line(name, self.written[name]) for name in sorted(self.written))
+        )
+        if self.path.exists() and self.path.read_text(encoding="utf-8") == text:
+            return
+        partial = self.path.with_name(f".{NAME}.part")
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path)
+        sync_folder(self.path.parent)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Written]]:
+    """The header and the files of a journal, as far as it is whole: a killed job may have left half a line, or none.
+
+    Raises:
+        JobError: it is no journal.
+    """
+    if not (folder / NAME).exists():
+        return {}, {}
+    try:
+        lines = (folder / NAME).read_text(encoding="utf-8").split("\n")[:-1]
+        records = [json.loads(line) for line in lines]
+        header = records[0] if records else {}
+        return header, {r["file"]: Written(int(r["bytes"]), str(r["xxh3"])) for r in records[1:]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise JobError(f"{folder / NAME} can't be read as a journal ({error}): give another OUTPUT") from error
+
+
+def _line(name: str, written: Written) -> str:
+    return json.dumps({"file": name, **written._asdict()}) + "\n"
+
+
+def _flat(header: dict[str, Any]) -> dict[str, Any]:
+    return {**{k: v for k, v in header.items() if k != "parameters"}, **header.get("parameters", {})}

@@ -1,0 +1,217 @@
+"""One shard of `msgdrop apply`, from file to file: what every engine runs, wherever it likes. Never imports torch."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from msgdrop_numba.errors import JobError, one_line
+from msgdrop_numba.functional import fold_in, message_dropout
+from msgdrop_numba.kernels.rules import fold_rows
+from msgdrop_numba.keys import hash64, sample_keys
+
+CHUNK = 16 * 2**20  # bytes read, dropped in and written at a time: more took memory and gained nothing
+PARTIAL = ".msgdrop-partial"  # how the names end under which files are written
+
+
+class Settings(NamedTuple):
+    """What decides the bytes of an output, beside its epoch and the input."""
+
+    p: float
+    seed: int
+    exact: bool
+    span: int
+    min_keep: int
+    columns: list[str] | None  # of Parquet
+    key: str | None  # likewise
+    ids: str | None  # of .npy: the name of the file of ids in each folder
+
+
+class Task(NamedTuple):
+    """One file to make."""
+
+    source: str
+    target: str
+    name: str  # of the source in INPUT, as a relative POSIX path: what its rows' keys are made from
+    settings: Settings
+    epoch: int
+    ids: tuple[str, int] | None = None  # a file of ids, and which row of it is the shard's first
+
+    @property
+    def is_ids(self) -> bool:
+        return self.settings.ids == Path(self.source).name
+
+
+class Written(NamedTuple):
+    """What was written."""
+
+    bytes: int
+    xxh3: str
+
+
+class Npy(NamedTuple):
+    """What the header of a .npy file says."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int  # where the numbers begin
+
+
+def run(task: Task) -> Written:
+    """Make one file; it has its name once it is whole and on the disk."""
+    try:
+        with _new_file(Path(task.target)) as file:
+            if task.source.endswith(".parquet"):
+                _parquet(task, file)
+            else:
+                _npy(task, file)
+        return Written(file.bytes, file.hash.hexdigest())
+    except (OSError, TypeError, ValueError) as error:
+        raise JobError(f"{task.name}, epoch {task.epoch}: {one_line(error)}") from error
+
+
+def read_header(path: str) -> Npy:
+    """The header of a .npy file, whose length must be what it says.
+
+    Raises:
+        ValueError: the file isn't such, is truncated, holds objects, or lies in Fortran's order.
+    """
+    try:
+        mapped = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"it is no .npy file that can be read: {one_line(error)}") from error
+    header = Npy(mapped.shape, mapped.dtype, mapped.offset)
+    if not mapped.flags.c_contiguous:
+        raise ValueError("it lies in Fortran's order: save np.ascontiguousarray(x) instead")
+    expected = header.offset + mapped.nbytes
+    if (size := os.path.getsize(path)) != expected:
+        raise ValueError(f"it must have {expected} bytes, as its header says, but has {size}: it was cut or added to")
+    return header
+
+
+@contextmanager
+def _new_file(target: Path) -> Iterator[_Hashed]:
+    """A file to write, renamed to `target` when it is on the disk, and gone if anything fails."""
+    partial = target.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        with open(partial, "xb") as file:
+            yield _Hashed(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+        sync_folder(target.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    if os.name == "nt":  # opens no folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Hashed:
+    """A file to write, with the number and the hash of its bytes; what pyarrow takes for a file."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.bytes, self.hash, self.closed = file, 0, xxhash.xxh3_64(), False
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        self.bytes += len(data)
+        return int(self._file.write(data))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """pyarrow closes what it wrote to; the file itself is closed after it was synchronised."""
+
+
+def _npy(task: Task, out: _Hashed) -> None:
+    shape, dtype, offset = read_header(task.source)
+    with open(task.source, "rb", buffering=0) as source:
+        head = bytearray(offset)
+        _read(source, head)
+        out.write(head)
+        if task.is_ids:
+            _copy(source, out)
+            return
+        rows, settings = shape[0], task.settings
+        seed = fold_in(settings.seed, task.epoch)
+        count = max(1, CHUNK // max(1, dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))))
+        buffer = np.empty((min(count, rows), *shape[1:]), dtype)
+        for first in range(0, rows, count):
+            block = buffer[: min(count, rows - first)]
+            data = block.reshape(-1).view(np.uint8)
+            _read(source, data)
+            message_dropout(
+                block, settings.p, inplace=True, exact=settings.exact, span=settings.span, min_keep=settings.min_keep,
+                message_dims=2, seed=seed, keys=_row_keys(task, first, len(block)),
+            )  # fmt: skip
+            out.write(data)
+
+
+def _row_keys(task: Task, first: int, count: int) -> np.ndarray:
+    """The keys of some rows of a .npy file: their ids', or made from its name and their number."""
+    if task.ids is not None:
+        path, start = task.ids
+        return sample_keys(np.lib.format.open_memmap(path, mode="r")[start + first : start + first + count])
+    keys = np.empty(count, np.uint64)
+    fold_rows(np.array([hash64(os.fsencode(task.name))], np.uint64), first + count, first, keys)
+    return keys
+
+
+def _read(source: Any, data: Any) -> None:
+    """Fill `data` from a file."""
+    view = memoryview(data)
+    while len(view):
+        got = source.readinto(view)
+        if not got:
+            raise ValueError("it has become shorter while it was read")
+        view = view[got:]
+
+
+def _copy(source: Any, out: _Hashed) -> None:
+    while data := source.read(CHUNK):
+        out.write(data)
+
+
+def _parquet(task: Task, out: _Hashed) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    drop = batch_of(task.settings, task.epoch)
+    with parquet.ParquetFile(task.source, pre_buffer=False) as source:
+        groups = [source.metadata.row_group(i) for i in range(source.metadata.num_row_groups)]
+        columns = [groups[0].column(i) for i in range(groups[0].num_columns)] if groups else []
+        with parquet.ParquetWriter(
+            pyarrow.PythonFile(out, "w"), source.schema_arrow,
+            compression={c.path_in_schema: c.compression.replace("UNCOMPRESSED", "NONE") for c in columns},
+            use_dictionary=[c.path_in_schema for c in columns if any("DICTIONARY" in e for e in c.encodings)],
+        ) as writer:  # fmt: skip
+            for number, group in enumerate(groups):
+                writer.write_table(drop(source.read_row_group(number)), row_group_size=max(1, group.num_rows))
+
+
+def batch_of(settings: Settings, epoch: int) -> Any:
+    """What drops in the tables of a Parquet file."""
+    from msgdrop_numba.batches import MessageDropoutBatch
+
+    return MessageDropoutBatch(
+        settings.p, columns=settings.columns or (), key=settings.key or "", seed=settings.seed, epoch=epoch,
+        exact=settings.exact, span=settings.span, min_keep=settings.min_keep,
+    )  # fmt: skip

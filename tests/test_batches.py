@@ -1,0 +1,402 @@
+"""MessageDropoutBatch: columns of every kind against naive.py."""
+
+from __future__ import annotations
+
+import pickle
+import uuid
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+
+from msgdrop_numba import KeyedDataset, MessageDropoutBatch, MessageDropoutCollate, message_dropout
+from tests import naive
+
+IDS = [f"clip-{i}" for i in range(6)]
+X = np.random.default_rng(0).standard_normal((6, 4, 3)).astype(np.float32)
+RAGGED = [X[i, : 1 + i % 4] for i in range(6)]
+RULES = [{}, {"exact": True}, {"span": 2}, {"min_keep": 2}]
+
+
+def make(p=0.5, *, columns="x", key="id", seed=7, **options):
+    return MessageDropoutBatch(p, columns=columns, key=key, seed=seed, **options)
+
+
+def expected(rows, ids, *, p=0.5, seed=7, epoch=0, lengths=None, scale=False, fill=0, **rule):
+    """Row by row, as the contract says: (rows, masks)."""
+    seed = naive.fold_in(seed, epoch)
+    keys = [i if isinstance(i, int) else naive.hash64(i) for i in ids]
+    done, masks = [], []
+    for i, (row, key) in enumerate(zip(rows, keys, strict=True)):
+        n = None if lengths is None else [lengths[i]]
+        probability = p if isinstance(p, float) else p[: len(row)]
+        keep = naive.keep_mask((1, len(row)), probability, seed=seed, keys=[key], lengths=n, **rule)
+        done.append(naive.drop(row[None], keep, p=probability, lengths=n, scale=scale, fill=fill, **rule)[0])
+        masks.append(keep[0])
+    return done, masks
+
+
+def objects(rows):
+    """An object array of rows."""
+    array = np.empty(len(rows), object)
+    array[:] = rows
+    return array
+
+
+def nested(row):
+    """A row as Ray gives lists of lists: an object array of arrays."""
+    return objects(list(row))
+
+
+def plain(column):
+    """Any column as a list of NumPy arrays."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if isinstance(column, pa.FixedShapeTensorArray):
+        return list(column.to_numpy_ndarray())
+    if isinstance(column, pa.Array):
+        return [np.array(row, np.float32).reshape(len(row), -1) for row in column.to_pylist()]
+    return [row.numpy() if isinstance(row, torch.Tensor) else np.asarray(row) for row in column]
+
+
+def same(rows, others):
+    rows, others = plain(rows), plain(others)
+    assert len(rows) == len(others)
+    for row, other in zip(rows, others, strict=True):
+        assert row.dtype == other.dtype
+        assert row.tobytes() == other.tobytes()
+
+
+def array_of(rows, kind):
+    return pa.array([row.tolist() for row in rows], kind)
+
+
+FLOATS = pa.float32()
+FIXED = {
+    "array": X,
+    "read-only": np.frombuffer(X.tobytes(), np.float32).reshape(X.shape),
+    "transposed": np.asfortranarray(X),
+    "tensor": torch.from_numpy(X),
+    "list": list(X),
+    "list of tensors": list(torch.from_numpy(X)),
+    "objects": objects(list(X)),
+    "objects of objects": objects([nested(row) for row in X]),
+    "arrow tensor": pa.FixedShapeTensorArray.from_numpy_ndarray(X),
+    "arrow lists": array_of(X, pa.list_(pa.list_(FLOATS))),
+    "arrow large lists": array_of(X, pa.large_list(pa.large_list(FLOATS))),
+    "arrow fixed lists": array_of(X, pa.list_(pa.list_(FLOATS, 3))),
+    "arrow fixed lists of lists": array_of(X, pa.list_(pa.list_(FLOATS), 4)),
+    "arrow fixed lists of fixed lists": array_of(X, pa.list_(pa.list_(FLOATS, 3), 4)),
+    "arrow chunks": pa.chunked_array([array_of(X[:1], pa.list_(pa.list_(FLOATS))), array_of(X[1:], pa.list_(pa.list_(FLOATS)))]),
+}  # fmt: skip
+UNEVEN = {
+    "list": RAGGED,
+    "objects": objects(RAGGED),
+    "list of tensors": [torch.from_numpy(row) for row in RAGGED],
+    "objects of objects": objects([nested(row) for row in RAGGED]),
+    "arrow lists": array_of(RAGGED, pa.list_(pa.list_(FLOATS))),
+    "arrow large lists of fixed ones": array_of(RAGGED, pa.large_list(pa.list_(FLOATS, 3))),
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("column", FIXED.values(), ids=FIXED)
+def test_columns(column, rule):
+    done, masks = expected(X, IDS, **rule)
+    got = make(return_mask=True, **rule)({"id": IDS, "x": column, "other": 5})
+    same(got["x"], done)
+    same(plain_masks(got["keep_mask"]), masks)
+    assert got["other"] == 5
+    assert type(got["x"]) is (list if isinstance(column, np.ndarray) and column.dtype == object else type(column))
+
+
+@pytest.mark.parametrize("column", UNEVEN.values(), ids=UNEVEN)
+def test_ragged_columns(column):
+    done, masks = expected(RAGGED, IDS, exact=True)
+    got = make(return_mask=True, exact=True)({"id": IDS, "x": column})
+    same(got["x"], done)
+    same(plain_masks(got["keep_mask"]), masks)
+
+
+def plain_masks(column):
+    if isinstance(column, (pa.Array, pa.ChunkedArray)):
+        column = column.to_pylist()
+    return [np.array(row.tolist() if isinstance(row, torch.Tensor) else row, bool) for row in column]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": True},
+        {"scale": True, "exact": True},
+        {"fill": 2.5},
+        {"fill": np.array([1.0, -2.0, 3.0], np.float32)},
+        {"p": np.array([0.9, 0.1, 0.5, 0.4])},
+        {"p": np.array([0.9, 0.1, 0.5, 0.4]), "scale": True},
+        {"epoch": 3},
+        {"epoch": -1, "seed": 2**64 - 1},
+        {"p": 0.0},
+        {"p": 1.0, "fill": -1.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("columns", [FIXED, UNEVEN], ids=["fixed", "ragged"])
+def test_options(options, columns):
+    rows = X if columns is FIXED else RAGGED
+    done, _ = expected(rows, IDS, **options)
+    for column in columns.values():
+        same(make(**options)({"id": IDS, "x": column})["x"], done)
+
+
+def test_lengths_are_a_column():
+    lengths = np.array([4, 3, 2, 1, 0, 4])
+    done, masks = expected(X, IDS, lengths=lengths, exact=True, scale=True)
+    for kind in (lengths, lengths.tolist(), pa.array(lengths), torch.from_numpy(lengths)):
+        for column in FIXED.values():
+            drop = make(lengths="n", exact=True, scale=True, return_mask=True)
+            got = drop({"id": IDS, "n": kind, "x": column})
+            same(got["x"], done)
+            same(plain_masks(got["keep_mask"]), masks)
+
+
+ID_COLUMNS = {
+    "integers": [5, -1, 2**63 - 1, 0, 5, 7],
+    "strings": IDS,
+}
+
+
+@pytest.mark.parametrize(
+    ("ids", "make_column"),
+    [
+        (ids, f)
+        for ids in ID_COLUMNS.values()
+        for f in (list, np.array, objects, pa.array, lambda v: pa.chunked_array([v[:2], v[2:]]), pd.Series)
+    ],
+)
+def test_ids(ids, make_column):
+    same(make()({"id": make_column(ids), "x": X})["x"], expected(X, ids)[0])
+
+
+def test_other_ids():
+    unsigned = np.array([2**64 - 1, 2**63, 1, 2, 3, 4], np.uint64)
+    same(make()({"id": unsigned, "x": X})["x"], expected(X, unsigned.tolist())[0])
+    same(make()({"id": torch.arange(6), "x": X})["x"], expected(X, list(range(6)))[0])
+    uuids = [uuid.UUID(int=i) for i in range(6)]
+    same(make()({"id": uuids, "x": X})["x"], expected(X, [u.bytes for u in uuids])[0])
+    encoded = pa.array(IDS).dictionary_encode()
+    same(make()({"id": encoded, "x": X})["x"], expected(X, IDS)[0])
+    assert len({mask.tobytes() for mask in expected(X, ID_COLUMNS["integers"])[1]}) > 2
+
+
+def test_the_masks_are_those_of_the_collate():
+    collate = MessageDropoutCollate(0.5, seed=7)
+    collate.set_epoch(2)
+    dataset = KeyedDataset(
+        list(torch.from_numpy(X)), key=lambda row: IDS[int((torch.from_numpy(X) == row).all((1, 2)).nonzero())]
+    )
+    batch = collate([dataset[i] for i in range(6)])
+    same(make(epoch=2)({"id": IDS, "x": X})["x"], batch.numpy())
+
+
+def test_any_partition_gives_the_same_bytes():
+    drop, order = make(0.5, min_keep=1), np.random.default_rng(1).permutation(6)
+    whole = drop({"id": np.array(IDS), "x": X})["x"]
+    for parts in (1, 2, 3, 6):
+        for part in np.array_split(order, parts):
+            same(drop({"id": np.array(IDS)[part], "x": X[part]})["x"], whole[part])
+
+
+def test_columns_share_a_mask():
+    done = make(columns=["x", "y"], return_mask=True)({"id": IDS, "x": X, "y": np.ones((6, 4, 2, 2))})
+    assert np.array_equal(done["keep_mask"], (done["y"] == 1).all((2, 3)))
+    assert np.array_equal(done["keep_mask"], (done["x"] == X).all(2))
+    with pytest.raises(ValueError, match=r"'x' and 'y' must have as many messages in each row"):
+        make(columns=["x", "y"])({"id": IDS, "x": X, "y": np.ones((6, 5, 2))})
+
+
+def test_only_its_columns():
+    assert list(make(passthrough=False)({"id": IDS, "x": X, "y": X})) == ["x"]
+    assert list(make(passthrough=False, return_mask=True)({"id": IDS, "x": X})) == ["x", "keep_mask"]
+    table = pa.table({"id": IDS, "x": FIXED["arrow lists"]})
+    assert make(passthrough=False, return_mask=True)(table).column_names == ["x", "keep_mask"]
+    assert list(make(passthrough=False)(pd.DataFrame({"id": IDS, "x": RAGGED})).columns) == ["x"]
+
+
+@pytest.mark.parametrize("name", [name for name in FIXED if name.startswith("arrow")])
+def test_tables_keep_their_schema_and_take_slices(name):
+    column = FIXED[name]
+    field = pa.field("x", column.type, metadata={"unit": "dB"})
+    table = pa.Table.from_arrays(
+        [pa.array(IDS), column], schema=pa.schema([pa.field("id", pa.string()), field], {"of": "me"})
+    )
+    done, _ = expected(X, IDS)
+    for first, count in ((0, 6), (2, 3), (5, 1), (6, 0)):
+        got = make()(table.slice(first, count))
+        assert got.schema.equals(table.schema, check_metadata=True)
+        got.validate(full=True)
+        same(got.column("x"), done[first : first + count])
+    same(table.column("x"), X)
+
+
+@pytest.mark.parametrize("name", ["ray.data.arrow_tensor", "ray.data.arrow_tensor_v2"])
+def test_rays_tensors_where_ray_is_not_there(name):
+    metadata = {"ARROW:extension:name": name, "ARROW:extension:metadata": "[4, 3]"}
+    lists = pa.array([row.ravel().tolist() for row in X], pa.large_list(FLOATS))
+    table = pa.Table.from_arrays(
+        [pa.array(IDS), lists], schema=pa.schema([("id", pa.string()), pa.field("x", lists.type, metadata=metadata)])
+    )
+    got = make()(table)
+    assert got.schema.equals(table.schema, check_metadata=True)
+    same([np.array(row, np.float32).reshape(4, 3) for row in got.column("x").to_pylist()], expected(X, IDS)[0])
+
+
+def test_rays_ragged_tensors():
+    kind = pa.struct([("data", pa.large_list(FLOATS)), ("shape", pa.list_(pa.int64()))])
+    rows = [{"data": row.ravel().tolist(), "shape": list(row.shape)} for row in RAGGED]
+    got = make()(pa.table({"id": IDS, "x": pa.array(rows, kind)}).slice(1))["x"].to_pylist()
+    assert [row["shape"] for row in got] == [row["shape"] for row in rows[1:]]
+    same([np.array(r["data"], np.float32).reshape(r["shape"]) for r in got], expected(RAGGED, IDS)[0][1:])
+
+
+def test_data_frames():
+    frame = pd.DataFrame({"id": IDS, "x": RAGGED, "z": range(6)}, index=range(10, 16))
+    got = make(return_mask=True)(frame)
+    same(got["x"], expected(RAGGED, IDS)[0])
+    same(got["keep_mask"], expected(RAGGED, IDS)[1])
+    assert list(got.columns) == ["id", "x", "z", "keep_mask"]
+    assert got.index.equals(frame.index)
+    same(frame["x"], RAGGED)
+
+
+def test_empty_batches():
+    assert make()({"id": np.array([], str), "x": np.empty((0, 4, 3))})["x"].shape == (0, 4, 3)
+    assert make()({"id": [], "x": []})["x"] == []
+    empty = pa.table({"id": IDS, "x": FIXED["arrow lists"]}).slice(0, 0)
+    assert make(return_mask=True)(empty).num_rows == 0
+    assert make(return_mask=True)(empty.schema.empty_table()).num_rows == 0
+
+
+def test_no_message_in_a_row():
+    rows = [X[0], X[1, :0]]
+    same(make()({"id": [1, 2], "x": rows})["x"], expected(rows, [1, 2])[0])
+    column = pa.array([X[0].tolist(), []], pa.list_(pa.list_(FLOATS)))
+    assert make()({"id": [1, 2], "x": column})["x"].to_pylist()[1] == []
+
+
+def test_the_input_is_never_written():
+    for column in (*FIXED.values(), *UNEVEN.values()):
+        before = [row.tobytes() for row in plain(column) if not isinstance(row, np.ndarray) or row.dtype != object]
+        make(1.0)({"id": IDS, "x": column})
+        assert [
+            row.tobytes() for row in plain(column) if not isinstance(row, np.ndarray) or row.dtype != object
+        ] == before
+
+
+def test_nan_does_not_leak():
+    dirty = np.full_like(X, np.nan)
+    assert not np.isnan(make(1.0)({"id": IDS, "x": dirty})["x"]).any()
+
+
+def test_it_is_small_and_picklable():
+    drop = make(np.array([0.5, 0.1, 0.9, 0.3]), min_keep=1, fill=np.zeros(3, np.float32), return_mask=True)
+    data = pickle.dumps(drop)
+    assert len(data) < 1000
+    same(pickle.loads(data)({"id": IDS, "x": X})["x"], drop({"id": IDS, "x": X})["x"])
+
+
+def test_dask_arrays():
+    da = pytest.importorskip("dask.array")
+    x, ids = np.ones((12, 8, 3), np.float32), np.arange(100, 112)
+    keys = da.from_array(ids, chunks=5)
+    blocks = da.from_array(x, chunks=(5, -1, -1))
+    done = da.blockwise(
+        lambda x, keys: message_dropout(x, 0.5, seed=1, keys=keys), "bsf", blocks, "bsf", keys, "b", dtype=x.dtype
+    )
+    same(done.compute(scheduler="threads"), message_dropout(x, 0.5, seed=1, keys=ids))
+
+
+BATCH = {"id": IDS, "x": X}
+BAD_CALLS = [
+    ({"x": X}, ValueError, "no column 'id': it has 'x'"),
+    ({"id": IDS}, ValueError, "no column 'x'"),
+    ({**BATCH, "id": np.arange(6.0)}, TypeError, "column 'id': sample ids must be integers or strings, but got float64"),
+    ({**BATCH, "id": [1.0] * 6}, TypeError, r"column 'id': .*1\.0.*null"),
+    ({**BATCH, "id": [True] * 6}, TypeError, "column 'id': .*True"),
+    ({**BATCH, "id": np.array([True] * 6)}, TypeError, "column 'id': .*bool"),
+    ({**BATCH, "id": [*IDS[:5], None]}, TypeError, "column 'id': .*None.*null"),
+    ({**BATCH, "id": pa.array([*IDS[:5], None])}, ValueError, "column 'id' has 1 nulls"),
+    ({**BATCH, "id": pa.array([1, 2, 3, 4, 5, None])}, ValueError, "column 'id' has 1 nulls"),
+    ({**BATCH, "id": pd.array([1, 2, 3, 4, 5, None], "Int64")}, TypeError, "column 'id': .*null"),
+    ({**BATCH, "id": np.arange(6).astype("M8[s]")}, TypeError, "column 'id': .*datetime64"),
+    ({**BATCH, "id": np.ma.array(range(6), mask=[1] * 6)}, TypeError, "column 'id' .*masked"),
+    ({**BATCH, "id": np.zeros((6, 2), int)}, ValueError, r"column 'id' .*\(6, 2\)"),
+    ({**BATCH, "id": IDS[:5]}, ValueError, "column 'x': it has 6 rows, but the key column has 5"),
+    ({**BATCH, "id": [2**64] * 6}, ValueError, "column 'id': .*18446744073709551616"),
+    ({**BATCH, "x": X[..., 0]}, ValueError, r"column 'x': .*\(6, 4\)"),
+    ({**BATCH, "x": X.tolist()}, TypeError, r"column 'x': .*list.*with_format"),
+    ({**BATCH, "x": objects(X.tolist())}, TypeError, r"column 'x': .*list.*with_format"),
+    ({**BATCH, "x": objects(IDS)}, TypeError, "column 'x': .*str"),
+    ({**BATCH, "x": list(X[:, 0])}, ValueError, r"column 'x': .*\(3,\)"),
+    ({**BATCH, "x": "text"}, TypeError, "column 'x': .*str"),
+    ({**BATCH, "x": np.array([[["a"]]] * 6)}, TypeError, "column 'x': x must be an array of numbers"),
+    ({**BATCH, "x": pa.array(IDS)}, TypeError, "column 'x': .*string"),
+    ({**BATCH, "x": pa.array([[1.0]] * 6)}, TypeError, "column 'x': .*list of one"),
+    ({**BATCH, "x": pa.array([[[1.0]]] * 5 + [None])}, ValueError, "column 'x': there are 1 nulls"),
+    ({**BATCH, "x": pa.array([[[1.0]]] * 5 + [[None]])}, ValueError, "column 'x': there are nulls among its messages"),
+    ({**BATCH, "x": pa.array([[[1.0]]] * 5 + [[[None]]])}, ValueError, "column 'x': there are nulls among its numbers"),
+    ({**BATCH, "x": pa.array([[[1.0]]] * 5 + [[[1.0, 2.0]]])}, ValueError, r"column 'x': .*\[1, 2\]"),
+    ({**BATCH, "x": pa.array([[["a"]]] * 6)}, TypeError, "column 'x': .*string"),
+    ({**BATCH, "x": pa.array([[[True]]] * 6)}, TypeError, "column 'x': .*bool"),
+    ([1, 2], TypeError, "the batch must be a dict of columns"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "error", "words"), BAD_CALLS, ids=range(len(BAD_CALLS)))
+def test_bad_batches(batch, error, words):
+    with pytest.raises(error, match=words):
+        make()(batch)
+
+
+def test_more_bad_batches():
+    with pytest.raises(ValueError, match="'keep_mask' already"):
+        make(return_mask=True)({**BATCH, "keep_mask": 1})
+    with pytest.raises(ValueError, match=r"column 'x': lengths must be from 0 to 4, .* but got 5"):
+        make(lengths="n")({**BATCH, "n": [5] * 6})
+    with pytest.raises(TypeError, match=r"column 'x': lengths must be integers"):
+        make(lengths="n")({**BATCH, "n": [1.0] * 6})
+    with pytest.raises(ValueError, match="the lengths column has 5"):
+        make(lengths="n")({**BATCH, "n": [1] * 5})
+    with pytest.raises(ValueError, match=r"column 'x': p must be a number or have shape \(4,\)"):
+        make(np.array([0.5, 0.5]))(BATCH)
+    permuted = pa.ExtensionArray.from_storage(
+        pa.fixed_shape_tensor(FLOATS, (3, 4), permutation=[1, 0]),
+        pa.FixedShapeTensorArray.from_numpy_ndarray(X).storage,
+    )
+    with pytest.raises(ValueError, match=r"column 'x': .*\[1, 0\]"):
+        make()({**BATCH, "x": permuted})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"columns": []}, ValueError, "columns"),
+        ({"columns": ["x", "x"]}, ValueError, "different columns"),
+        ({"columns": "id"}, ValueError, "different columns"),
+        ({"columns": [1]}, TypeError, "names"),
+        ({"key": None}, TypeError, "names"),
+        ({"key": 5}, TypeError, "names"),
+        ({"seed": None}, TypeError, "seed"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"epoch": 0.5}, TypeError, "epoch"),
+        ({"p": 1.5}, ValueError, "p must be"),
+        ({"p": np.ones((2, 2))}, ValueError, "one dim"),
+        ({"exact": True, "span": 2}, ValueError, "exact"),
+        ({"fill": "a"}, TypeError, "fill"),
+        ({"lengths": "x"}, ValueError, "different columns"),
+    ],
+)
+def test_bad_options(options, error, words):
+    with pytest.raises(error, match=words):
+        make(**options)
