@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,6 +16,7 @@ from itertools import islice
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import filelock
 import xxhash
@@ -208,17 +210,26 @@ def _begin() -> None:
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
+def _knock(address: str) -> None:
+    """Whether anybody listens at HOST:PORT or ray://HOST:PORT; Ray itself would try for minutes."""
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        socket.create_connection((parts.hostname, parts.port), timeout=5).close()
+    except (OSError, ValueError, TypeError) as error:
+        raise JobError(f"no Ray answers at {address} ({one_line(error)}): give HOST:PORT of its head node") from error
+
+
 def on_ray(jobs: int | None, address: str | None) -> Engine:
     """Ray's tasks, on this machine or on the cluster at an address; all of them see the same file system."""
 
     def engine(tasks: list[Task]) -> Iterator[tuple[Task, Written]]:
         import ray
 
-        options: dict[str, Any] = {"include_dashboard": False, "num_cpus": jobs} if address is None else {}
-        try:
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
-        except (ConnectionError, ValueError) as error:
-            raise JobError(f"no Ray answers at {address}: {one_line(error)}") from error
+        if address is None:
+            ray.init("local", num_cpus=jobs, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            _knock(address)
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         try:
             remote, waiting = ray.remote(run), iter(tasks)
             running: dict[Any, Task] = {}

@@ -126,7 +126,7 @@ def apply(
         raise click.UsageError("--ray-address needs --engine ray")
     if ids is not None and (Path(ids).name != ids or not ids.endswith(".npy")):
         raise click.UsageError(f"--ids must be the name of .npy files that lie beside the shards, but got {ids!r}")
-    names = None if columns is None else [name.strip() for name in columns.split(",")]
+    names = None if columns is None else tuple(name.strip() for name in columns.split(","))
     settings = Settings(p, seed, exact, span, min_keep, names, key, ids)
     run = job.on_ray(jobs, ray_address) if engine == "ray" else job.local(jobs or os.cpu_count() or 1)
     found = inputs.find(source, settings)
@@ -154,9 +154,10 @@ class _bytes_bar:  # noqa: N801
     """A bar of bytes on standard error, with rate and time left; its tick takes how many more are done."""
 
     def __init__(self, what: str, total: int) -> None:
+        console = Console(stderr=True)
         self.progress = Progress(
             TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-            TextColumn("left"), console=Console(stderr=True),
+            TextColumn("left"), console=console, disable=not console.is_terminal,
         )  # fmt: skip
         self.task = self.progress.add_task("", total=total)
 

@@ -145,19 +145,17 @@ def _check_parquet(files: list[File], settings: Settings) -> None:
     drop, kinds = batch_of(settings, 0), []
     for file in files:
         try:
-            schema = parquet.read_schema(file.path)
-            drop(schema.empty_table())
+            table = parquet.read_schema(file.path).empty_table()
+            drop(table)
+            kinds.append([(f.name, _numbers(table, f) if f.name in drop.columns else f.type) for f in table.schema])
         except (TypeError, ValueError, OSError) as error:
             raise JobError(f"{file.name}: {one_line(error)}") from error
-        kinds.append([(field.name, _numbers(field) if field.name in drop.columns else field.type) for field in schema])
         if kinds[-1] != kinds[0]:
             raise JobError(f"{file.name} has other columns than {files[0].name}: all shards must be alike")
 
 
-def _numbers(field: Any) -> Any:
+def _numbers(table: Any, field: Any) -> Any:
     """The dtype of a column of messages: their number and size may differ from file to file."""
-    import pyarrow
-
     from msgdrop_numba import arrow
 
-    return arrow.leaf(pyarrow.array([], field.type), field).values.dtype
+    return arrow.leaf(table.column(field.name).combine_chunks(), field).values.dtype

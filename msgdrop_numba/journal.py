@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from msgdrop_numba.errors import JobError
-from msgdrop_numba.shards import Written, sync_folder
+from msgdrop_numba.shards import PARTIAL, Written, sync_folder
 
 NAME = "journal.jsonl"
 
@@ -18,7 +18,7 @@ class Journal:
 
     Args:
         folder: the OUTPUT.
-        header: what the job is, JSON's types alone. A journal of another job is refused.
+        header: what the job is. A journal of another job is refused.
 
     Raises:
         JobError: the folder's journal is of another job, or can't be read.
@@ -26,7 +26,7 @@ class Journal:
 
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
         self.path = folder / NAME
-        self.header = header
+        self.header = json.loads(json.dumps(header))  # as it will be read
         found, self.written = read(folder)
         if found:
             self._compare(found)
@@ -56,7 +56,7 @@ class Journal:
         )
         if self.path.exists() and self.path.read_text(encoding="utf-8") == text:
             return
-        partial = self.path.with_name(f".{NAME}.part")
+        partial = self.path.with_name(f".{NAME}{PARTIAL}")
         with open(partial, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -66,7 +66,7 @@ class Journal:
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Written]]:
-    """The header and the files of a journal, as far as it is whole: a killed job may have left half a line, or none.
+    """The header and the files of a journal, empty where there is none. A killed job may have left half a line.
 
     Raises:
         JobError: it is no journal.
@@ -76,9 +76,8 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Written]]:
     try:
         lines = (folder / NAME).read_text(encoding="utf-8").split("\n")[:-1]
         records = [json.loads(line) for line in lines]
-        header = records[0] if records else {}
-        return header, {r["file"]: Written(int(r["bytes"]), str(r["xxh3"])) for r in records[1:]}
-    except (ValueError, KeyError, TypeError) as error:
+        return dict(records[0]), {r["file"]: Written(int(r["bytes"]), str(r["xxh3"])) for r in records[1:]}
+    except (ValueError, LookupError, TypeError) as error:
         raise JobError(f"{folder / NAME} can't be read as a journal ({error}): give another OUTPUT") from error
 
 

@@ -29,7 +29,7 @@ class Settings(NamedTuple):
     exact: bool
     span: int
     min_keep: int
-    columns: list[str] | None  # of Parquet
+    columns: tuple[str, ...] | None  # of Parquet
     key: str | None  # likewise
     ids: str | None  # of .npy: the name of the file of ids in each folder
 
