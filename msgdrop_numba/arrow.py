@@ -30,6 +30,17 @@ def own(chunk: pa.Array) -> pa.Array:
     return chunk if whole else chunk.take(pa.array(np.arange(len(chunk))))
 
 
+def empty(schema: pa.Schema) -> pa.Table:
+    """A table without rows; pyarrow's own fails for tensors read from Parquet."""
+    arrays = [
+        pa.ExtensionArray.from_storage(kind, pa.array([], kind.storage_type))
+        if isinstance(kind, pa.BaseExtensionType)
+        else pa.array([], kind)
+        for kind in schema.types
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
 def leaf(chunk: pa.Array, field: pa.Field | None = None) -> Leaf:
     """The numbers of a chunk of a column; `field` says the shape of tensors whose type isn't registered here.
 
@@ -119,7 +130,7 @@ def _numbers(array: pa.Array) -> np.ndarray:
 def _tensor_shape(kind: pa.DataType, field: pa.Field | None) -> tuple[int, ...] | None:
     """The shape of the tensors of a type, None where the lists themselves say it."""
     if isinstance(kind, pa.FixedShapeTensorType):
-        if kind.permutation is not None and list(kind.permutation) != list(range(len(kind.shape))):
+        if kind.permutation and list(kind.permutation) != list(range(len(kind.shape))):
             raise ValueError(f"its tensors must be stored in the order of their dims, but have {kind.permutation}")
     elif not isinstance(kind, pa.BaseExtensionType):
         described = (field.metadata or {}) if field is not None else {}

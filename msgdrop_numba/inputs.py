@@ -142,20 +142,24 @@ def _with_ids(files: list[File], headers: dict[str, Npy], name: str) -> list[Fil
 def _check_parquet(files: list[File], settings: Settings) -> None:
     from pyarrow import parquet
 
+    from msgdrop_numba import arrow
+
     drop, kinds = batch_of(settings, 0), []
     for file in files:
         try:
-            table = parquet.read_schema(file.path).empty_table()
+            table = arrow.empty(parquet.read_schema(file.path))
             drop(table)
-            kinds.append([(f.name, _numbers(table, f) if f.name in drop.columns else f.type) for f in table.schema])
+            kinds.append([(f.name, _kind(table, f, drop.columns)) for f in table.schema])
         except (TypeError, ValueError, OSError) as error:
             raise JobError(f"{file.name}: {one_line(error)}") from error
         if kinds[-1] != kinds[0]:
             raise JobError(f"{file.name} has other columns than {files[0].name}: all shards must be alike")
 
 
-def _numbers(table: Any, field: Any) -> Any:
-    """The dtype of a column of messages: their number and size may differ from file to file."""
+def _kind(table: Any, field: Any, columns: tuple[str, ...]) -> Any:
+    """The type of a column; of one of messages the dtype alone: their number and size may differ from file to file."""
     from msgdrop_numba import arrow
 
-    return arrow.leaf(table.column(field.name).combine_chunks(), field).values.dtype
+    if field.name not in columns:
+        return field.type
+    return arrow.leaf(table.column(field.name).chunk(0), field).values.dtype

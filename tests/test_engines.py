@@ -1,0 +1,162 @@
+"""MessageDropoutBatch and `msgdrop apply` on the engines themselves: Ray, Hugging Face datasets, Dask."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from msgdrop_numba import MessageDropoutBatch, apply, inputs, shards
+
+ROWS = 24
+IDS = [f"clip-{i}" for i in range(ROWS)]
+X = np.random.default_rng(2).standard_normal((ROWS, 6, 3)).astype(np.float32)
+RAGGED = [X[i, : 1 + i % 6] for i in range(ROWS)]
+OPTIONS = {"p": 0.5, "columns": "x", "key": "id", "seed": 7, "min_keep": 1}
+
+
+def expected(rows):
+    """By id, in one batch, without any engine; test_batches.py compares that with naive.py."""
+    batch = {"id": IDS, "x": rows}
+    return {
+        i: np.asarray(row).tobytes() for i, row in zip(IDS, MessageDropoutBatch(**OPTIONS)(batch)["x"], strict=True)
+    }
+
+
+def by_id(records):
+    return {record["id"]: rows_of(record["x"]).tobytes() for record in records}
+
+
+def rows_of(value):
+    """Lists of lists come as arrays of arrays, or as lists."""
+    return np.stack([np.asarray(row, np.float32) for row in value])
+
+
+@pytest.fixture(scope="module")
+def ray():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ray
+        import ray.data
+
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=40)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield ray
+    ray.shutdown()
+
+
+def killed_once(drop, mark):
+    """Ends its process by SIGKILL in the middle of a job, the first time that a batch holds this id."""
+
+    def call(batch):
+        if "clip-13" in list(batch["id"]) and not mark.exists():
+            mark.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return drop(batch)
+
+    return call
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+class TestRay:
+    def test_tensor_columns(self, ray):
+        data = ray.data.from_items([{"id": i, "x": x} for i, x in zip(IDS, X, strict=True)])
+        for blocks, size in ((1, None), (5, 4), (24, 1)):
+            done = data.repartition(blocks).random_shuffle(seed=blocks)
+            done = done.map_batches(MessageDropoutBatch(**OPTIONS), batch_format="numpy", batch_size=size)
+            assert by_id(done.take_all()) == expected(X)
+
+    @pytest.mark.parametrize("form", ["numpy", "pandas", "pyarrow"])
+    def test_ragged_columns(self, ray, form):
+        lists = pa.array([row.tolist() for row in RAGGED], pa.list_(pa.list_(pa.float32())))
+        for data in (
+            ray.data.from_items([{"id": i, "x": x} for i, x in zip(IDS, RAGGED, strict=True)]),
+            ray.data.from_arrow(pa.table({"id": IDS, "x": lists})),
+        ):
+            done = data.repartition(3).map_batches(MessageDropoutBatch(**OPTIONS), batch_format=form)
+            assert by_id(done.take_all()) == expected(RAGGED)
+
+    def test_actors_and_a_killed_worker(self, ray, tmp_path):
+        drop = killed_once(MessageDropoutBatch(**OPTIONS), tmp_path / "killed")
+        data = ray.data.from_items([{"id": i, "x": x} for i, x in zip(IDS, X, strict=True)], override_num_blocks=12)
+        assert by_id(data.map_batches(drop, batch_format="numpy").take_all()) == expected(X)
+        assert int((tmp_path / "killed").read_text()) != os.getpid()
+        done = data.map_batches(MessageDropoutBatch, fn_constructor_kwargs=OPTIONS, batch_format="numpy", concurrency=2)
+        assert by_id(done.take_all()) == expected(X)
+
+    def test_apply(self, ray, tmp_path):
+        (tmp_path / "in").mkdir()
+        for i in range(4):
+            np.save(tmp_path / f"in/{i}.npy", X[6 * i : 6 * i + 6])
+        settings = shards.Settings(0.5, 7, False, 1, 0, None, None, None)
+
+        def serial(tasks):
+            return ((task, shards.run(task)) for task in tasks)
+
+        source = tmp_path / "in"
+        apply.make(source, inputs.find(source, settings), tmp_path / "here", settings, 2, serial, lambda count: None)
+        address = ray.get_runtime_context().gcs_address
+        command = [
+            sys.executable,
+            "-m",
+            "msgdrop_numba",
+            "apply",
+            source,
+            tmp_path / "there",
+            "--p",
+            "0.5",
+            "--seed",
+            "7",
+        ]
+        command += ["--epochs", "2", "--engine", "ray", "--ray-address", address]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+        names = sorted(p.relative_to(tmp_path / "here") for p in (tmp_path / "here").rglob("*") if p.is_file())
+        assert names == sorted(
+            p.relative_to(tmp_path / "there") for p in (tmp_path / "there").rglob("*") if p.is_file()
+        )
+        for name in names:
+            assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+        os.truncate(source / "2.npy", 200)
+        task = shards.Task(str(source / "2.npy"), str(tmp_path / "no.npy"), "2.npy", settings, 0)
+        engine = apply.on_ray(1, address)
+        ray.shutdown()
+        # the head of that cluster is gone with it: nobody answers any more
+        with pytest.raises(apply.JobError, match="no Ray answers"):
+            list(engine([task]))
+
+
+@pytest.mark.parametrize("rows", [X, RAGGED], ids=["fixed", "ragged"])
+@pytest.mark.filterwarnings("ignore")  # of datasets itself
+def test_hugging_face_datasets(rows, tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    features = datasets.Features(
+        {"id": datasets.Value("string"), "x": datasets.Sequence(datasets.Sequence(datasets.Value("float32")))}
+    )
+    data = datasets.Dataset.from_dict({"id": IDS, "x": [row.tolist() for row in rows]}, features=features)
+    drop = MessageDropoutBatch(**OPTIONS)
+    for size in (1, 5, 24):
+        done = data.with_format("numpy").map(drop, batched=True, batch_size=size)
+        assert by_id(done) == expected(rows)
+    with pytest.raises(TypeError, match="with_format"):
+        data.map(drop, batched=True)
+    empty = data.select(range(0)).with_format("numpy")
+    assert len(empty.map(drop, batched=True)) == 0
+
+
+def test_dask_delayed():
+    from dask import compute, delayed
+
+    drop = MessageDropoutBatch(**OPTIONS)
+    parts = [{"id": IDS[i : i + 5], "x": X[i : i + 5]} for i in range(0, ROWS, 5)]
+    for part in compute(*(delayed(drop)(part) for part in parts), scheduler="threads"):
+        assert {i: x.tobytes() for i, x in zip(part["id"], part["x"], strict=True)}.items() <= expected(X).items()
