@@ -17,7 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 # Each is a module here with `run(rounds)`, `table(results)` and `bars(results)` or its own `chart`. The table stands
 # in README.md between its marks.
-QUESTIONS = ("cpu", "curve", "overhead", "rules", "train_step", "loader", "gil", "cold_start")
+QUESTIONS = ("cpu", "curve", "overhead", "rules", "train_step", "loader", "gil", "cold_start", "apply", "ray_data")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -8,9 +8,10 @@ import sys
 _EXTRAS = {"torch": "torch", "ray": "ray", "matplotlib": "plot", "sktime": "demo"}
 
 
-def install_line(package: str | None) -> str:
-    """What to say where a package is missing."""
-    extra = _EXTRAS.get(package or "", "cli")
+def install_line(module: str | None) -> str:
+    """What to say where a module is missing."""
+    package = (module or "").partition(".")[0]
+    extra = _EXTRAS.get(package, "cli")
     return f'msgdrop needs {package} for this: pip install "msgdrop_numba[{extra}]"'
 
 

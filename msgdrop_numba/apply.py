@@ -24,7 +24,7 @@ import xxhash
 from msgdrop_numba import journal, threads
 from msgdrop_numba.errors import JobError, one_line
 from msgdrop_numba.inputs import Input
-from msgdrop_numba.shards import CHUNK, PARTIAL, Settings, Task, Written, run, sync_folder
+from msgdrop_numba.shards import PARTIAL, Settings, Task, Written, chunks, run, sync_folder
 from msgdrop_numba.version import __version__
 
 CONTRACT = 1
@@ -168,7 +168,7 @@ def verify(output: Path, tick: Callable[[int], Any]) -> list[str]:
 def _look(path: Path) -> Written:
     checksum, size = xxhash.xxh3_64(), 0
     with open(path, "rb", buffering=0) as file:
-        while data := file.read(CHUNK):
+        for data in chunks(file):
             checksum.update(data)
             size += len(data)
     return Written(size, checksum.hexdigest())
@@ -221,15 +221,14 @@ def _knock(address: str) -> None:
 
 def on_ray(jobs: int | None, address: str | None) -> Engine:
     """Ray's tasks, on this machine or on the cluster at an address; all of them see the same file system."""
+    import ray
+
+    if address is not None:
+        _knock(address)
 
     def engine(tasks: list[Task]) -> Iterator[tuple[Task, Written]]:
-        import ray
-
-        if address is None:
-            ray.init("local", num_cpus=jobs, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            _knock(address)
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        local: dict[str, Any] = {"num_cpus": jobs, "include_dashboard": False} if address is None else {}
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
         try:
             remote, waiting = ray.remote(run), iter(tasks)
             running: dict[Any, Task] = {}

@@ -128,8 +128,8 @@ def apply(
         raise click.UsageError(f"--ids must be the name of .npy files that lie beside the shards, but got {ids!r}")
     names = None if columns is None else tuple(name.strip() for name in columns.split(","))
     settings = Settings(p, seed, exact, span, min_keep, names, key, ids)
-    run = job.on_ray(jobs, ray_address) if engine == "ray" else job.local(jobs or os.cpu_count() or 1)
     found = inputs.find(source, settings)
+    run = job.on_ray(jobs, ray_address) if engine == "ray" else job.local(jobs or os.cpu_count() or 1)
     with _bytes_bar("dropping", epochs * sum(file.bytes for file in found.files)) as tick:
         made = job.make(source, found, output, settings, epochs, run, tick)
     click.echo(f"{made} files written, {epochs * len(found.files)} in {output}")

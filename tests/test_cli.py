@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import msgdrop_numba
 from msgdrop_numba import demo
 from msgdrop_numba.cli import main
+from tests import naive
 
 
 def test_demo(tmp_path):
@@ -72,12 +76,156 @@ def test_both_ways_to_call_it(command):
         assert option in done.stdout
 
 
-@pytest.mark.parametrize(("missing", "arguments"), [("click", ["--help"]), ("rich", ["--help"]), ("sktime", ["demo"])])
-def test_missing_packages_are_named_with_the_line_to_install_them(missing, arguments):
-    code = f"import sys\nsys.modules[{missing!r}] = None\nsys.argv = ['msgdrop', *{arguments!r}]\n"
+HIDDEN = "import sys\nfor name in {missing!r}.split():\n    sys.modules[name] = None\nsys.argv = ['msgdrop', *{arguments!r}]\n"
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "extra"),
+    [
+        ("click", ["--help"], "cli"),
+        ("rich", ["--help"], "cli"),
+        ("xxhash", ["apply", ".", "out", "--p", "0.5", "--seed", "7"], "cli"),
+        ("filelock", ["verify", "."], "cli"),
+        ("pyarrow", ["apply", "{parquet}", "out", "--p", "0.5", "--seed", "7", "--columns", "x", "--key", "id"], "cli"),
+        ("ray", ["apply", "{npy}", "out", "--p", "0.5", "--seed", "7", "--engine", "ray"], "ray"),
+        ("matplotlib", ["show", "--p", "0.5", "--seed", "7", "--output", "a.png"], "plot"),
+        ("torch", ["bench"], "torch"),
+        ("sktime", ["demo"], "demo"),
+        ("matplotlib", ["demo"], "plot"),
+    ],
+)
+def test_missing_packages_are_named_with_the_line_to_install_them(missing, arguments, extra, tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    np.save(tmp_path / "a.npy", np.ones((2, 3, 4)))
+    names = {"{parquet}": str(tmp_path / "a.parquet"), "{npy}": str(tmp_path / "a.npy")}
+    code = HIDDEN.format(missing=missing, arguments=[names.get(a, a) for a in arguments])
     code += "from msgdrop_numba.__main__ import main\nmain()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
+    )
     assert done.returncode == 1
-    assert 'pip install "msgdrop_numba[demo]"' in done.stderr
-    assert missing in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines() == [
+        f'Error: msgdrop needs {missing} for this: pip install "msgdrop_numba[{extra}]"'
+    ]
+
+
+@pytest.mark.parametrize("rule", [[], ["--exact"], ["--span", "4"], ["--min-keep", "9"]], ids=str)
+def test_show(rule, tmp_path):
+    picture = tmp_path / "mask.png"
+    command = ["show", "--shape", "11,20", "--p", "0.4", "--seed", "3", *rule, "--output", str(picture)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    options = {
+        name.strip("-").replace("-", "_"): int(value) for name, value in zip(rule[::2], rule[1::2], strict=False)
+    }
+    options = {"exact": True} if rule == ["--exact"] else options
+    mask = naive.keep_mask((11, 20), 0.4, seed=3, **options)
+    lines = [f"{key:>2} " + "".join("█" if keep else "·" for keep in row) for key, row in enumerate(mask)]
+    assert result.output.splitlines() == [*lines, f"kept {mask.mean():.1%} of 220 messages", f"Picture: {picture}"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_shows_the_mask(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    seen = []
+    monkeypatch.setattr(Axes, "imshow", lambda self, image, **options: seen.append(image))
+    CliRunner().invoke(
+        main, ["show", "--shape", "3,9", "--p", "0.4", "--seed", "3", "--output", str(tmp_path / "a.png")]
+    )
+    assert np.array_equal(seen[0], ~naive.keep_mask((3, 9), 0.4, seed=3))
+
+
+def test_show_without_unicode_and_without_colour():
+    done = subprocess.run(
+        [sys.executable, "-m", "msgdrop_numba", "show", "--shape", "1,8", "--p", "0.5", "--seed", "1"],
+        capture_output=True, timeout=60, check=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "FORCE_COLOR": ""},
+    )  # fmt: skip
+    assert set(done.stdout.decode("ascii").splitlines()[0]) <= set("0 #.")
+    assert b"\x1b" not in done.stdout
+
+
+def test_info():
+    done = subprocess.run(
+        [sys.executable, "-m", "msgdrop_numba", "info"], capture_output=True, text=True, timeout=60, check=True
+    )
+    facts = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+    assert facts["msgdrop_numba"] == msgdrop_numba.__version__
+    assert facts["numpy"] == np.__version__
+    assert facts["threads"].endswith(f"{os.cpu_count()} CPUs")
+    assert "__pycache__" in facts["compiled code"] or "NUMBA_CACHE_DIR" in os.environ
+    assert set(facts) >= {"Python", "numba", "torch", "threading layer", "GPU"}
+    assert "NumPy array" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_the_paths_that_info_names_are_those_taken(monkeypatch):
+    """What info says of arrays and tensors, seen from which kernel is launched."""
+    import torch
+
+    from msgdrop_numba import info, message_dropout, numpy_ops, torch_ops
+
+    said = {kind: path for kind, path, _ in info.PATHS}
+    launched = []
+    for module in (numpy_ops, torch_ops):
+        launch = module.launch
+        monkeypatch.setattr(module, "launch", lambda *a, launch=launch: (launched.append(a[4] != 0), launch(*a)))
+    x = np.ones((4, 6, 8), np.float32)
+    t = torch.from_numpy(x)
+    for kind, call in [
+        ("NumPy array", lambda: message_dropout(x, 0.5)),
+        ("NumPy array, other layouts", lambda: message_dropout(x[..., ::2], 0.5)),
+        ("CPU tensor", lambda: message_dropout(t, 0.5)),
+        ("CPU tensor, other layouts", lambda: message_dropout(t[..., ::2], 0.5)),
+        ("export, vmap, jvp, fake tensors", lambda: torch.vmap(lambda t: message_dropout(t, 0.5, seed=1))(t[None])),
+        ("CUDA, ROCm, MPS and XPU tensors", lambda: message_dropout(t.to("meta"), 0.5, seed=1)),
+    ]:
+        launched.clear()
+        call()
+        path = "compiled kernel" if True in launched else "compiled mask" if launched else "tensor operations"
+        assert said[kind].startswith(path), kind
+    assert "refused" in said["other __cuda_array_interface__"]
+
+
+def test_bench():
+    result = CliRunner().invoke(main, ["bench", "--shape", "3,5,20", "--rounds", "1"])
+    assert result.exit_code == 0, result.output
+    rows = [line.split("│")[1:4] for line in result.output.splitlines() if line.startswith("│")]
+    assert [row[0].strip() for row in rows] == [
+        "message_dropout",
+        "F.dropout1d",
+        "masked_fill",
+        "x.clone(), drops nothing",
+    ]
+    assert float(rows[0][2]) == 1
+    assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        (["show", "--p", "0.5", "--seed", "1", "--shape", "8"], "8"),
+        (["show", "--p", "0.5", "--seed", "1", "--shape", "8,x"], "8,x"),
+        (["show", "--p", "0.5", "--seed", "1", "--shape", "8,0"], "8,0"),
+        (["show", "--p", "0.5", "--seed", "-1"], "-1"),
+        (["show", "--p", "0.5", "--seed", "1", "--output", "a.jpg"], "a.jpg"),
+        (["bench", "--shape", "8,8"], "(8, 8)"),
+        (["nothing"], "nothing"),
+    ],
+)
+def test_wrong_use(command, word):
+    result = CliRunner().invoke(main, command)
+    assert (result.exit_code, word in result.stderr, "Traceback" in result.stderr) == (2, True, False)
+
+
+def test_wrong_rules_are_one_line():
+    result = CliRunner().invoke(main, ["show", "--p", "0.5", "--seed", "1", "--exact", "--span", "2"])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "exact can't be combined with span=2" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["apply", "verify", "show", "info", "bench", "demo"])
+def test_help(command):
+    result = CliRunner().invoke(main, [command, "--help"])
+    assert result.exit_code == 0
+    assert result.output.startswith(f"Usage: main {command}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import cold_start, cpu, curve, gil, loader, measure, overhead, peers, rules, train_step
+from benchmarks import apply, cold_start, cpu, curve, gil, loader, measure, overhead, peers, ray_data, rules, train_step
 from benchmarks.__main__ import QUESTIONS, with_tables
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_there_is_code_to_run():
-    assert len(BLOCKS) == README.count("```python") == 7
+    assert len(BLOCKS) == README.count("```python") == 10
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
@@ -90,6 +90,24 @@ def test_the_other_benchmarks_run(monkeypatch, tmp_path):
         assert question.table(results).count("\n") >= 2
         measure.draw(tmp_path / "chart.png", question, results)
         assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_cluster_benchmarks_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(apply, "PLACES", {"disk": str(tmp_path)})
+    monkeypatch.setattr(apply, "SHARDS", 2)
+    monkeypatch.setattr(apply, "ROWS", 3)
+    results = apply.run(rounds=1)
+    assert set(results["seconds"]) == {"disk"}
+    assert apply.table(results).count("\n") == 6
+    assert all(seconds > 0 for seconds in results["seconds"]["disk"].values())
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_the_benchmark_on_ray_runs(monkeypatch):
+    for name in ("BLOCKS", "ROWS", "MESSAGES", "FEATURES"):
+        monkeypatch.setattr(ray_data, name, 2)
+    results = ray_data.run(rounds=1)
+    assert ray_data.table(results).count("\n") == 6
 
 
 def test_the_two_commands_are_there():
