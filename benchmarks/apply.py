@@ -32,7 +32,7 @@ NPY = Settings(0.3, 1, False, 1, 0, None, None, None)
 KINDS = {"npy": NPY, "parquet": NPY._replace(columns=("x",), key="id")}
 
 
-def make(folder: Path, kind: str, shards: int = SHARDS, rows: int = ROWS) -> None:
+def make(folder: Path, kind: str, shards: int, rows: int) -> None:
     """The shards, random numbers that nothing compresses."""
     folder.mkdir()
     x = np.random.default_rng(0).standard_normal((rows, MESSAGES, FEATURES), dtype=np.float32)
@@ -94,7 +94,7 @@ def run(rounds: int) -> dict[str, Any]:
             folder = Path(name)
             for kind, settings in KINDS.items():
                 source, output = folder / kind, folder / "out"
-                make(source, kind)
+                make(source, kind, SHARDS, ROWS)
                 for jobs in (1, 2):
                     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), apply._begin) as pool:
                         cases: dict[str, Callable[[], float]] = {
