@@ -20,7 +20,7 @@ from pyarrow import parquet
 
 from benchmarks import copying
 from benchmarks.measure import machine, markdown
-from msgdrop_numba import apply, inputs
+from msgdrop_numba import apply, engines, inputs
 from msgdrop_numba.bench import medians
 from msgdrop_numba.shards import Settings, Task, Written
 from msgdrop_numba.shards import run as run_task
@@ -96,7 +96,7 @@ def run(rounds: int) -> dict[str, Any]:
                 source, output = folder / kind, folder / "out"
                 make(source, kind, SHARDS, ROWS)
                 for jobs in (1, 2):
-                    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), apply._begin) as pool:
+                    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), engines._begin) as pool:
                         cases: dict[str, Callable[[], float]] = {
                             f"{kind}, {jobs}, apply": partial(applied, pool, source, output, settings),
                             f"{kind}, {jobs}, copy": partial(copied, pool, copying.copy, source, output),

@@ -157,6 +157,16 @@ def probabilities(p: Any, shape: tuple[int, ...]) -> np.ndarray:
     return values
 
 
+def position_p(p: Any) -> tuple[float | None, np.ndarray | None]:
+    """p of a pipeline as (number, None), or (None, probabilities with one for each position)."""
+    number, array = split_p(p)
+    if array is None:
+        return number, None
+    if array.ndim > 1:
+        raise ValueError(f"p must be a number or have one dim, a position each, but got {tuple(array.shape)}")
+    return None, probabilities(array, tuple(array.shape))
+
+
 def thresholds(p: np.ndarray) -> np.ndarray:
     """T(p) of the contract, for each element."""
     rounded: np.ndarray = np.rint(p * 2.0**32)

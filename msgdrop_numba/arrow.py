@@ -25,20 +25,22 @@ class Leaf(NamedTuple):
 
 
 def own(chunk: pa.Array) -> pa.Array:
-    """The chunk, without what it was sliced from: a copy where that is larger."""
-    whole = chunk.get_total_buffer_size() <= 2 * chunk.nbytes + 1024
-    return chunk if whole else chunk.take(pa.array(np.arange(len(chunk))))
+    """The chunk without what it was sliced from: a copy of its own, where it is a slice."""
+    if chunk.get_total_buffer_size() == chunk.nbytes:
+        return chunk
+    return pa.concat_arrays([chunk, chunk.slice(0, 0)])  # not take(), which pyarrow 26 gets wrong in fixed-size lists
 
 
-def empty(schema: pa.Schema) -> pa.Table:
-    """A table without rows; pyarrow's own fails for tensors read from Parquet."""
+def empty(schema: pa.Schema, names: set[str]) -> pa.Table:
+    """A table of these columns without rows; pyarrow's own fails for tensors read from Parquet."""
+    fields = [field for field in schema if field.name in names]
     arrays = [
-        pa.ExtensionArray.from_storage(kind, pa.array([], kind.storage_type))
-        if isinstance(kind, pa.BaseExtensionType)
-        else pa.array([], kind)
-        for kind in schema.types
+        pa.ExtensionArray.from_storage(field.type, pa.array([], field.type.storage_type))
+        if isinstance(field.type, pa.BaseExtensionType)
+        else pa.array([], field.type)
+        for field in fields
     ]
-    return pa.Table.from_arrays(arrays, schema=schema)
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
 
 def leaf(chunk: pa.Array, field: pa.Field | None = None) -> Leaf:
@@ -137,7 +139,8 @@ def _tensor_shape(kind: pa.DataType, field: pa.Field | None) -> tuple[int, ...] 
         if not described.get(b"ARROW:extension:name", b"").startswith(b"ray.data.arrow_tensor"):
             return None
         return _at_least_two(tuple(json.loads(described[b"ARROW:extension:metadata"])))
-    if pa.types.is_struct(kind.storage_type) or not hasattr(kind, "shape"):
+    storage = kind.storage_type
+    if not hasattr(kind, "shape") or not _is_list(storage) or _is_list(storage.value_type):
         return None
     return _at_least_two(tuple(kind.shape))
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msgdrop_numba.arguments import check_is_number, check_key, check_seed, probabilities, split_p
+from msgdrop_numba.arguments import check_is_number, check_key, check_seed, position_p
 from msgdrop_numba.functional import fold_in, message_dropout
 from msgdrop_numba.keys import sample_keys
 from msgdrop_numba.rule import DropRule
@@ -20,7 +20,7 @@ MASK = "keep_mask"
 class MessageDropoutBatch:
     """Drop messages in the columns of a batch; the same sample gets the same mask in any batch, on any machine.
 
-    For `ray.data.Dataset.map_batches`, `datasets.Dataset.map(batched=True)` with the numpy format, `dask.delayed`, or
+    For `ray.data.Dataset.map_batches`, `datasets.Dataset.map(batched=True)` with a format, `dask.delayed`, or
     by hand. A mask depends on seed, epoch and the sample's id alone, so partitions, order and retries don't matter.
 
     Args:
@@ -36,7 +36,7 @@ class MessageDropoutBatch:
         return_mask: add the keep mask as the column `"keep_mask"`, True = kept.
 
     Called with a batch, a mapping from names to columns (pandas DataFrames and Arrow tables do too), it gives back a
-    dict (a DataFrame, a table) and never writes its input. A column may be
+    dict (a DataFrame, a table) and never writes its input; with p = 0 the columns are the input's own. A column may be
 
     - an array or tensor `(rows, messages, *features)`;
     - ragged: a list or object array of arrays or tensors `(messages, *features)`; comes back as a list;
@@ -72,12 +72,13 @@ class MessageDropoutBatch:
         fill: Any = 0.0,
         return_mask: bool = False,
     ) -> None:
-        number, array = split_p(p)
-        if array is not None and array.ndim > 1:
-            raise ValueError(f"p must be a number or have one dim, a position each, but got {tuple(array.shape)}")
-        self.columns = (columns,) if isinstance(columns, str) else tuple(columns)
-        if not all(isinstance(name, str) for name in (*self.columns, key)):
-            raise TypeError(f"columns and key must be names, but got {columns!r} and {key!r}")
+        number, self.p = position_p(p)
+        names = (columns,) if isinstance(columns, str) else columns
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"columns must be a name or a list of names, but got {columns!r}")
+        if not isinstance(key, str) or not isinstance(lengths, (str, type(None))):
+            raise TypeError(f"key and lengths must be names, but got {key!r} and {lengths!r}")
+        self.columns = tuple(names)
         if not self.columns or len({*self.columns, key, lengths}) < len(self.columns) + 2:
             raise ValueError(
                 f"columns, key and lengths must name different columns, but got {columns!r}, {key!r} and {lengths!r}"
@@ -85,19 +86,20 @@ class MessageDropoutBatch:
         self.key, self.lengths = key, lengths
         self.seed = fold_in(check_seed(seed), check_key("epoch", epoch))
         self.rule = DropRule(number, exact, span, min_keep)
-        self.p = None if array is None else probabilities(array, tuple(array.shape))
         self.scale, self.return_mask, self.passthrough = scale, return_mask, passthrough
         if not isinstance(fill, np.ndarray):
             check_is_number("fill", fill)
         self.fill = fill.copy() if isinstance(fill, np.ndarray) else fill
 
     def __call__(self, batch: Any) -> Any:
-        fields = _fields(batch)
+        there = _names(batch)
         wanted = [*self.columns, self.key, *([] if self.lengths is None else [self.lengths])]
         for name in wanted:
-            if name not in fields:
-                raise ValueError(f"the batch has no column {name!r}: it has {', '.join(map(repr, fields))}")
-        if self.return_mask and MASK in fields:
+            if there.count(name) != 1:
+                have = f"{there.count(name)} columns" if name in there else "no column"
+                raise ValueError(f"the batch has {have} {name!r}: it has {', '.join(map(repr, there))}")
+        fields = {name: _field(batch, name) for name in wanted}
+        if self.return_mask and MASK in there:
             raise ValueError(f"the batch has a column {MASK!r} already: rename it, or leave return_mask out")
         keys = _keys(self.key, fields[self.key].column)
         lengths = None if self.lengths is None else _plain(self.lengths, fields[self.lengths].column)
@@ -154,16 +156,20 @@ class _Rows(NamedTuple):
     writable: bool = False  # whether the blocks are copies of ours
 
 
-def _fields(batch: Any) -> dict[str, _Field]:
+def _names(batch: Any) -> list[str]:
     if _is("pyarrow", "Table", batch):
-        return {field.name: _Field(batch.column(i), field) for i, field in enumerate(batch.schema)}
-    if _is("pandas", "DataFrame", batch):
-        return {name: _Field(batch[name].to_numpy()) for name in batch.columns}
-    if isinstance(batch, Mapping):
-        return {name: _Field(batch[name]) for name in batch}
+        return list(batch.column_names)
+    if _is("pandas", "DataFrame", batch) or isinstance(batch, Mapping):
+        return list(batch)
     raise TypeError(
         f"the batch must be a dict of columns, a DataFrame or an Arrow table, but got {type(batch).__name__}"
     )
+
+
+def _field(batch: Any, name: str) -> _Field:
+    if _is("pyarrow", "Table", batch):
+        return _Field(batch.column(name), batch.schema.field(name))
+    return _Field(batch[name].to_numpy() if _is("pandas", "DataFrame", batch) else batch[name])
 
 
 def _answer(batch: Any, changed: dict[str, Any], passthrough: bool) -> Any:
@@ -205,8 +211,8 @@ def _read(column: Any, field: Any) -> _Rows:
         raise TypeError(f"it must be an array, a tensor, a list of those or an Arrow column, but is a {type(column)}")
     rows = [_row(value) for value in column]
     return _Rows(
-        [row[None] for row in rows],
-        lambda done: [y[0] for y in done],
+        [row[None] if row.ndim > 1 else np.empty((1, 0, 0)) for row in rows],
+        lambda done: [y[0] if row.ndim > 1 else row for y, row in zip(done, rows, strict=True)],
         lambda masks: [mask[0] for mask in masks],
     )
 
@@ -216,10 +222,12 @@ def _row(value: Any) -> Any:
     lists = isinstance(value, np.ndarray) and value.dtype == object and len(value) > 0
     if lists and all(isinstance(message, np.ndarray) for message in value):
         value = np.stack([_row(message) if message.dtype == object else message for message in value])
+    if isinstance(value, np.ndarray) and value.shape == (0,):  # a list without messages, which tells no features
+        return value
     if not _is_array(value):
         raise TypeError(
             f"its rows must be arrays or tensors, but one is a {type(value).__name__}; "
-            'of Hugging Face datasets, ask for arrays: with_format("numpy")'
+            'of Hugging Face datasets, ask for Arrow: with_format("arrow")'
         )
     if value.ndim < 2:
         raise ValueError(f"its rows must be (messages, *features), but one has the shape {tuple(value.shape)}")
@@ -283,6 +291,8 @@ def _keys(name: str, column: Any) -> np.ndarray:
     ids = _plain(name, column)
     try:
         return sample_keys(ids)
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
         why = "; a null among integers makes all of them floats: filter such rows out before"
-        raise type(error)(f"column {name!r}: {error}{why}") from None
+        raise TypeError(f"column {name!r}: {error}{why}") from None
+    except ValueError as error:
+        raise ValueError(f"column {name!r}: {error}") from None

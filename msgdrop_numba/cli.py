@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from msgdrop_numba.__main__ import install_line
 from msgdrop_numba.errors import JobError, one_line
@@ -34,7 +36,8 @@ class _Group(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
-            if context.params["debug"]:
+            closed = isinstance(error, OSError) and error.errno == errno.EPIPE  # by `| head`: click ends quietly
+            if context.params["debug"] or closed:
                 raise
             said = install_line(error.name) if isinstance(error, ModuleNotFoundError) else one_line(error)
             raise click.ClickException(said) from error
@@ -54,14 +57,38 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return tuple(int(part) for part in parts)
 
 
+def _span(context: click.Context, parameter: Any, span: int) -> int:
+    if span > 1 and context.params["exact"]:
+        raise click.UsageError("--exact can't be combined with --span: it drops single messages")
+    return span
+
+
+def _probability(context: Any, parameter: Any, p: float) -> float:
+    if p != p:  # NaN lies in every range
+        raise click.BadParameter(f"must be from 0 to 1, but got {p}")
+    return p
+
+
 def _rule(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say which messages drop."""
     for option in (
         click.option("--min-keep", default=0, type=click.IntRange(min=0), help="Keep at least so many of a row."),
-        click.option("--span", default=1, type=click.IntRange(min=1), help="Drop runs of so many messages together."),
-        click.option("--exact", is_flag=True, help="Drop exactly floor(n p) of a row's n messages."),
+        click.option(
+            "--span",
+            default=1,
+            type=click.IntRange(min=1),
+            callback=_span,
+            help="Drop runs of so many messages together.",
+        ),
+        click.option("--exact", is_flag=True, is_eager=True, help="Drop exactly floor(n p) of a row's n messages."),
         click.option("--seed", required=True, type=click.IntRange(0, 2**64 - 1), help="Seed of the masks."),
-        click.option("--p", required=True, type=click.FloatRange(0, 1), help="Probability of dropping a message."),
+        click.option(
+            "--p",
+            required=True,
+            type=click.FloatRange(0, 1),
+            callback=_probability,
+            help="Probability of dropping a message.",
+        ),
     ):
         command = option(command)
     return command
@@ -75,13 +102,13 @@ def _picture_path(context: Any, parameter: Any, path: Path | None) -> Path | Non
     return path
 
 
-_PATH = click.Path(path_type=Path)
+_PATH = click.Path(path_type=Path, readable=False)  # whether it can be read is found out by reading it
 _PNG = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="msgdrop_numba", prog_name="msgdrop")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error; stands before the command.")
 def main(debug: bool) -> None:
     """Message dropout: drop whole messages (frames, tokens, agents' messages), the same ones everywhere."""
 
@@ -109,19 +136,17 @@ def apply(
 
     INPUT is a folder of .npy shards (samples, messages, features), all alike, or of Parquet files with columns of
     tensors or lists of lists; or one such file. Files whose names begin with a dot or an underscore, and other kinds,
-    are left out.
+    are left out; links to files are followed, links to folders aren't.
 
     A row's mask depends on the seed, the epoch and the row's id alone. Without --ids a .npy row is named by its
-    shard's path in INPUT and its number.
+    shard's path in INPUT (the file's name, where INPUT is one file) and its number.
 
     Run the same command again to go on after an interruption: what is done stays. An OUTPUT holds one job.
     """
     from msgdrop_numba import apply as job
-    from msgdrop_numba import inputs
+    from msgdrop_numba import engines, inputs
     from msgdrop_numba.shards import Settings
 
-    if exact and span > 1:
-        raise click.UsageError("--exact can't be combined with --span: it drops single messages")
     if ray_address is not None and engine != "ray":
         raise click.UsageError("--ray-address needs --engine ray")
     if ids is not None and (Path(ids).name != ids or not ids.endswith(".npy")):
@@ -129,10 +154,15 @@ def apply(
     names = None if columns is None else tuple(name.strip() for name in columns.split(","))
     settings = Settings(p, seed, exact, span, min_keep, names, key, ids)
     found = inputs.find(source, settings)
-    run = job.on_ray(jobs, ray_address) if engine == "ray" else job.local(jobs or os.cpu_count() or 1)
+    run = engines.on_ray(jobs, ray_address) if engine == "ray" else engines.local(jobs or _cpus())
     with _bytes_bar("dropping", epochs * sum(file.bytes for file in found.files)) as tick:
         made = job.make(source, found, output, settings, epochs, run, tick)
     click.echo(f"{made} files written, {epochs * len(found.files)} in {output}")
+
+
+def _cpus() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @main.command()
@@ -150,23 +180,16 @@ def verify(output: Path) -> None:
     click.echo(f"{output} is as its journal says")
 
 
-class _bytes_bar:  # noqa: N801
+@contextmanager
+def _bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar of bytes on standard error, with rate and time left; its tick takes how many more are done."""
-
-    def __init__(self, what: str, total: int) -> None:
-        console = Console(stderr=True)
-        self.progress = Progress(
-            TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-            TextColumn("left"), console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-        self.task = self.progress.add_task("", total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self.progress.start()
-        return lambda count: self.progress.advance(self.task, count)
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        TextColumn("left"), console=console, disable=not console.is_terminal,
+    ) as progress:  # fmt: skip
+        task = progress.add_task("", total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 @main.command()
@@ -209,7 +232,7 @@ def info() -> None:
     console = Console()
     for name, value in {**facts.versions(), **facts.kernels(), "GPU": facts.gpu()}.items():
         click.echo(f"{name}: {value}")
-    table = Table("array", "path", "why")
+    table = Table(*(Column(name, overflow="fold") for name in ("array", "path", "why")))
     for row in facts.PATHS:
         table.add_row(*row)
     console.print(table)
@@ -229,7 +252,7 @@ def bench(shape: tuple[int, ...], p: float, rounds: int) -> None:
         )
     taken = timing.run(shape, p, rounds)
     ours = taken["message_dropout"]
-    table = Table("what", "µs a call", "times as long as ours")
+    table = Table("what", "microseconds a call", "times as long as ours")
     for name, seconds in taken.items():
         table.add_row(name, f"{1e6 * seconds:,.1f}", f"{seconds / ours:.2f}")
     Console().print(table)

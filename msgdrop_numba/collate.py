@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msgdrop_numba.arguments import address, check_is_number, check_seed, probabilities, split_p
+from msgdrop_numba.arguments import address, check_is_number, check_seed, position_p
 from msgdrop_numba.datasets import Keyed
 from msgdrop_numba.fields import at, collate, extend, find, requested
 from msgdrop_numba.functional import fold_in, message_dropout
@@ -83,9 +83,7 @@ class MessageDropoutCollate:
             raise ValueError("pad=True can't be used with collate_fn, which pads for itself: leave one out")
         if collate_fn is not None and not callable(collate_fn):
             raise TypeError(f"collate_fn must be a function from the samples to a batch, but got {collate_fn!r}")
-        number, array = split_p(p)
-        if array is not None and array.ndim > 1:
-            raise ValueError(f"p must be a number or have one dim, a position each, but got {tuple(array.shape)}")
+        number, array = position_p(p)
         self._masks = requested(fields)
         self.seed = None if seed is None else check_seed(seed)
         self.collate_fn = collate_fn
@@ -97,8 +95,7 @@ class MessageDropoutCollate:
             fill = torch.from_numpy(fill.copy())
         self._options = Options(
             DropRule(number, exact, span, min_keep),
-            None if array is None else probabilities(array, tuple(array.shape)),
-            scale, fill.detach() if isinstance(fill, Tensor) else fill, pad, pad_value,
+            array, scale, fill.detach() if isinstance(fill, Tensor) else fill, pad, pad_value,
         )  # fmt: skip
         load()  # workers made by fork inherit the compiled kernel
         # Shared memory: persistent workers keep the collate that they were started with, and must see a new epoch.

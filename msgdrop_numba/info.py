@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from typing import Any
 
 import numba
 
 from msgdrop_numba import threads
 from msgdrop_numba.kernels.cpu import drop_range
+from msgdrop_numba.version import __version__
 
 PACKAGES = ("numpy", "numba", "torch", "pyarrow", "ray", "xxhash")
 
 
 def versions() -> dict[str, str]:
     """This package, Python, and what else there is of the packages that it knows."""
-    found = {"msgdrop_numba": metadata.version("msgdrop_numba"), "Python": platform.python_version()}
+    found = {"msgdrop_numba": __version__, "Python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
@@ -33,8 +33,7 @@ def kernels() -> dict[str, str]:
         layer: str = numba.threading_layer()
     except ValueError:  # no parallel kernel may run here, so none was started
         layer = "not started"
-    cached: Any = drop_range
-    folder = cached._cache.cache_path
+    folder = getattr(getattr(drop_range, "_cache", None), "cache_path", None)  # none without the compiler
     least = f"{threads.PARALLEL_BYTES // 1024} KB"
     return {
         "threads": f"{parts} for outputs of {least} and more, else 1; this machine has {os.cpu_count()} CPUs",

@@ -29,7 +29,7 @@ class Input(NamedTuple):
     """The files of an input, all of one kind, in the order of their names."""
 
     files: list[File]
-    digest: str  # changes with any file's name, size or time
+    digest: str
 
 
 def find(source: Path, settings: Settings) -> Input:
@@ -38,11 +38,7 @@ def find(source: Path, settings: Settings) -> Input:
     Raises:
         JobError: there are none, they don't fit together, or one of them can't be what it must be.
     """
-    files, stats = [], []
-    for name, path in _walk(source):
-        stat = path.stat()
-        files.append(File(name, path, stat.st_size))
-        stats.append((name, stat.st_size, stat.st_mtime_ns))
+    files, digest = look(source)
     kinds = {file.path.suffix for file in files}
     if len(kinds) != 1:
         what = "both .npy and .parquet files: give a folder of one kind" if kinds else "no .npy or .parquet file"
@@ -55,7 +51,17 @@ def find(source: Path, settings: Settings) -> Input:
         if not settings.columns or not settings.key or settings.ids:
             raise JobError(f"{source} holds Parquet files: give --columns and --key, and no --ids")
         _check_parquet(files, settings)
-    return Input(files, xxhash.xxh3_64(json.dumps(stats).encode()).hexdigest())
+    return Input(files, digest)
+
+
+def look(source: Path) -> tuple[list[File], str]:
+    """The files of an input, and what changes with any one's name, size or time."""
+    files, stats = [], []
+    for name, path in _walk(source):
+        stat = path.stat()
+        files.append(File(name, path, stat.st_size))
+        stats.append((name, stat.st_size, stat.st_mtime_ns))
+    return files, xxhash.xxh3_64(json.dumps(stats).encode()).hexdigest()
 
 
 def _walk(source: Path) -> list[tuple[str, Path]]:
@@ -147,9 +153,10 @@ def _check_parquet(files: list[File], settings: Settings) -> None:
     drop, kinds = batch_of(settings, 0), []
     for file in files:
         try:
-            table = arrow.empty(parquet.read_schema(file.path))
+            schema = parquet.read_schema(file.path)
+            table = arrow.empty(schema, {*drop.columns, drop.key})
             drop(table)
-            kinds.append([(f.name, _kind(table, f, drop.columns)) for f in table.schema])
+            kinds.append([(f.name, _kind(table, f, drop.columns)) for f in schema])
         except (TypeError, ValueError, OSError) as error:
             raise JobError(f"{file.name}: {one_line(error)}") from error
         if kinds[-1] != kinds[0]:

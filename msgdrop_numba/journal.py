@@ -73,12 +73,20 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Written]]:
     """
     if not (folder / NAME).exists():
         return {}, {}
+    header, _, rest = (folder / NAME).read_text(encoding="utf-8", errors="replace").partition("\n")
     try:
-        lines = (folder / NAME).read_text(encoding="utf-8").split("\n")[:-1]
-        records = [json.loads(line) for line in lines]
-        return dict(records[0]), {r["file"]: Written(int(r["bytes"]), str(r["xxh3"])) for r in records[1:]}
+        facts = json.loads(header)
+        int(facts["files"]), dict(facts["parameters"])
     except (ValueError, LookupError, TypeError) as error:
-        raise JobError(f"{folder / NAME} can't be read as a journal ({error}): give another OUTPUT") from error
+        raise JobError(f"{folder / NAME} can't be read as a journal: give another OUTPUT") from error
+    written: dict[str, Written] = {}
+    for line in rest.split("\n")[:-1]:
+        try:
+            record = json.loads(line)
+            written[record["file"]] = Written(int(record["bytes"]), str(record["xxh3"]))
+        except (ValueError, LookupError, TypeError):  # lost with the power: what follows is made again
+            break
+    return facts, written
 
 
 def _line(name: str, written: Written) -> str:
@@ -86,4 +94,5 @@ def _line(name: str, written: Written) -> str:
 
 
 def _flat(header: dict[str, Any]) -> dict[str, Any]:
-    return {**{k: v for k, v in header.items() if k != "parameters"}, **header.get("parameters", {})}
+    """The parameters first: they say best what differs."""
+    return {**header["parameters"], **{k: v for k, v in header.items() if k != "parameters"}}

@@ -56,7 +56,7 @@ def chunks(nbytes: int) -> int:
     if torch is not None and hasattr(torch, "get_num_threads"):  # not there yet in a half-done import
         budget = min(budget, torch.get_num_threads())
     elif (asked := os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()).isdecimal():
-        budget = min(budget, int(asked))
+        budget = min(budget, int(asked[:9]))
     return budget if budget > 1 and _layer.may_start() else 1
 
 

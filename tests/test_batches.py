@@ -240,6 +240,52 @@ def test_tables_keep_their_schema_and_take_slices(name):
     same(table.column("x"), X)
 
 
+MANY = np.arange(1, 4801, dtype=np.float32).reshape(400, 4, 3)
+LARGE = {
+    "tensors": pa.FixedShapeTensorArray.from_numpy_ndarray(MANY),
+    "lists": array_of(MANY, pa.list_(pa.list_(FLOATS))),
+    "fixed lists": array_of(MANY, pa.large_list(pa.list_(FLOATS, 3))),
+    "fixed lists of lists": array_of(MANY, pa.list_(pa.list_(FLOATS), 4)),
+    "fixed lists of fixed lists": array_of(MANY, pa.list_(pa.list_(FLOATS, 3), 4)),
+}
+
+
+@pytest.mark.parametrize("column", LARGE.values(), ids=LARGE)
+def test_slices_of_large_tables(column):
+    """Which are copied first; pyarrow's take() of a slice of fixed-size lists reads elsewhere."""
+    whole = make()({"id": np.arange(400), "x": MANY})["x"]
+    table = pa.table({"id": np.arange(400), "x": column})
+    for first, count in ((0, 100), (100, 100), (399, 1), (250, 150), (1, 399)):
+        got = make()(table.slice(first, count))["x"]
+        same(got, whole[first : first + count])
+        assert got.nbytes <= got.combine_chunks().get_total_buffer_size() < 1.1 * got.nbytes + 100
+
+
+def test_nulls_outside_a_slice_are_none_of_its_business():
+    table = pa.table({"id": [0, 1, 2], "x": pa.array([[[None, 1.0]], [[2.0, 3.0]], [[4.0, None]]])})
+    assert len(make()(table.slice(1, 1))["x"]) == 1
+    for first in (0, 2):
+        with pytest.raises(ValueError, match="nulls among its numbers"):
+            make()(table.slice(first, 1))
+
+
+def test_lists_without_messages_among_arrays():
+    """As Ray and Hugging Face hand out an empty list: it doesn't say how many features there would be."""
+    rows = [X[0], np.array([], object), np.array([]), X[1]]
+    got = make(return_mask=True)({"id": [1, 2, 3, 4], "x": objects(rows)})
+    assert (got["x"][1] is rows[1], got["x"][2] is rows[2]) == (True, True)
+    same([got["x"][0], got["x"][3]], expected([X[0], X[1]], [1, 4])[0])
+    assert [len(mask) for mask in got["keep_mask"]] == [4, 0, 0, 4]
+
+
+def test_names_that_occur_twice():
+    table = pa.Table.from_arrays([pa.array(IDS), pa.array(range(6)), FIXED["arrow lists"]], ["id", "id", "x"])
+    with pytest.raises(ValueError, match="2 columns 'id'"):
+        make()(table)
+    with pytest.raises(ValueError, match="2 columns 'x'"):
+        make()(pd.DataFrame([["a", 1, 2]], columns=["id", "x", "x"]))
+
+
 @pytest.mark.parametrize("name", ["ray.data.arrow_tensor", "ray.data.arrow_tensor_v2"])
 def test_rays_tensors_where_ray_is_not_there(name):
     metadata = {"ARROW:extension:name": name, "ARROW:extension:metadata": "[4, 3]"}
@@ -385,6 +431,9 @@ def test_more_bad_batches():
         ({"columns": ["x", "x"]}, ValueError, "different columns"),
         ({"columns": "id"}, ValueError, "different columns"),
         ({"columns": [1]}, TypeError, "names"),
+        ({"columns": 5}, TypeError, "columns must be a name or a list of names, but got 5"),
+        ({"columns": None}, TypeError, "columns must be a name or a list of names, but got None"),
+        ({"lengths": 5}, TypeError, "key and lengths must be names"),
         ({"key": None}, TypeError, "names"),
         ({"key": 5}, TypeError, "names"),
         ({"seed": None}, TypeError, "seed"),

@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from msgdrop_numba import MessageDropoutBatch, apply, inputs, shards
 
@@ -31,6 +32,11 @@ def expected(rows):
 
 def by_id(records):
     return {record["id"]: rows_of(record["x"]).tobytes() for record in records}
+
+
+def msgdrop(*arguments):
+    command = [sys.executable, "-m", "msgdrop_numba", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
 def rows_of(value):
@@ -102,20 +108,10 @@ class TestRay:
         source = tmp_path / "in"
         apply.make(source, inputs.find(source, settings), tmp_path / "here", settings, 2, serial, lambda count: None)
         address = ray.get_runtime_context().gcs_address
-        command = [
-            sys.executable,
-            "-m",
-            "msgdrop_numba",
-            "apply",
-            source,
-            tmp_path / "there",
-            "--p",
-            "0.5",
-            "--seed",
-            "7",
-        ]
-        command += ["--epochs", "2", "--engine", "ray", "--ray-address", address]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, check=False)
+        done = msgdrop(
+            "apply", source, tmp_path / "there", "--p", 0.5, "--seed", 7, "--epochs", 2, "--engine", "ray",
+            "--ray-address", address,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         names = sorted(p.relative_to(tmp_path / "here") for p in (tmp_path / "here").rglob("*") if p.is_file())
         assert names == sorted(
@@ -123,12 +119,16 @@ class TestRay:
         )
         for name in names:
             assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
-        (tmp_path / "cut.npy").write_bytes((source / "2.npy").read_bytes()[:200])
-        task = shards.Task(str(tmp_path / "cut.npy"), str(tmp_path / "no.npy"), "cut.npy", settings, 0)
-        ray.shutdown()
-        with pytest.raises(apply.JobError, match=r"^cut\.npy, epoch 0: it is no \.npy file that can be read"):
-            list(apply.on_ray(1, None)([task]))
-        assert not (tmp_path / "no.npy").exists()
+
+    def test_an_error_in_a_task_is_one_line(self, ray, tmp_path):
+        (tmp_path / "in").mkdir()
+        parquet.write_table(pa.table({"id": ["a", None], "x": [[[1.0]], [[2.0]]]}), tmp_path / "in/a.parquet")
+        done = msgdrop(
+            "apply", tmp_path / "in", tmp_path / "out", "--p", 0.5, "--seed", 7, "--columns", "x", "--key", "id",
+            "--engine", "ray", "--ray-address", ray.get_runtime_context().gcs_address,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "Error: a.parquet, epoch 0: column 'id' has 1 nulls: filter those rows out before\n"
 
 
 @pytest.mark.parametrize("rows", [X, RAGGED], ids=["fixed", "ragged"])
@@ -145,10 +145,36 @@ def test_hugging_face_datasets(rows, tmp_path):
     for size in (1, 5, 24):
         done = data.with_format("numpy").map(drop, batched=True, batch_size=size)
         assert by_id(done) == expected(rows)
+        done = data.with_format("arrow").map(drop, batched=True, batch_size=size)
+        assert by_id(done.with_format("numpy")) == expected(rows)
     with pytest.raises(TypeError, match="with_format"):
         data.map(drop, batched=True)
     empty = data.select(range(0)).with_format("numpy")
     assert len(empty.map(drop, batched=True)) == 0
+
+
+@pytest.mark.filterwarnings("ignore")  # of datasets itself
+def test_hugging_face_datasets_in_arrow_format_keep_all_else():
+    """Its NumPy format makes float64 float32, and nulls NaN."""
+    import datasets
+
+    features = datasets.Features(
+        {"id": datasets.Value("int64"), "x": datasets.Array2D((6, 3), "float64"), "f": datasets.Value("float64"),
+         "fixed": datasets.Sequence(datasets.Sequence(datasets.Value("float32"), length=3), length=6),
+         "n": datasets.Sequence(datasets.Value("int64"))}
+    )  # fmt: skip
+    x = X.astype(np.float64) + 1e-12
+    data = datasets.Dataset.from_dict(
+        {"id": list(range(ROWS)), "x": list(x), "f": [0.1] * ROWS, "fixed": X.tolist(), "n": [[1, None]] * ROWS},
+        features,
+    )
+    drop = MessageDropoutBatch(0.5, columns=["x", "fixed"], key="id", seed=7)
+    wanted = drop({"id": np.arange(ROWS), "x": x, "fixed": X})
+    done = data.with_format("arrow").map(drop, batched=True, batch_size=7).with_format(None)
+    assert done.features == data.features
+    assert np.array(done["x"]).tobytes() == wanted["x"].tobytes()
+    assert np.array(done["fixed"], np.float32).tobytes() == wanted["fixed"].tobytes()
+    assert (list(done["f"]), list(done["n"])) == ([0.1] * ROWS, [[1, None]] * ROWS)
 
 
 def test_dask_delayed():

@@ -1,0 +1,107 @@
+"""The engines of `msgdrop apply`: what runs its tasks, a file each, and hands back what was written as it is done."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing.connection import wait
+from typing import Any
+from urllib.parse import urlsplit
+
+from msgdrop_numba import threads
+from msgdrop_numba.errors import JobError, one_line
+from msgdrop_numba.shards import Task, Written, run
+
+Results = Generator[tuple[Task, Written], None, None]
+Engine = Callable[[list[Task]], Results]
+
+
+def local(jobs: int) -> Engine:
+    """Processes on this machine."""
+
+    def engine(tasks: list[Task]) -> Results:
+        if not tasks:
+            return
+        threads.load()  # compiled once, for the processes to read from the cache
+        others = multiprocessing.active_children()
+        pool = ProcessPoolExecutor(min(jobs, len(tasks)), multiprocessing.get_context("spawn"), _begin)
+        try:
+            futures = {pool.submit(run, task): task for task in tasks}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise JobError(
+                "a process of the job died, of too little memory perhaps: run the same command again"
+            ) from None
+        except BaseException:
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    return engine
+
+
+def _begin() -> None:
+    """In each process: one thread, no interrupts but the parent's, and no life after it."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+
+
+def _knock(address: str) -> None:
+    """Raise where nobody listens at HOST:PORT; Ray itself would try for many minutes."""
+    if address == "auto":  # the cluster of this machine, which Ray finds
+        return
+    try:
+        parts = urlsplit(f"//{address}")
+        socket.create_connection((parts.hostname, parts.port or 0), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise JobError(f"no Ray answers at {address} ({one_line(error)}): give HOST:PORT of its head node") from error
+
+
+def on_ray(jobs: int | None, address: str | None) -> Engine:
+    """Ray's tasks, on this machine or on the cluster at an address, where it connects to at once.
+
+    All machines see the same file system, under the same paths.
+    """
+    import ray
+
+    if address is None:
+        ray.init("local", num_cpus=jobs, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        _knock(address)
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise JobError(f"no Ray answers at {address} ({one_line(error)})") from error
+
+    def engine(tasks: list[Task]) -> Results:
+        try:
+            remote, waiting = ray.remote(run), iter(tasks)
+            running: dict[Any, Task] = {}
+            while True:
+                for task in islice(waiting, (jobs or 1000) - len(running)):
+                    running[remote.remote(task)] = task
+                if not running:
+                    return
+                ready, _ = ray.wait(list(running))
+                yield running.pop(ready[0]), ray.get(ready[0])
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, JobError) else JobError(one_line(error)) from error
+        finally:
+            ray.shutdown()
+
+    return engine

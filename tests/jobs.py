@@ -1,0 +1,73 @@
+"""What the tests of `msgdrop apply` share: inputs, a job in this process, the command in another."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+from click.testing import CliRunner
+
+from msgdrop_numba import apply, inputs, shards
+from msgdrop_numba.cli import main
+from tests import naive
+
+rng = np.random.default_rng(5)
+
+
+def serial(tasks):
+    """An engine in this process."""
+    return ((task, shards.run(task)) for task in tasks)
+
+
+def settings(p=0.5, seed=7, exact=False, span=1, min_keep=0, columns=None, key=None, ids=None):
+    return shards.Settings(p, seed, exact, span, min_keep, columns, key, ids)
+
+
+def job(source, output, epochs=1, engine=serial, **options):
+    chosen = settings(**options)
+    return apply.make(source, inputs.find(source, chosen), output, chosen, epochs, engine, lambda count: None)
+
+
+def save(folder, **arrays):
+    for name, array in arrays.items():
+        path = folder / f"{name.replace('__', '/')}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, array)
+    return folder
+
+
+def files(folder, but=(apply.LOCK,)):
+    """All bytes of a folder, by relative path."""
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in but
+    }
+
+
+def made(x, keys, *, epoch=0, p=0.5, seed=7, **rule):
+    keep = naive.keep_mask(x.shape[:2], p, seed=naive.fold_in(seed, epoch), keys=keys, **rule)
+    return naive.drop(x, keep)
+
+
+def path_keys(name, rows):
+    return [naive.fold_in(naive.hash64(name), row) for row in range(rows)]
+
+
+def two_folders(tmp_path):
+    """Shards in two folders, one with a name that isn't ASCII."""
+    x = rng.standard_normal((3, 5, 7, 2)).astype(np.float32)
+    return save(tmp_path / "in", a=x[0], b=x[1][:2], **{"söme__c": x[2], "söme__d": x[0][:0]})
+
+
+X = rng.standard_normal((10, 6, 3)).astype(np.float32)
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "msgdrop_numba", *map(str, arguments)],
+        capture_output=True, text=True, timeout=120, check=False, **options,
+    )  # fmt: skip
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])

@@ -1,0 +1,219 @@
+"""What `msgdrop apply` refuses, in one line and without touching its input."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner
+from pyarrow import parquet
+
+from msgdrop_numba import apply, journal
+from msgdrop_numba.cli import main
+from msgdrop_numba.errors import JobError
+from tests.jobs import X, files, invoke, job, run, save, two_folders
+
+
+@pytest.fixture
+def source(tmp_path):
+    return two_folders(tmp_path)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"p": 0.25}, "its p is 0.5, not 0.25"),
+        ({"seed": 8}, "its seed is 7, not 8"),
+        ({"span": 2}, "its span is 1, not 2"),
+        ({"epochs": 3}, "its files is 8, not 12"),
+    ],
+)
+def test_an_output_holds_one_job(source, tmp_path, change, said):
+    job(source, tmp_path / "out", epochs=2)
+    before = files(tmp_path / "out")
+    with pytest.raises(JobError, match=said):
+        job(source, tmp_path / "out", **{"epochs": 2, **change})
+    assert files(tmp_path / "out") == before
+
+
+def test_a_changed_input_is_another_job(source, tmp_path):
+    job(source, tmp_path / "out")
+    os.utime(source / "a.npy", (1, 1))
+    with pytest.raises(JobError, match="its input has changed since"):
+        job(source, tmp_path / "out")
+
+
+def test_another_version_is_another_job(source, tmp_path, monkeypatch):
+    job(source, tmp_path / "out")
+    monkeypatch.setattr(apply, "__version__", "7.7.7")
+    with pytest.raises(JobError, match=r"its version is '.*', not '7\.7\.7'"):
+        job(source, tmp_path / "out")
+
+
+def parquet_file(path, **columns):
+    parquet.write_table(pa.table(columns), path)
+
+
+def twice(path):
+    path.write_bytes(path.read_bytes() * 2)
+
+
+def zipped(path):
+    np.savez(path.with_suffix(".npz"), X)
+    path.with_suffix(".npz").rename(path)
+
+
+BAD_SHARDS = [
+    (lambda d: save(d, a=X, b=X[:, :5]), "b.npy has rows of (5, 3) float32, but a.npy of (6, 3) float32: all shards must be alike"),
+    (lambda d: save(d, a=X, b=X.astype("f8")), "b.npy has rows of (6, 3) float64, but a.npy of (6, 3) float32"),
+    (lambda d: save(d, a=X[0]), "a.npy: it must be (samples, messages, features), but has the shape (6, 3)"),
+    (lambda d: save(d, a=X.astype(object)), "a.npy: it is no .npy file that can be read: Array can't be memory-mapped: Python objects"),
+    (lambda d: save(d, a=X.astype("S4")), "a.npy: x must be an array of numbers or bools, but got dtype |S4"),
+    (lambda d: save(d, a=np.asfortranarray(X)), "a.npy: it lies in Fortran's order: save np.ascontiguousarray(x) instead"),
+    (lambda d: os.truncate(save(d, a=X) / "a.npy", 500), "a.npy: it is no .npy file that can be read"),
+    (lambda d: os.truncate(save(d, a=X) / "a.npy", 20), "a.npy: it is no .npy file that can be read"),
+    (lambda d: os.truncate(save(d, a=X) / "a.npy", 0), "a.npy: it is no .npy file that can be read"),
+    (lambda d: twice(save(d, a=X) / "a.npy"), "a.npy: it must have 848 bytes, as its header says, but has 1696"),
+    (lambda d: zipped(save(d) / "a.npy"), "a.npy: it is no .npy file that can be read"),
+    (lambda d: (d / "a.npy").write_text("hello"), "a.npy: it is no .npy file that can be read"),
+    (lambda d: None, "holds no .npy or .parquet file"),
+    (lambda d: (save(d, a=X), parquet_file(d / "b.parquet", a=[1])), "holds both .npy and .parquet files"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "said"), BAD_SHARDS, ids=range(len(BAD_SHARDS)))
+def test_bad_shards(tmp_path, make, said):
+    source = tmp_path / "in"
+    source.mkdir()
+    make(source)
+    before = files(source)
+    result = invoke("apply", source, tmp_path / "out", "--p", 0.5, "--seed", 7)
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert (result.stderr.count("\n"), result.stderr[:7], result.stdout) == (1, "Error: ", "")
+    assert not (tmp_path / "out").exists()
+    assert files(source) == before
+
+
+ROWS = X[:3].tolist()
+BAD_PARQUET = [
+    ({"id": ["a"] * 3}, "no column 'x'"),
+    ({"x": ROWS}, "no column 'id'"),
+    ({"id": [1.0, 2.0, 3.0], "x": ROWS}, "column 'id': sample ids must be integers or strings, but got float64"),
+    ({"id": [True, False, True], "x": ROWS}, "column 'id': sample ids must be integers or strings, but got bool"),
+    ({"id": ["a", None, "b"], "x": ROWS}, "column 'id' has 1 nulls"),
+    ({"id": [1, 2, None], "x": ROWS}, "column 'id' has 1 nulls"),
+    ({"id": ["a"] * 3, "x": ["b"] * 3}, "column 'x': it must hold tensors or lists of lists of numbers"),
+    ({"id": ["a"] * 3, "x": [[1.0]] * 3}, "column 'x': it must have messages of several features"),
+    ({"id": ["a"] * 3, "x": [[[1.0]], None, [[1.0]]]}, "column 'x': there are 1 nulls"),
+    ({"id": ["a"] * 3, "x": [[[1.0]], [[1.0], [1.0, 2.0]], [[1.0]]]}, "column 'x': its messages must all have as many features"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("columns", "said"), BAD_PARQUET, ids=range(len(BAD_PARQUET)))
+def test_bad_parquet(tmp_path, columns, said):
+    (tmp_path / "in").mkdir()
+    parquet_file(tmp_path / "in/a.parquet", **columns)
+    with pytest.raises(JobError) as caught:
+        job(tmp_path / "in", tmp_path / "out", columns=("x",), key="id")
+    assert said in str(caught.value)
+    assert str(caught.value).startswith("a.parquet")
+    assert not [name for name in files(tmp_path / "out") if name != journal.NAME]
+
+
+def test_more_bad_parquet(tmp_path):
+    (tmp_path / "in").mkdir()
+    parquet_file(tmp_path / "in/a.parquet", id=["a"] * 3, x=ROWS)
+    parquet_file(tmp_path / "in/b.parquet", id=[1, 2, 3], x=ROWS)
+    options = ["--p", 0.5, "--seed", 7, "--columns", "x", "--key", "id"]
+    result = invoke("apply", tmp_path / "in", tmp_path / "out", *options)
+    assert result.stderr == "Error: b.parquet has other columns than a.parquet: all shards must be alike\n"
+    (tmp_path / "in/b.parquet").write_text("hello")
+    result = invoke("apply", tmp_path / "in", tmp_path / "out", *options)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "b.parquet: " in result.stderr
+    for some in (options[:4], options[:6], [*options, "--ids", "a.npy"]):
+        result = invoke("apply", tmp_path / "in", tmp_path / "out", *some)
+        assert (
+            result.stderr == f"Error: {tmp_path / 'in'} holds Parquet files: give --columns and --key, and no --ids\n"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+BAD_IDS = [
+    (np.arange(9), "ids.npy has 9 ids, but the shards beside it have 10 rows together"),
+    (np.arange(10.0), "ids.npy must hold integers or strings, one a row, but is (10,) float64"),
+    (np.ones(10, bool), "ids.npy must hold integers or strings, one a row, but is (10,) bool"),
+    (np.zeros((10, 1), int), "ids.npy must hold integers or strings, one a row, but is (10, 1) int64"),
+    (None, "x.npy has no ids.npy beside it"),
+]
+
+
+@pytest.mark.parametrize(("ids", "said"), BAD_IDS, ids=range(len(BAD_IDS)))
+def test_bad_ids(tmp_path, ids, said):
+    save(tmp_path / "in", x=X, **({} if ids is None else {"ids": ids}))
+    result = invoke("apply", tmp_path / "in", tmp_path / "out", "--p", 0.5, "--seed", 7, "--ids", "ids.npy")
+    assert (result.exit_code, said in result.stderr) == (1, True), result.stderr
+
+
+def test_bad_places(source, tmp_path):
+    options = ["--p", 0.5, "--seed", 7]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("text")
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "file").write_text("")
+    for source_, output, said in [
+        (source, source, "must lie beside each other"),
+        (source, source / "out", "must lie beside each other"),
+        (source, tmp_path, "must lie beside each other"),
+        (source, tmp_path / "link/out", "must lie beside each other"),
+        (tmp_path / "none", tmp_path / "out", "there is no"),
+        (source, tmp_path / "full", "isn't empty, and no job of msgdrop's began it"),
+        (source, tmp_path / "file", "File exists"),
+        (source, "/sys/msgdrop", "/sys/msgdrop"),
+    ]:
+        before = files(source)
+        result = invoke("apply", source_, output, *options)
+        assert (result.exit_code, said in result.stderr, result.stderr.count("\n")) == (1, True, 1), result.stderr
+        assert files(source) == before
+    assert files(tmp_path / "full") == {"mine.txt": b"text"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--seed", 7], "--p"),
+        (["--p", 0.5], "--seed"),
+        (["--p", 1.5, "--seed", 7], "1.5"),
+        (["--p", 0.5, "--seed", 7, "--exact", "--span", 2], "--exact can't be combined with --span"),
+        (["--p", 0.5, "--seed", 7, "--ids", "../ids.npy"], "--ids must be the name of .npy files"),
+        (["--p", 0.5, "--seed", 7, "--ray-address", "a:1"], "--ray-address needs --engine ray"),
+        (["--p", 0.5, "--seed", 7, "--jobs", 0], "0"),
+        (["--p", 0.5, "--seed", 7, "--engine", "dask"], "dask"),
+    ],
+)  # fmt: skip
+def test_usage(source, tmp_path, options, said):
+    result = invoke("apply", source, tmp_path / "out", *options)
+    assert (result.exit_code, said in result.stderr) == (2, True)
+
+
+def test_nobody_answers(source, tmp_path):
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1", "nonsense", "127.0.0.1:99999"):
+        result = invoke(
+            "apply", source, tmp_path / "out", "--p", 0.5, "--seed", 7, "--engine", "ray", "--ray-address", address
+        )
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+        assert f"no Ray answers at {address}" in result.stderr
+
+
+def test_debug_shows_the_traceback(source, tmp_path):
+    result = CliRunner().invoke(main, ["--debug", "apply", str(source), str(source), "--p", "0.5", "--seed", "7"])
+    assert isinstance(result.exception, JobError)
+    done = run("--debug", "apply", source, source, "--p", 0.5, "--seed", 7)
+    assert "Traceback" in done.stderr
+    assert done.returncode == 1

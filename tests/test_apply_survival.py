@@ -1,0 +1,269 @@
+"""What becomes of an OUTPUT of `msgdrop apply` when jobs are killed, disks are full and files are damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import numpy as np
+import psutil
+import pytest
+
+from msgdrop_numba import apply, engines, journal, shards
+from msgdrop_numba.errors import JobError
+from tests.jobs import files, invoke, job, rng, run, save, serial, two_folders
+
+
+@pytest.fixture
+def source(tmp_path):
+    return two_folders(tmp_path)
+
+
+# What a killed or failed job leaves behind.
+
+
+def failing(after):
+    """An engine that fails when it has made `after` files."""
+
+    def engine(tasks):
+        for number, task in enumerate(tasks):
+            if number == after:
+                raise JobError("as planned")
+            yield task, shards.run(task)
+
+    return engine
+
+
+def test_a_job_goes_on_where_it_was(source, tmp_path):
+    job(source, tmp_path / "expected", epochs=2)
+    for left in (8, 6, 3):
+        with pytest.raises(JobError, match="as planned"):
+            job(source, tmp_path / "out", epochs=2, engine=failing(8 - left if left == 8 else 2))
+        assert len(files(tmp_path / "out", but=(apply.LOCK, journal.NAME))) >= 8 - left - 1
+    assert job(source, tmp_path / "out", epochs=2) == 4
+    assert files(tmp_path / "out") == files(tmp_path / "expected")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda out: (out / "epoch-0/a.npy").unlink(),
+        lambda out: (out / "epoch-1/a.npy").write_bytes(b"short"),
+        lambda out: (out / journal.NAME).write_text((out / journal.NAME).read_text()[:-20]),
+        lambda out: (out / journal.NAME).write_text((out / journal.NAME).read_text()[:20]),
+        lambda out: (out / "epoch-0" / f".{uuid.uuid4().hex}{shards.PARTIAL}").write_bytes(b"left by a killed process"),
+        lambda out: (out / f".{journal.NAME}{shards.PARTIAL}").write_text("left by a killed process"),
+    ],
+    ids=["missing", "cut", "half a line", "half a header", "a partial file", "half a journal"],
+)
+def test_a_run_again_heals(source, tmp_path, damage):
+    job(source, tmp_path / "out", epochs=2)
+    whole = files(tmp_path / "out")
+    damage(tmp_path / "out")
+    if (tmp_path / "out" / journal.NAME).stat().st_size > 20:
+        job(source, tmp_path / "out", epochs=2)
+        assert files(tmp_path / "out") == whole
+    else:
+        with pytest.raises(JobError, match="can't be read as a journal"):
+            job(source, tmp_path / "out", epochs=2)
+
+
+def command(source, output):
+    return [
+        sys.executable,
+        "-m",
+        "msgdrop_numba",
+        "apply",
+        str(source),
+        str(output),
+        "--p",
+        "0.5",
+        "--seed",
+        "7",
+        "--epochs",
+        "2",
+        "--jobs",
+        "2",
+    ]
+
+
+def marked(mark):
+    """The living processes with this environment variable."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("MSGDROP_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def gone(mark, seconds=10):
+    """Whether all of them end by themselves."""
+    end = time.monotonic() + seconds
+    while marked(mark):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_at_any_moment(tmp_path, kills):
+    source = save(
+        tmp_path / "in", **{f"{i:02d}": rng.standard_normal((64, 32, 128)).astype(np.float32) for i in range(20)}
+    )
+    job(source, tmp_path / "expected", epochs=2)
+    expected, moments = files(tmp_path / "expected"), random.Random(kills)
+    mark, hit = uuid.uuid4().hex, 0
+    for number in range(kills):
+        process = subprocess.Popen(
+            command(source, tmp_path / "out"), env={**os.environ, "MSGDROP_TEST": mark}, stderr=subprocess.DEVNULL
+        )
+        until = len(files(tmp_path / "out")) + 1 + moments.randrange(6)
+        end = time.monotonic() + (60 if number % 2 else moments.uniform(0.2, 2.5))  # by progress, and by the clock
+        while process.poll() is None and len(files(tmp_path / "out")) < until and time.monotonic() < end:
+            time.sleep(0.001)
+        process.kill()
+        hit += process.wait() == -signal.SIGKILL
+        assert gone(mark)
+        for name, data in files(tmp_path / "out").items():
+            assert name == journal.NAME or name.endswith(shards.PARTIAL) or data == expected[name]
+        if hit and number % 4 == 3:
+            shutil.rmtree(tmp_path / "out")
+    assert hit
+    done = subprocess.run(command(source, tmp_path / "out"), check=True, capture_output=True, timeout=120)
+    assert done.stderr == b""
+    assert files(tmp_path / "out") == expected
+
+
+def test_an_interrupt_ends_all_processes(tmp_path):
+    source = save(tmp_path / "in", **{f"{i:02d}": np.ones((64, 32, 128), np.float32) for i in range(40)})
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        command(source, tmp_path / "out"),
+        env={**os.environ, "MSGDROP_TEST": mark},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and len(files(tmp_path / "out")) < 3:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors.strip()) == (1, "Aborted!")
+    assert gone(mark)
+    assert not list((tmp_path / "out").rglob(f".*{shards.PARTIAL}"))
+
+
+def test_a_dead_process_of_the_pool_is_an_error(source, tmp_path):
+    def kill_one(tasks):
+        for number, done in enumerate(engines.local(1)(tasks * 200)):
+            if number == 1:
+                for child in psutil.Process().children():
+                    if "--multiprocessing-fork" in child.cmdline():
+                        child.kill()
+            yield done
+
+    with pytest.raises(JobError, match="a process of the job died"):
+        job(source, tmp_path / "out", engine=kill_one)
+
+
+def test_one_job_at_a_time(source, tmp_path):
+    def meanwhile(tasks):
+        done = run("apply", source, tmp_path / "out", "--p", 0.5, "--seed", 7)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert (
+            done.stderr == f"Error: another msgdrop writes to {tmp_path / 'out'}: wait for it, or give another OUTPUT\n"
+        )
+        return serial(tasks)
+
+    job(source, tmp_path / "out", engine=meanwhile)
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or os.geteuid() != 0, reason="only root may mount a small file system"
+)
+def test_a_full_disk_is_an_error_that_another_run_heals(tmp_path):
+    source = save(tmp_path / "in", a=np.ones((8, 32, 128), np.float32), b=np.ones((8, 32, 128), np.float32))
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", small], check=False).returncode:
+        pytest.skip("this machine lets nobody mount a file system")
+    try:
+        done = run("apply", source, small / "out", "--p", 0.5, "--seed", 7, "--jobs", 1)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert (
+            done.stderr == "Error: b.npy, epoch 0: No space left on device; make room and run the same command again\n"
+        )
+        assert sorted(files(small / "out")) == ["epoch-0/a.npy", journal.NAME]
+        subprocess.run(["mount", "-o", "remount,size=1m", small], check=True)
+        assert run("apply", source, small / "out", "--p", 0.5, "--seed", 7, "--jobs", 1).returncode == 0
+        job(source, tmp_path / "expected")
+        assert files(small / "out") == files(tmp_path / "expected")
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+# verify
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda out: (out / "epoch-0/a.npy").unlink(), "epoch-0/a.npy is missing"),
+        (lambda out: (out / "epoch-0/more.npy").write_bytes(b""), "epoch-0/more.npy is not in the journal"),
+        (lambda out: (out / "epoch-0/a.npy").write_bytes(b"short"), "epoch-0/a.npy has changed: 5 bytes"),
+        (lambda out: flip(out / "epoch-0/b.npy", -1), "epoch-0/b.npy has changed: 240 bytes"),
+        (lambda out: flip(out / "epoch-0/b.npy", 0), "epoch-0/b.npy has changed: 240 bytes"),
+        (
+            lambda out: (out / "epoch-0/söme/c.npy").write_bytes((out / "epoch-0/a.npy").read_bytes()),
+            "epoch-0/söme/c.npy has changed",
+        ),
+    ],
+)
+def test_verify(source, tmp_path, damage, said):
+    job(source, tmp_path / "out")
+    assert apply.verify(tmp_path / "out", lambda count: None) == []
+    damage(tmp_path / "out")
+    result = invoke("verify", tmp_path / "out")
+    assert result.exit_code == 1
+    assert said in result.stderr.splitlines()[0]
+    assert len(result.stderr.splitlines()) == 2
+
+
+def flip(path, where):
+    data = bytearray(path.read_bytes())
+    data[where] ^= 1
+    path.write_bytes(data)
+
+
+def test_verify_of_what_is_not_whole(source, tmp_path):
+    with pytest.raises(JobError, match="as planned"):
+        job(source, tmp_path / "out", engine=failing(1))
+    result = invoke("verify", tmp_path / "out")
+    assert (result.exit_code, "1 of 4 files are there: run msgdrop apply again" in result.stderr) == (1, True)
+    for other in (tmp_path, tmp_path / "nothing"):
+        result = invoke("verify", other)
+        assert (result.exit_code, "is no output of msgdrop apply" in result.stderr) == (1, True)
+    (tmp_path / journal.NAME).write_text("no JSON\n")
+    assert "can't be read as a journal" in invoke("verify", tmp_path).stderr
+
+
+def test_the_journal_says_what_was_done(source, tmp_path):
+    job(source, tmp_path / "out", p=0.25, min_keep=1)
+    header, *lines = map(json.loads, (tmp_path / "out" / journal.NAME).read_text().splitlines())
+    assert header["contract"] == 1
+    assert header["parameters"]["p"] == 0.25
+    assert [line["file"] for line in lines] == sorted(line["file"] for line in lines)
+    assert {line["file"]: line["bytes"] for line in lines} == {
+        name: len(data) for name, data in files(tmp_path / "out", but=(apply.LOCK, journal.NAME)).items()
+    }
