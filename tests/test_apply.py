@@ -118,6 +118,24 @@ def test_a_single_file_is_an_input(tmp_path):
     assert np.load(tmp_path / "two/epoch-0/b.npy").tobytes() == made(X, path_keys("b.npy", 10)).tobytes()
 
 
+def test_links_are_what_they_are_called(tmp_path):
+    """As caches of downloads lay them out: names that link to blobs without a suffix."""
+    blobs = tmp_path / "blobs"
+    parquet_path, source = tmp_path / "table", tmp_path / "in"
+    for folder in (blobs, parquet_path, source):
+        folder.mkdir()
+    np.save(blobs / "ids.npy", X)
+    np.save(blobs / "b.npy", np.arange(10))
+    parquet.write_table(pa.table({"id": NAMES, "x": LISTS}), blobs / "c")
+    for link, blob in ((source / "a.npy", "ids.npy"), (source / "ids.npy", "b.npy"), (parquet_path / "a.parquet", "c")):
+        link.symlink_to(blobs / blob)
+    job(source, tmp_path / "out", ids="ids.npy")
+    assert np.load(tmp_path / "out/epoch-0/a.npy").tobytes() == made(X, range(10)).tobytes()
+    assert np.load(tmp_path / "out/epoch-0/ids.npy").tolist() == list(range(10))
+    job(parquet_path, tmp_path / "out2", columns=("x",), key="id")
+    assert parquet.read_table(tmp_path / "out2/epoch-0/a.parquet").num_rows == 10
+
+
 def test_what_is_left_out(source, tmp_path):
     for name in ("notes.txt", "._a.npy", "_part.npy", ".hidden/x.npy", "_temporary/x.npy"):
         (source / name).parent.mkdir(exist_ok=True)
@@ -159,7 +177,8 @@ def test_memory_stays_small(tmp_path):
     source = tmp_path / "in"
     source.mkdir()
     np.lib.format.open_memmap(source / "a.npy", "w+", np.float32, (16384, 64, 1024))
-    process = psutil.Popen([*command(source, tmp_path / "out")[:-4], "--jobs", "1"])
+    command = ["apply", source, tmp_path / "out", "--p", 0.5, "--seed", 7, "--jobs", 1]
+    process = psutil.Popen([sys.executable, "-m", "msgdrop_numba", *map(str, command)])
     peak = 0
     while process.poll() is None:
         for one in (process, *process.children(recursive=True)):

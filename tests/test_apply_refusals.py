@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +33,7 @@ def source(tmp_path):
         ({"p": 0.25}, "its p is 0.5, not 0.25"),
         ({"seed": 8}, "its seed is 7, not 8"),
         ({"span": 2}, "its span is 1, not 2"),
-        ({"epochs": 3}, "its files is 8, not 12"),
+        ({"epochs": 3}, "its epochs is 2, not 3"),
     ],
 )
 def test_an_output_holds_one_job(source, tmp_path, change, said):
@@ -68,6 +71,12 @@ def zipped(path):
     path.with_suffix(".npz").rename(path)
 
 
+def spoilt_header(path, old, new):
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new, 1))
+
+
 BAD_SHARDS = [
     (lambda d: save(d, a=X, b=X[:, :5]), "b.npy has rows of (5, 3) float32, but a.npy of (6, 3) float32: all shards must be alike"),
     (lambda d: save(d, a=X, b=X.astype("f8")), "b.npy has rows of (6, 3) float64, but a.npy of (6, 3) float32"),
@@ -81,6 +90,10 @@ BAD_SHARDS = [
     (lambda d: twice(save(d, a=X) / "a.npy"), "a.npy: it must have 848 bytes, as its header says, but has 1696"),
     (lambda d: zipped(save(d) / "a.npy"), "a.npy: it is no .npy file that can be read"),
     (lambda d: (d / "a.npy").write_text("hello"), "a.npy: it is no .npy file that can be read"),
+    (lambda d: spoilt_header(save(d, a=X) / "a.npy", b"(", b"["), "a.npy: it is no .npy file that can be read"),
+    (lambda d: spoilt_header(save(d, a=X) / "a.npy", b"}", b" "), "a.npy: it is no .npy file that can be read"),
+    (lambda d: spoilt_header(save(d, a=X) / "a.npy", b"10, 6", b"9**99"), "a.npy: it is no .npy file that can be read"),
+    (lambda d: spoilt_header(save(d, a=X) / "a.npy", b"(10, 6, 3), }     ", b"(9999999999999999)}"), "a.npy: it is no .npy file that can be read"),
     (lambda d: None, "holds no .npy or .parquet file"),
     (lambda d: (save(d, a=X), parquet_file(d / "b.parquet", a=[1])), "holds both .npy and .parquet files"),
 ]  # fmt: skip
@@ -161,6 +174,51 @@ def test_bad_ids(tmp_path, ids, said):
     assert (result.exit_code, said in result.stderr) == (1, True), result.stderr
 
 
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("setpriv") is None,
+    reason="as root, and with setpriv, the rights of root can be given up",
+)
+def test_no_permission(source, tmp_path):
+    def unprivileged(*arguments):
+        rights = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+        command = [*rights, sys.executable, "-m", "msgdrop_numba", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    for mode, path, output in [
+        (0o000, source / "a.npy", tmp_path / "out"),
+        (0o000, source, tmp_path / "out"),
+        (0o555, tmp_path / "locked", tmp_path / "locked/out"),
+    ]:
+        path.mkdir(exist_ok=True) if path.suffix == "" else None
+        before = path.stat().st_mode
+        path.chmod(mode)
+        try:
+            done = unprivileged("apply", source, output, "--p", 0.5, "--seed", 7)
+        finally:
+            path.chmod(before)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("Error: Permission denied: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_link_at_the_place_of_an_epoch(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    before = files(source)
+    with pytest.raises(JobError, match="as planned"):
+        job(source, tmp_path / "out", engine=stop)
+    (tmp_path / "out/epoch-0/söme").rmdir()
+    (tmp_path / "out/epoch-0").rmdir()
+    (tmp_path / "out/epoch-0").symlink_to(source)
+    with pytest.raises(JobError, match="is a link"):
+        job(source, tmp_path / "out")
+    assert files(source) == before
+
+
+def stop(tasks):
+    raise JobError("as planned")
+    yield
+
+
 def test_bad_places(source, tmp_path):
     options = ["--p", 0.5, "--seed", 7]
     (tmp_path / "full").mkdir()
@@ -190,6 +248,7 @@ def test_bad_places(source, tmp_path):
         (["--seed", 7], "--p"),
         (["--p", 0.5], "--seed"),
         (["--p", 1.5, "--seed", 7], "1.5"),
+        (["--p", "nan", "--seed", 7], "nan"),
         (["--p", 0.5, "--seed", 7, "--exact", "--span", 2], "--exact can't be combined with --span"),
         (["--p", 0.5, "--seed", 7, "--ids", "../ids.npy"], "--ids must be the name of .npy files"),
         (["--p", 0.5, "--seed", 7, "--ray-address", "a:1"], "--ray-address needs --engine ray"),

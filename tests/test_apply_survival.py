@@ -43,10 +43,10 @@ def failing(after):
 
 def test_a_job_goes_on_where_it_was(source, tmp_path):
     job(source, tmp_path / "expected", epochs=2)
-    for left in (8, 6, 3):
+    for done in (0, 2, 4):
         with pytest.raises(JobError, match="as planned"):
-            job(source, tmp_path / "out", epochs=2, engine=failing(8 - left if left == 8 else 2))
-        assert len(files(tmp_path / "out", but=(apply.LOCK, journal.NAME))) >= 8 - left - 1
+            job(source, tmp_path / "out", epochs=2, engine=failing(2 if done else 0))
+        assert len(files(tmp_path / "out", but=(apply.LOCK, journal.NAME))) == done
     assert job(source, tmp_path / "out", epochs=2) == 4
     assert files(tmp_path / "out") == files(tmp_path / "expected")
 
@@ -60,8 +60,9 @@ def test_a_job_goes_on_where_it_was(source, tmp_path):
         lambda out: (out / journal.NAME).write_text((out / journal.NAME).read_text()[:20]),
         lambda out: (out / "epoch-0" / f".{uuid.uuid4().hex}{shards.PARTIAL}").write_bytes(b"left by a killed process"),
         lambda out: (out / f".{journal.NAME}{shards.PARTIAL}").write_text("left by a killed process"),
+        lambda out: spoil(out / journal.NAME, 3),
     ],
-    ids=["missing", "cut", "half a line", "half a header", "a partial file", "half a journal"],
+    ids=["missing", "cut", "half a line", "half a header", "a partial file", "half a journal", "a spoilt line"],
 )
 def test_a_run_again_heals(source, tmp_path, damage):
     job(source, tmp_path / "out", epochs=2)
@@ -73,6 +74,41 @@ def test_a_run_again_heals(source, tmp_path, damage):
     else:
         with pytest.raises(JobError, match="can't be read as a journal"):
             job(source, tmp_path / "out", epochs=2)
+
+
+def spoil(path, number):
+    """A line of zeros, as a lost block leaves it."""
+    text = path.read_text().split("\n")
+    text[number] = "\0" * len(text[number])
+    path.write_text("\n".join(text))
+
+
+@pytest.mark.parametrize("broken", ["os.fsync", "os.replace"])
+def test_a_job_that_ends_before_it_has_a_journal(source, tmp_path, broken, monkeypatch):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, fail)
+        with pytest.raises(OSError, match="No space left"):
+            job(source, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name != apply.LOCK] == [
+        f".{journal.NAME}{shards.PARTIAL}"
+    ]
+    job(source, tmp_path / "out")
+    job(source, tmp_path / "expected")
+    assert files(tmp_path / "out") == files(tmp_path / "expected")
+
+
+def test_an_input_that_changes_meanwhile(source, tmp_path):
+    def changing(tasks):
+        for number, task in enumerate(tasks):
+            if number == 1:
+                os.utime(source / "a.npy", (1, 1))
+            yield task, shards.run(task)
+
+    with pytest.raises(JobError, match="has changed while it was read: give another OUTPUT"):
+        job(source, tmp_path / "out", engine=changing)
 
 
 def command(source, output):
@@ -94,6 +130,12 @@ def command(source, output):
     ]
 
 
+def lines(output):
+    """How many files the journal of a running job speaks of."""
+    path = output / journal.NAME
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 def marked(mark):
     """The living processes with this environment variable."""
     found = []
@@ -106,7 +148,7 @@ def marked(mark):
     return found
 
 
-def gone(mark, seconds=10):
+def gone(mark, seconds=60):
     """Whether all of them end by themselves."""
     end = time.monotonic() + seconds
     while marked(mark):
@@ -128,9 +170,9 @@ def test_killed_at_any_moment(tmp_path, kills):
         process = subprocess.Popen(
             command(source, tmp_path / "out"), env={**os.environ, "MSGDROP_TEST": mark}, stderr=subprocess.DEVNULL
         )
-        until = len(files(tmp_path / "out")) + 1 + moments.randrange(6)
+        until = lines(tmp_path / "out") + 1 + moments.randrange(6)
         end = time.monotonic() + (60 if number % 2 else moments.uniform(0.2, 2.5))  # by progress, and by the clock
-        while process.poll() is None and len(files(tmp_path / "out")) < until and time.monotonic() < end:
+        while process.poll() is None and lines(tmp_path / "out") < until and time.monotonic() < end:
             time.sleep(0.001)
         process.kill()
         hit += process.wait() == -signal.SIGKILL
@@ -155,7 +197,7 @@ def test_an_interrupt_ends_all_processes(tmp_path):
         text=True,
         start_new_session=True,
     )
-    while process.poll() is None and len(files(tmp_path / "out")) < 3:
+    while process.poll() is None and lines(tmp_path / "out") < 3:
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
@@ -199,6 +241,12 @@ def test_a_full_disk_is_an_error_that_another_run_heals(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", small], check=False).returncode:
         pytest.skip("this machine lets nobody mount a file system")
     try:
+        filled = small / "filled"
+        filled.write_bytes(bytes(192 * 1024 - 4096 * 2))
+        done = run("apply", source, small / "out", "--p", 0.5, "--seed", 7, "--jobs", 1)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert "make room and run the same command again" in done.stderr
+        filled.unlink()
         done = run("apply", source, small / "out", "--p", 0.5, "--seed", 7, "--jobs", 1)
         assert (done.returncode, done.stdout) == (1, "")
         assert (
@@ -221,9 +269,9 @@ def test_a_full_disk_is_an_error_that_another_run_heals(tmp_path):
     [
         (lambda out: (out / "epoch-0/a.npy").unlink(), "epoch-0/a.npy is missing"),
         (lambda out: (out / "epoch-0/more.npy").write_bytes(b""), "epoch-0/more.npy is not in the journal"),
-        (lambda out: (out / "epoch-0/a.npy").write_bytes(b"short"), "epoch-0/a.npy has changed: 5 bytes"),
-        (lambda out: flip(out / "epoch-0/b.npy", -1), "epoch-0/b.npy has changed: 240 bytes"),
-        (lambda out: flip(out / "epoch-0/b.npy", 0), "epoch-0/b.npy has changed: 240 bytes"),
+        (lambda out: (out / "epoch-0/a.npy").write_bytes(b"short"), "epoch-0/a.npy has changed (5 bytes"),
+        (lambda out: flip(out / "epoch-0/b.npy", -1), "epoch-0/b.npy has changed (240 bytes"),
+        (lambda out: flip(out / "epoch-0/b.npy", 0), "epoch-0/b.npy has changed (240 bytes"),
         (
             lambda out: (out / "epoch-0/söme/c.npy").write_bytes((out / "epoch-0/a.npy").read_bytes()),
             "epoch-0/söme/c.npy has changed",
@@ -250,12 +298,20 @@ def test_verify_of_what_is_not_whole(source, tmp_path):
     with pytest.raises(JobError, match="as planned"):
         job(source, tmp_path / "out", engine=failing(1))
     result = invoke("verify", tmp_path / "out")
-    assert (result.exit_code, "1 of 4 files are there: run msgdrop apply again" in result.stderr) == (1, True)
+    assert (result.exit_code, "1 of 4 files are there: run the same msgdrop apply again" in result.stderr) == (1, True)
     for other in (tmp_path, tmp_path / "nothing"):
         result = invoke("verify", other)
         assert (result.exit_code, "is no output of msgdrop apply" in result.stderr) == (1, True)
-    (tmp_path / journal.NAME).write_text("no JSON\n")
-    assert "can't be read as a journal" in invoke("verify", tmp_path).stderr
+    for text in ("no JSON\n", '{"a": 1}\n', '{"files": 1, "parameters": null}\n', "[]\n", ""):
+        (tmp_path / journal.NAME).write_text(text)
+        assert "can't be read as a journal" in invoke("verify", tmp_path).stderr
+
+
+def test_verify_of_a_link_that_leads_nowhere(source, tmp_path):
+    job(source, tmp_path / "out")
+    (tmp_path / "out/epoch-0/a.npy").unlink()
+    (tmp_path / "out/epoch-0/a.npy").symlink_to(tmp_path / "nowhere")
+    assert len(apply.verify(tmp_path / "out", lambda count: None)) == 1
 
 
 def test_the_journal_says_what_was_done(source, tmp_path):
