@@ -49,8 +49,8 @@ class MessageDropoutBatch:
         >>> drop = MessageDropoutBatch(0.5, columns="frames", key="id", seed=7)
         >>> batch = {"id": np.array(["a", "b"]), "frames": np.ones((2, 4, 3), np.float32)}
         >>> drop(batch)["frames"].any(axis=-1)
-        array([[False,  True,  True, False],
-               [False, False, False, False]])
+        array([[False, False,  True,  True],
+               [False,  True,  True, False]])
 
     Source: the mask contract, version 1 (README), on ids, keys and epochs.
     """

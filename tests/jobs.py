@@ -5,12 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import naive
 import numpy as np
 from click.testing import CliRunner
 
 from msgdrop_numba import apply, inputs, shards
 from msgdrop_numba.cli import main
-from tests import naive
 
 rng = np.random.default_rng(5)
 

@@ -7,16 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+import naive
 import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+from jobs import X, files, job, made, path_keys, rng, run, save, two_folders
 from pyarrow import parquet
 
 from msgdrop_numba import shards
 from msgdrop_numba.errors import JobError
-from tests import naive
-from tests.jobs import X, files, job, made, path_keys, rng, run, save, two_folders
 
 
 @pytest.fixture

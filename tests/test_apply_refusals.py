@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
+from jobs import X, files, invoke, job, run, save, two_folders
 from pyarrow import parquet
 
 from msgdrop_numba import apply, journal
 from msgdrop_numba.cli import main
 from msgdrop_numba.errors import JobError
-from tests.jobs import X, files, invoke, job, run, save, two_folders
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ import uuid
 import numpy as np
 import psutil
 import pytest
+from jobs import files, invoke, job, rng, run, save, serial, two_folders
 
 from msgdrop_numba import apply, engines, journal, shards
 from msgdrop_numba.errors import JobError
-from tests.jobs import files, invoke, job, rng, run, save, serial, two_folders
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import uuid
 
+import naive
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -12,7 +13,6 @@ import pytest
 import torch
 
 from msgdrop_numba import KeyedDataset, MessageDropoutBatch, MessageDropoutCollate, message_dropout
-from tests import naive
 
 IDS = [f"clip-{i}" for i in range(6)]
 X = np.random.default_rng(0).standard_normal((6, 4, 3)).astype(np.float32)

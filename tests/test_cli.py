@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import naive
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -15,7 +16,6 @@ from click.testing import CliRunner
 import msgdrop_numba
 from msgdrop_numba import demo
 from msgdrop_numba.cli import main
-from tests import naive
 
 
 def test_demo(tmp_path):
