@@ -363,6 +363,12 @@ def test_dask_arrays():
     same(done.compute(scheduler="threads"), message_dropout(x, 0.5, seed=1, keys=ids))
 
 
+def test_dask_asks_what_comes_of_nothing():
+    """Its call on empty arrays, whose failure it hides."""
+    nothing = message_dropout(np.empty((0, 0, 0), np.float32), 0.5, seed=1, keys=np.empty(0, np.int64))
+    assert (nothing.shape, nothing.dtype) == ((0, 0, 0), np.float32)
+
+
 BATCH = {"id": IDS, "x": X}
 BAD_CALLS = [
     ({"x": X}, ValueError, "no column 'id': it has 'x'"),
