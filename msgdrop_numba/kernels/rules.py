@@ -75,11 +75,11 @@ def _phase(words: Array, plan: Any, seed: Any, key: Any) -> Any:
     if plan["span"] == 1:
         return 0
     draws = _draw(words, seed, key, _STREAM_PHASE, 0, 1)
-    return _multiply_shift(plan["span"], np.int64(draws[0]), 32)
+    return multiply_shift(plan["span"], np.int64(draws[0]), 32)
 
 
 @jit
-def _multiply_shift(a: Any, b: Any, shift: int) -> Any:
+def multiply_shift(a: Any, b: Any, shift: int) -> Any:
     """(a * b) >> shift for a < 2**34, b < 2**34, 17 <= shift: the product may not fit into 64 bits."""
     high, low = b >> 17, b & 0x1FFFF
     return (a * high + ((a * low) >> 17)) >> (shift - 17)
@@ -88,7 +88,7 @@ def _multiply_shift(a: Any, b: Any, shift: int) -> Any:
 @jit
 def dropped_exactly(plan: Any, valid: int) -> Any:
     """How many of `valid` messages the exact rule drops: floor(valid * p), in integers."""
-    wanted = _multiply_shift(valid, 2 * plan["threshold"] + 1, 33)
+    wanted = multiply_shift(valid, 2 * plan["threshold"] + 1, 33)
     return min(wanted, max(0, valid - plan["min_keep"]))
 
 

@@ -1,0 +1,390 @@
+"""The CUDA kernels: `select`, a block a row, finds where limited rows stop dropping; `drop` draws and copies at once.
+
+A tile of messages belongs to a block: each message is decided once, by one thread, which leaves in shared memory where
+it is read from and written to; then all threads copy, 16 bytes at a time where alignment allows. Addresses are
+integers, so that no argument costs more than a number. Only this file and cuda_memory.py know numba.cuda.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import numba.cuda
+import numpy as np
+
+from msgdrop_numba import philox
+from msgdrop_numba.kernels import rules
+from msgdrop_numba.kernels.cpu import COPY
+from msgdrop_numba.kernels.cuda_memory import ELEMENT, SIMULATOR, number, scaler
+
+cuda: Any = numba.cuda  # of which the simulator, the built-in target and numba-cuda each know other types
+
+# Launch geometry; tests make all of it small.
+THREADS = 256  # a block of `drop`
+SELECT_THREADS = 512  # a block of `select`: more would leave a thread too few registers
+BLOCKS = 1024  # enough to fill a device; fewer tiles share their messages' pieces out over more blocks
+MAX_GRID = (2**31 - 1, 65535)
+TILE = 512  # messages, at most
+BITS, BINS = 8, 256  # of a draw, selected by in one pass; the counts of that pass
+
+_UNROLL = 4  # messages that a thread reads before it writes; `copy` writes them out
+_EVERYTHING = np.uint64(2**32)  # a cutoff above all draws
+_STREAM_DRAW, _STREAM_PHASE, _STREAM_LIMIT = np.uint64(0), np.uint64(1), np.uint64(2)
+_M32, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
+
+Device = Callable[..., Any]
+
+
+def _device(function: Device) -> Device:
+    """A function for kernels alone, part of each; as it is in the simulator."""
+    return function if SIMULATOR else cuda.jit(device=True, inline="always")(function)
+
+
+def _shared_source(function: Device) -> Device:
+    """A device function of the source that the CPU kernels are compiled from."""
+    return function if SIMULATOR else _device(getattr(function, "py_func", function))
+
+
+_philox4x32_10 = _shared_source(philox.philox4x32_10)
+_multiply_shift = _shared_source(rules.multiply_shift)
+
+
+_load_int, _store_int = number(np.int64)
+_load_word, _store_word = number(np.uint64)
+_load_float, _ = number(np.float64)
+_load_byte, _store_byte = number(np.uint8)
+_PIECES = {16: None, 8: np.uint64, 4: np.uint32, 2: np.uint16, 1: np.uint8}
+
+
+@_device
+def _draw(seed: Any, key: Any, i: Any, stream: Any) -> Any:
+    counter = np.uint64(i >> 2)
+    w0, w1, w2, w3 = _philox4x32_10(counter, stream, key & _M32, key >> _32, seed & _M32, seed >> _32)
+    word = i & 3
+    return (w0 if word == 0 else w1) if word < 2 else (w2 if word == 2 else w3)
+
+
+@_device
+def _phase(seed: Any, key: Any, span: int) -> Any:
+    if span == 1:
+        return np.int64(0)
+    return np.int64(_multiply_shift(span, np.int64(_draw(seed, key, np.int64(0), _STREAM_PHASE)), 32))
+
+
+@_device
+def _candidate(
+    seed: Any, key: Any, i: Any, phase: Any, span: int, exact: int, threshold: int, thresholds: int
+) -> Any:  # fmt: skip
+    """Whether position i drops by the rule itself, before any limit; `thresholds` is the row's."""
+    if exact:
+        return True
+    limit = _load_word(thresholds + 8 * i) if thresholds else np.uint64(threshold)
+    group = i if span == 1 else (i + phase) // span
+    return _draw(seed, key, group, _STREAM_DRAW) < limit
+
+
+@_device
+def _valid(lengths: int, row: Any, size: int) -> Any:
+    """The messages of a row before its padding; nobody may have looked at what lies on the device."""
+    return min(max(_load_int(lengths + 8 * row), np.int64(0)), np.int64(size)) if lengths else np.int64(size)
+
+
+@_device
+def _dropped_exactly(valid: Any, threshold: int, min_keep: int) -> Any:
+    wanted = _multiply_shift(valid, 2 * threshold + 1, 33)
+    return min(wanted, max(np.int64(0), valid - min_keep))
+
+
+@_device
+def _keeps(
+    seed: Any, row: Any, i: Any, span: int, exact: int, threshold: int, thresholds: int, keys: int, limits: int
+) -> Any:  # fmt: skip
+    key = _load_word(keys + 8 * row) if keys else np.uint64(row)
+    if not _candidate(seed, key, i, _phase(seed, key, span), span, exact, threshold, thresholds):
+        return True
+    if not limits:
+        return False
+    cutoff, end = _load_word(limits + 16 * row), _load_int(limits + 16 * row + 8)
+    if cutoff == _EVERYTHING:
+        return False
+    draw = _draw(seed, key, i, _STREAM_DRAW if exact else _STREAM_LIMIT)
+    return draw > cutoff or (draw == cutoff and i >= end)
+
+
+@_device
+def _count(
+    counts: Any, prefix: Any, shift: Any, valid: Any, seed: Any, key: Any, phase: Any, span: int, exact: int,
+    threshold: int, thresholds: int,
+) -> None:  # fmt: skip
+    i = np.int64(cuda.threadIdx.x)
+    while i < valid:
+        if _candidate(seed, key, i, phase, span, exact, threshold, thresholds):
+            digits = _draw(seed, key, i, _STREAM_DRAW if exact else _STREAM_LIMIT) >> shift
+            if digits >> np.uint64(BITS) == prefix:
+                cuda.atomic.add(counts, np.int64(digits & np.uint64(BINS - 1)), 1)
+        i += cuda.blockDim.x
+
+
+@_device
+def _choose(counts: Any, chosen: Any, limit: Any) -> None:
+    """The digit in which the limit is reached, and what is left of the limit there."""
+    j = cuda.threadIdx.x
+    while j < BINS:
+        below = np.int64(0)
+        for k in range(j):
+            below += counts[k]
+        if below <= limit < below + counts[j]:
+            chosen[0] = j
+            chosen[1] = limit - below
+        j += cuda.blockDim.x
+
+
+@_device
+def _next_tie(
+    chosen: Any, after: Any, draw: Any, valid: Any, seed: Any, key: Any, phase: Any, span: int, exact: int,
+    threshold: int, thresholds: int,
+) -> Any:  # fmt: skip
+    """The first position from `after` on of a candidate with exactly this draw."""
+    chosen[2] = valid
+    cuda.syncthreads()
+    i = after + cuda.threadIdx.x
+    while i < valid:
+        candidate = _candidate(seed, key, i, phase, span, exact, threshold, thresholds)
+        if candidate and _draw(seed, key, i, _STREAM_DRAW if exact else _STREAM_LIMIT) == draw:
+            cuda.atomic.min(chosen, 2, i)
+        i += cuda.blockDim.x
+    cuda.syncthreads()
+    found = chosen[2]
+    cuda.syncthreads()
+    return found
+
+
+def select(
+    rows: int, size: int, span: int, exact: int, min_keep: int, threshold: int, lengths: int, keys: int,
+    thresholds: int, own_row: int, seed_address: int, limits: int,
+) -> None:  # fmt: skip
+    """Write each row's cutoff to `limits`, 16 bytes a row: the (draw, position) below which candidates drop."""
+    counts = cuda.shared.array(BINS, np.int64)
+    chosen = cuda.shared.array(3, np.int64)
+    seed, row = _load_word(seed_address), np.int64(cuda.blockIdx.x)
+    while row < rows:
+        key = _load_word(keys + 8 * row) if keys else np.uint64(row)
+        valid, phase, own = _valid(lengths, row, size), _phase(seed, key, span), thresholds + own_row * row
+        limit = _dropped_exactly(valid, threshold, min_keep) if exact else max(np.int64(0), valid - min_keep)
+        prefix, shift, end, digit = np.uint64(0), np.uint64(32), np.int64(0), np.int64(0)
+        while shift > np.uint64(0) and digit >= 0:
+            shift -= np.uint64(BITS)
+            j = cuda.threadIdx.x
+            while j < BINS:
+                counts[j] = 0
+                j += cuda.blockDim.x
+            chosen[0] = -1
+            cuda.syncthreads()
+            _count(counts, prefix, shift, valid, seed, key, phase, span, exact, threshold, own)
+            cuda.syncthreads()
+            _choose(counts, chosen, limit)
+            cuda.syncthreads()
+            digit = chosen[0]
+            if digit >= 0:  # only the first pass can find that all candidates may drop
+                limit = chosen[1]
+                prefix = (prefix << np.uint64(BITS)) | np.uint64(digit)
+            cuda.syncthreads()
+        while digit >= 0 and limit > 0:
+            end = _next_tie(chosen, end, prefix, valid, seed, key, phase, span, exact, threshold, own) + 1
+            limit -= 1
+        if cuda.threadIdx.x == 0:
+            _store_word(limits + 16 * row, prefix if digit >= 0 else _EVERYTHING)
+            _store_int(limits + 16 * row + 8, end)
+        row += cuda.gridDim.x
+
+
+def _make_copy(unit: int, kind: int) -> Device:
+    """`copy(source, target, by, tile, width)`: all threads of a block write a tile's messages."""
+    load, store = number(_PIECES[unit])
+    scale = None if kind == COPY else scaler(unit, kind)
+    zero = (np.uint32(0),) * 4 if unit == 16 else _PIECES[unit](0)  # type: ignore[misc]
+
+    @_device
+    def fetch(source: Any, j: Any, at: Any) -> Any:
+        piece = zero
+        if source[j]:
+            piece = load(source[j] + at)
+        return piece
+
+    @_device
+    def put(target: Any, by: Any, j: Any, at: Any, piece: Any) -> None:
+        if target[j]:
+            if kind != COPY and by[j] != 0:
+                piece = scale(piece, by[j])  # type: ignore[misc]
+            store(target[j] + at, piece)
+
+    @_device
+    def copy(source: Any, target: Any, by: Any, tile: int, width: int) -> None:
+        lines = cuda.blockDim.y
+        at = (np.int64(cuda.blockIdx.y) * cuda.blockDim.x + cuda.threadIdx.x) * unit
+        while at < width:
+            j = cuda.threadIdx.y
+            while j < tile:  # all loads before the first store: they are in flight together
+                k, m, n = j + lines, j + 2 * lines, j + 3 * lines
+                a, b, c, d = fetch(source, j, at), fetch(source, k, at), fetch(source, m, at), fetch(source, n, at)
+                put(target, by, j, at, a)
+                put(target, by, k, at, b)
+                put(target, by, m, at, c)
+                put(target, by, n, at, d)
+                j += 4 * lines
+            at += np.int64(cuda.gridDim.y) * cuda.blockDim.x * unit
+
+    return copy
+
+
+@_device
+def _factor(
+    row: Any, i: Any, valid: Any, own_row: int, factors: int, factor: float, exactly: int, threshold: int,
+    min_keep: int,
+) -> float:  # fmt: skip
+    if exactly:
+        return float(valid) / float(max(np.int64(1), valid - _dropped_exactly(valid, threshold, min_keep)))
+    return _load_float(factors + own_row * row + 8 * i) if factors else factor
+
+
+def _make_drop(unit: int, kind: int) -> Device:
+    """The kernel that draws and copies in pieces of `unit` bytes, multiplying kept ones as `kind` says."""
+    copy = _make_copy(unit, kind)
+    scaled, tile_size = kind != COPY, TILE
+
+    def drop(
+        messages: int, size: int, width: int, x_row: int, x_step: int, out_row: int, out_step: int, span: int,
+        exact: int, exactly: int, min_keep: int, threshold: int, fill: int, given: int, lengths: int, keys: int,
+        thresholds: int, own_row: int, factors: int, x: int, out: int, mask: int, seed_address: int, limits: int,
+        tile: int, factor: float,
+    ) -> None:  # fmt: skip
+        source = cuda.shared.array(tile_size, np.int64)
+        target = cuda.shared.array(tile_size, np.int64)
+        by = cuda.shared.array(tile_size if scaled else 1, np.float64)
+        thread = cuda.threadIdx.x + cuda.blockDim.x * cuda.threadIdx.y
+        seed, first = _load_word(seed_address) if seed_address else np.uint64(0), np.int64(cuda.blockIdx.x) * tile
+        while first < messages:
+            j = thread
+            while j < tile:
+                message, from_, to, times = first + j, np.int64(0), np.int64(0), 0.0
+                if message < messages:
+                    row = np.int64(np.uint64(message) // np.uint64(size))
+                    i, valid, keep = message - row * size, _valid(lengths, row, size), True
+                    if given:
+                        keep = i >= valid or _load_byte(mask + message) != 0
+                    elif i < valid:
+                        own = thresholds + own_row * row if thresholds else np.int64(0)
+                        keep = _keeps(seed, row, i, span, exact, threshold, own, keys, limits)
+                    if mask and not given and cuda.blockIdx.y == 0:
+                        _store_byte(mask + message, np.uint8(keep))
+                    if out:
+                        from_ = x + row * x_row + i * x_step
+                        to = out + row * out_row + i * out_step
+                        if not keep:
+                            from_ = np.int64(fill)
+                        elif scaled and i < valid:
+                            times = _factor(row, i, valid, own_row, factors, factor, exactly, threshold, min_keep)
+                        elif from_ == to:
+                            to = np.int64(0)
+                source[j], target[j] = from_ if to else 0, to
+                if scaled:
+                    by[j] = times
+                j += cuda.blockDim.x * cuda.blockDim.y
+            if out:
+                cuda.syncthreads()
+                copy(source, target, by, tile, width)
+                cuda.syncthreads()
+            first += np.int64(cuda.gridDim.x) * tile
+
+    return drop
+
+
+SELECT_ARGUMENTS, DROP_ARGUMENTS = 12, 25  # integers; `drop` takes a float behind them
+
+
+def signature(drop: bool) -> Any:
+    """What the kernels are compiled for, once: addresses and counts are int64."""
+    if drop:
+        return cuda.types.void(*(cuda.types.int64,) * DROP_ARGUMENTS, cuda.types.float64)
+    return cuda.types.void(*(cuda.types.int64,) * SELECT_ARGUMENTS)
+
+
+@cache
+def kernel(unit: int, kind: int, device: int) -> Any:
+    """The compiled `drop` for pieces of `unit` bytes (0: `select`), for the device that is current."""
+    function = _make_drop(unit, kind) if unit else select
+    return cuda.jit(function) if SIMULATOR else cuda.jit(signature(bool(unit)))(function)
+
+
+@lru_cache(maxsize=1024)
+def _configured(unit: int, kind: int, device: int, stream: int, grid: Any, block: Any) -> Any:
+    with warnings.catch_warnings():  # small inputs have few blocks, which isn't the user's fault
+        warnings.simplefilter("ignore")
+        return kernel(unit, kind, device)[grid, block, cuda.external_stream(stream) if stream else 0]
+
+
+@lru_cache(maxsize=1024)
+def geometry(messages: int, width: int, unit: int) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Grid, block and messages in a tile: threads along x over the pieces of a message, along y over messages."""
+    pieces = max(1, -(-width // unit))
+    across = -(-pieces // -(-pieces // THREADS))
+    down = max(1, min(THREADS // across, TILE // _UNROLL))
+    tile = _UNROLL * down
+    tiles = -(-messages // tile)
+    shares = min(-(-pieces // across), -(-BLOCKS // tiles))
+    return (min(tiles, MAX_GRID[0]), min(shares, MAX_GRID[1])), (across, down), tile
+
+
+def piece_size(kind: int, *places: int) -> int:
+    """Bytes that a thread moves at a time: 16 where all addresses, strides and the width allow."""
+    every = 16
+    for place in places:
+        every |= place
+    unit = every & -every
+    if kind == COPY or unit == 16:
+        return unit
+    if unit < ELEMENT[kind]:
+        raise ValueError(f"elements of {ELEMENT[kind]} bytes must lie at multiples of that, but one is off by {unit}")
+    return ELEMENT[kind]
+
+
+def launch(
+    plan: Sequence[Any], draw: Sequence[int], messages: int, x: int, out: int, mask: int, seed: int, limits: int,
+    stream: int, device: int,
+) -> None:  # fmt: skip
+    """Drop among `messages` messages on a stream of a device; nothing is copied, allocated or waited for.
+
+    Args:
+        plan: the fields of one PLAN (`record[0].item()`); draw: those of one DRAW, its arrays on the device, without
+            sources.
+        x, out, mask: addresses on the device. Equal x and out: in place; no out: the mask alone; `mask` is written,
+            or read where `draw` says that it is given.
+        seed: the address of an int64 on the device; 0 where the mask is given.
+        limits: the address of 16 bytes a row, for `exact` and `min_keep`; else 0.
+        stream: a cudaStream_t, 0 for the default one. The caller keeps all memory alive until it has run.
+    """
+    size, width, kind, factor, x_row, x_step, out_row, out_step, _, _, threshold, certain, exact, span, min_keep = plan
+    fill, given, lengths, keys, thresholds, per_row, factors, _, _ = draw
+    if not messages:
+        return
+    limited, own_row = bool((exact or min_keep) and not given), 8 * size * bool(per_row)
+    if limited and not limits:
+        raise ValueError("exact and min_keep need `limits`, 16 bytes a row")
+    kind = kind if out else COPY
+    unit = piece_size(kind, x, out, x_row, x_step, out_row, out_step, width, fill) if out else 16
+    grid, block, tile = geometry(messages, width if out else 1, unit)
+    with cuda.gpus[device]:
+        if limited:
+            rows = messages // size
+            threads = min(SELECT_THREADS, -(-size // 32) * 32)
+            _configured(0, COPY, device, stream, min(rows, MAX_GRID[0]), threads)(
+                rows, size, span, exact, min_keep, threshold, lengths, keys, thresholds, own_row, seed, limits
+            )
+        _configured(unit, kind, device, stream, grid, block)(
+            messages, size, width, x_row, x_step, out_row, out_step, span, exact, int(exact and not certain), min_keep,
+            threshold, fill, given, lengths, keys, thresholds, own_row, factors, x, out, mask, seed,
+            limits if limited else 0, tile, factor,
+        )  # fmt: skip
