@@ -61,6 +61,6 @@ PATHS = [
     ("CPU tensor, other layouts", "compiled mask, torch's where", "the kernel can't follow its strides"),
     ("CPU tensor, torch.compile", "compiled mask, torch's where", "one graph, fused by the compiler"),
     ("export, vmap, jvp, fake tensors", "tensor operations", "nothing of this package may be called there"),
-    ("CUDA, ROCm, MPS and XPU tensors", "tensor operations", "there are no kernels for devices yet"),
-    ("other __cuda_array_interface__", "refused with a TypeError", "there are no kernels for devices yet"),
+    ("CUDA, ROCm, MPS and XPU tensors", "tensor operations", "no kernels for devices are called yet"),
+    ("other __cuda_array_interface__", "refused with a TypeError", "no kernels for devices are called yet"),
 ]
