@@ -45,8 +45,8 @@ def make(
     Raises:
         JobError: the output belongs to another job, or is being written; or a task failed.
     """
-    _check_place(source.resolve(), output.resolve())
     output = output.resolve()
+    _check_place(source.resolve(), output)
     tasks = {_task(file, output, settings, epoch): file.bytes for epoch in range(epochs) for file in found.files}
     header = {
         "job": "msgdrop apply", "contract": CONTRACT, "version": __version__, "input": found.digest,

@@ -54,8 +54,6 @@ class Journal:
         text = (
             json.dumps(self.header) + "\n" + "".join(_line(name, self.written[name]) for name in sorted(self.written))
         )
-        if self.path.exists() and self.path.read_text(encoding="utf-8") == text:
-            return
         partial = self.path.with_name(f".{NAME}{PARTIAL}")
         with open(partial, "w", encoding="utf-8") as file:
             file.write(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,26 +160,32 @@ def _npy(task: Task, out: _Hashed) -> None:
         rows, settings = shape[0], task.settings
         seed = fold_in(settings.seed, task.epoch)
         count = max(1, CHUNK // max(1, dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))))
-        buffer = np.empty((min(count, rows), *shape[1:]), dtype)
+        buffer, keys = np.empty((min(count, rows), *shape[1:]), dtype), _keys(task)
         for first in range(0, rows, count):
             block = buffer[: min(count, rows - first)]
             data: Any = block.reshape(-1).view(np.uint8)
             _read(source, data)
             message_dropout(
                 block, settings.p, inplace=True, exact=settings.exact, span=settings.span, min_keep=settings.min_keep,
-                message_dims=2, seed=seed, keys=_row_keys(task, first, len(block)),
+                message_dims=2, seed=seed, keys=keys(first, len(block)),
             )  # fmt: skip
             out.write(data)
 
 
-def _row_keys(task: Task, first: int, count: int) -> np.ndarray:
-    """The keys of some rows of a .npy file: their ids', or made from its name and their number."""
+def _keys(task: Task) -> Callable[[int, int], np.ndarray]:
+    """The keys of so many rows of a .npy file from one on: their ids', or made from its name and their number."""
     if task.ids is not None:
         path, start = task.ids
-        return sample_keys(np.lib.format.open_memmap(path, mode="r")[start + first : start + first + count])
-    keys = np.empty(count, np.uint64)
-    fold_rows(np.array([hash64(os.fsencode(task.name))], np.uint64), first + count, first, keys)
-    return keys
+        ids = np.lib.format.open_memmap(path, mode="r")[start:]
+        return lambda first, count: sample_keys(ids[first : first + count])
+    name = np.array([hash64(os.fsencode(task.name))], np.uint64)
+
+    def numbered(first: int, count: int) -> np.ndarray:
+        keys = np.empty(count, np.uint64)
+        fold_rows(name, first + count, first, keys)
+        return keys
+
+    return numbered
 
 
 def _read(source: Any, data: Any) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import warnings
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from jobs import files, job, run
 from pyarrow import parquet
 
-from msgdrop_numba import MessageDropoutBatch, apply, inputs, shards
+from msgdrop_numba import MessageDropoutBatch
 
 ROWS = 24
 IDS = [f"clip-{i}" for i in range(ROWS)]
@@ -32,11 +31,6 @@ def expected(rows):
 
 def by_id(records):
     return {record["id"]: rows_of(record["x"]).tobytes() for record in records}
-
-
-def msgdrop(*arguments):
-    command = [sys.executable, "-m", "msgdrop_numba", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
 def rows_of(value):
@@ -100,32 +94,20 @@ class TestRay:
         (tmp_path / "in").mkdir()
         for i in range(4):
             np.save(tmp_path / f"in/{i}.npy", X[6 * i : 6 * i + 6])
-        settings = shards.Settings(0.5, 7, False, 1, 0, None, None, None)
-
-        def serial(tasks):
-            return ((task, shards.run(task)) for task in tasks)
-
-        source = tmp_path / "in"
-        apply.make(source, inputs.find(source, settings), tmp_path / "here", settings, 2, serial, lambda count: None)
-        address = ray.get_runtime_context().gcs_address
-        done = msgdrop(
-            "apply", source, tmp_path / "there", "--p", 0.5, "--seed", 7, "--epochs", 2, "--engine", "ray",
-            "--ray-address", address,
+        job(tmp_path / "in", tmp_path / "here", epochs=2)
+        done = run(
+            "apply", tmp_path / "in", tmp_path / "there", "--p", 0.5, "--seed", 7, "--epochs", 2, "--engine", "ray",
+            "--ray-address", ray.get_runtime_context().gcs_address, warnings="ignore",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        names = sorted(p.relative_to(tmp_path / "here") for p in (tmp_path / "here").rglob("*") if p.is_file())
-        assert names == sorted(
-            p.relative_to(tmp_path / "there") for p in (tmp_path / "there").rglob("*") if p.is_file()
-        )
-        for name in names:
-            assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+        assert files(tmp_path / "here") == files(tmp_path / "there") != {}
 
     def test_an_error_in_a_task_is_one_line(self, ray, tmp_path):
         (tmp_path / "in").mkdir()
         parquet.write_table(pa.table({"id": ["a", None], "x": [[[1.0]], [[2.0]]]}), tmp_path / "in/a.parquet")
-        done = msgdrop(
+        done = run(
             "apply", tmp_path / "in", tmp_path / "out", "--p", 0.5, "--seed", 7, "--columns", "x", "--key", "id",
-            "--engine", "ray", "--ray-address", ray.get_runtime_context().gcs_address,
+            "--engine", "ray", "--ray-address", ray.get_runtime_context().gcs_address, warnings="ignore",
         )  # fmt: skip
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == "Error: a.parquet, epoch 0: column 'id' has 1 nulls: filter those rows out before\n"

@@ -19,6 +19,7 @@ from msgdrop_numba import philox
 from msgdrop_numba.kernels import rules
 from msgdrop_numba.kernels.cpu import COPY
 from msgdrop_numba.kernels.cuda_memory import ELEMENT, SIMULATOR, number, scaler
+from msgdrop_numba.kernels.rules import EVERYTHING, STREAM_DRAW, STREAM_LIMIT, STREAM_PHASE
 
 cuda: Any = numba.cuda  # of which the simulator, the built-in target and numba-cuda each know other types
 
@@ -31,8 +32,6 @@ TILE = 512  # messages, at most
 BITS, BINS = 8, 256  # of a draw, selected by in one pass; the counts of that pass
 
 _UNROLL = 4  # messages that a thread reads before it writes; `copy` writes them out
-_EVERYTHING = np.uint64(2**32)  # a cutoff above all draws
-_STREAM_DRAW, _STREAM_PHASE, _STREAM_LIMIT = np.uint64(0), np.uint64(1), np.uint64(2)
 _M32, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 Device = Callable[..., Any]
@@ -71,7 +70,7 @@ def _draw(seed: Any, key: Any, i: Any, stream: Any) -> Any:
 def _phase(seed: Any, key: Any, span: int) -> Any:
     if span == 1:
         return np.int64(0)
-    return np.int64(_multiply_shift(span, np.int64(_draw(seed, key, np.int64(0), _STREAM_PHASE)), 32))
+    return np.int64(_multiply_shift(span, np.int64(_draw(seed, key, np.int64(0), STREAM_PHASE)), 32))
 
 
 @_device
@@ -83,7 +82,7 @@ def _candidate(
         return True
     limit = _load_word(thresholds + 8 * i) if thresholds else np.uint64(threshold)
     group = i if span == 1 else (i + phase) // span
-    return _draw(seed, key, group, _STREAM_DRAW) < limit
+    return _draw(seed, key, group, STREAM_DRAW) < limit
 
 
 @_device
@@ -108,9 +107,9 @@ def _keeps(
     if not limits:
         return False
     cutoff, end = _load_word(limits + 16 * row), _load_int(limits + 16 * row + 8)
-    if cutoff == _EVERYTHING:
+    if cutoff == EVERYTHING:
         return False
-    draw = _draw(seed, key, i, _STREAM_DRAW if exact else _STREAM_LIMIT)
+    draw = _draw(seed, key, i, STREAM_DRAW if exact else STREAM_LIMIT)
     return draw > cutoff or (draw == cutoff and i >= end)
 
 
@@ -122,7 +121,7 @@ def _count(
     i = np.int64(cuda.threadIdx.x)
     while i < valid:
         if _candidate(seed, key, i, phase, span, exact, threshold, thresholds):
-            digits = _draw(seed, key, i, _STREAM_DRAW if exact else _STREAM_LIMIT) >> shift
+            digits = _draw(seed, key, i, STREAM_DRAW if exact else STREAM_LIMIT) >> shift
             if digits >> np.uint64(BITS) == prefix:
                 cuda.atomic.add(counts, np.int64(digits & np.uint64(BINS - 1)), 1)
         i += cuda.blockDim.x
@@ -153,7 +152,7 @@ def _next_tie(
     i = after + cuda.threadIdx.x
     while i < valid:
         candidate = _candidate(seed, key, i, phase, span, exact, threshold, thresholds)
-        if candidate and _draw(seed, key, i, _STREAM_DRAW if exact else _STREAM_LIMIT) == draw:
+        if candidate and _draw(seed, key, i, STREAM_DRAW if exact else STREAM_LIMIT) == draw:
             cuda.atomic.min(chosen, 2, i)
         i += cuda.blockDim.x
     cuda.syncthreads()
@@ -196,7 +195,7 @@ def select(
             end = _next_tie(chosen, end, prefix, valid, seed, key, phase, span, exact, threshold, own) + 1
             limit -= 1
         if cuda.threadIdx.x == 0:
-            _store_word(limits + 16 * row, prefix if digit >= 0 else _EVERYTHING)
+            _store_word(limits + 16 * row, prefix if digit >= 0 else EVERYTHING)
             _store_int(limits + 16 * row + 8, end)
         row += cuda.gridDim.x
 

@@ -56,8 +56,8 @@ DRAW = np.dtype(
 # Positions drawn at a time: words and flags stay in the first-level cache.
 BLOCK = 1024
 
-_STREAM_DRAW, _STREAM_PHASE, _STREAM_LIMIT = np.uint64(0), np.uint64(1), np.uint64(2)
-_EVERYTHING = np.uint64(2**32)  # a cutoff above all draws
+STREAM_DRAW, STREAM_PHASE, STREAM_LIMIT = np.uint64(0), np.uint64(1), np.uint64(2)
+EVERYTHING = np.uint64(2**32)  # a cutoff above all draws
 _8, _255 = np.uint64(8), np.uint64(255)
 
 
@@ -74,7 +74,7 @@ def _phase(words: Array, plan: Any, seed: Any, key: Any) -> Any:
     """Where in a span the row begins, so that every position keeps the marginal probability p."""
     if plan["span"] == 1:
         return 0
-    draws = _draw(words, seed, key, _STREAM_PHASE, 0, 1)
+    draws = _draw(words, seed, key, STREAM_PHASE, 0, 1)
     return multiply_shift(plan["span"], np.int64(draws[0]), 32)
 
 
@@ -103,7 +103,7 @@ def _candidates(
     span, threshold = plan["span"], np.uint64(plan["threshold"])
     group, inside = (first + phase) // span, (first + phase) % span
     groups = (first + phase + drop.size - 1) // span - group + 1
-    draws = _draw(words, seed, key, _STREAM_DRAW, group, groups)
+    draws = _draw(words, seed, key, STREAM_DRAW, group, groups)
     if span == 1 and not thresholds:
         for j in range(drop.size):
             drop[j] = np.uint64(draws[j]) < threshold
@@ -126,7 +126,7 @@ def _cutoff(
 
     Radix selection on the 32-bit draws, eight bits a pass, drawn anew in each pass: O(n), no memory of size n.
     """
-    stream = _STREAM_DRAW if plan["exact"] else _STREAM_LIMIT
+    stream = STREAM_DRAW if plan["exact"] else STREAM_LIMIT
     limit = dropped_exactly(plan, valid) if plan["exact"] else max(0, valid - plan["min_keep"])
     prefix, counts = np.uint64(0), np.zeros(256, np.int64)
     for shift in (24, 16, 8, 0):
@@ -141,7 +141,7 @@ def _cutoff(
                 if drop[j] and digits >> _8 == prefix:
                     counts[digits & _255] += 1
         if shift == 24 and counts.sum() <= limit:
-            return _EVERYTHING, 0
+            return EVERYTHING, 0
         digit = 0
         while limit >= counts[digit]:
             limit -= counts[digit]
@@ -177,7 +177,7 @@ def row_rule(
     """What holds for a whole row: its phase, and the (draw, position) below which candidates drop."""
     phase = _phase(words, plan, seed, key)
     if not (plan["exact"] or plan["min_keep"]):
-        return phase, _EVERYTHING, 0
+        return phase, EVERYTHING, 0
     draw, position = _cutoff(drop, words, plan, seed, key, phase, valid, thresholds)
     return phase, draw, position
 
@@ -189,11 +189,11 @@ def keep_block(
 ) -> None:  # fmt: skip
     """Set keep[j] for the positions of a row from `first` on; the rest is `row_rule`'s."""
     _candidates(keep, words, plan, seed, key, phase, first, thresholds)
-    if cutoff == _EVERYTHING:
+    if cutoff == EVERYTHING:
         for j in range(keep.size):
             keep[j] = not keep[j]
         return
-    draws = _draw(words, seed, key, _STREAM_DRAW if plan["exact"] else _STREAM_LIMIT, first, keep.size)
+    draws = _draw(words, seed, key, STREAM_DRAW if plan["exact"] else STREAM_LIMIT, first, keep.size)
     for j in range(keep.size):
         draw = np.uint64(draws[j])
         keep[j] = not (keep[j] and (draw < cutoff or (draw == cutoff and first + j < ties_end)))
