@@ -62,27 +62,31 @@ def test_in_the_simulator():
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The kernels with so small a launch geometry that a handful of messages crosses threads, tiles and blocks."""
-    from msgdrop_numba.kernels import cuda
+    from msgdrop_numba.kernels import cuda, cuda_launch
 
-    caches = (cuda.kernel, cuda._configured, cuda.geometry)
-    for name, value in {
-        "THREADS": 4,
-        "SELECT_THREADS": 3,
-        "BLOCKS": 4,
-        "MAX_GRID": (3, 2),
-        "TILE": 16,
-        "BITS": 4,
-        "BINS": 16,
-    }.items():
-        monkeypatch.setattr(cuda, name, value)
-    for cache in caches:
-        cache.cache_clear()
+    monkeypatch.setattr(cuda_launch, "_loaded", cuda_launch._Loaded())
+    cuda_launch.geometry.cache_clear()
+    for module, name, value in [
+        (cuda, "THREADS", 8), (cuda_launch, "THREADS", 8), (cuda_launch, "SELECT_THREADS", 3),
+        (cuda_launch, "BLOCKS", 4), (cuda_launch, "MAX_GRID", (3, 2)), (cuda, "BITS", 4), (cuda, "BINS", 16),
+    ]:  # fmt: skip
+        monkeypatch.setattr(module, name, value)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)  # the simulator's threads are Python's, and its manager polls them
     yield cuda
     sys.setswitchinterval(interval)
-    for cache in caches:
-        cache.cache_clear()
+    cuda_launch.geometry.cache_clear()
+
+
+def launch(*arguments: Any) -> None:
+    """As the caller of `cuda_launch.launch` does."""
+    from msgdrop_numba.kernels import cuda_launch
+
+    try:
+        cuda_launch.launch(*arguments)
+    except cuda_launch.NotLoaded as needed:
+        cuda_launch.load(*needed.args, (9, 0))
+        launch(*arguments)
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:
@@ -133,7 +137,7 @@ class Call:
 
     def __init__(self, cuda: Any, shape: tuple[int, int], p: Any, seed: int, **rule: Any) -> None:
         self.cuda, self.shape, self.p, self.seed = cuda, shape, p, seed
-        self.lengths, self.keys = rule.pop("lengths", None), rule.pop("keys", None)
+        self.lengths, self.keys, self.inner = rule.pop("lengths", None), rule.pop("keys", None), 1
         self.rule = rule
         self.keep = naive.keep_mask(shape, p, seed=seed, keys=self.keys, lengths=self.lengths, **rule)
 
@@ -148,13 +152,15 @@ class Call:
         numbers = [self.rule.get(name, default) for name, default in (("exact", False), ("span", 1), ("min_keep", 0))]
         plan = plans._make(like.shape, like.itemsize, kind, 2, number, *numbers, like.strides, target.strides)
         assert plan.followed
-        draw = plans.row_arguments(plan, None if number is not None else self.p, scale, fill, self.lengths, self.keys)
+        draw = plans.row_arguments(plan, None if number is not None else self.p, scale, fill, self.lengths, None)
+        if self.keys is not None:
+            draw = plans.Draw(fill, draw.lengths, self.keys, draw.thresholds, draw.factors)
         mask = np.full(self.shape, 7, np.uint8) if given is None else given.astype(np.uint8)
         record = [*draw.record]
         record[1] = given is not None
         seed, limits = np.array([self.seed], np.uint64), np.empty((self.shape[0], 2), np.int64)
-        self.cuda.launch(
-            plan.record[0].item(), record, plan.messages, 0 if x is None else x.ctypes.data,
+        launch(
+            plan.record[0].item(), record, plan.messages, self.inner, 0 if x is None else x.ctypes.data,
             0 if out is None else out.ctypes.data, mask.ctypes.data, 0 if given is not None else seed.ctypes.data,
             limits.ctypes.data, 0, 0,
         )  # fmt: skip
@@ -311,30 +317,42 @@ def test_padding_of_a_mask_that_is_given_stays(small):
 
 @simulated
 def test_large_geometry_is_what_the_device_takes():
-    from msgdrop_numba.kernels import cuda
+    from msgdrop_numba.kernels import cuda_launch
 
-    for messages in (1, 15, 1024, 32768, 2**31, 2**45):
+    for messages in (1, 15, 1024, 32768, 2**31, 2**38):
         for width in (0, 1, 4, 16, 80, 4096, 4800, 2**30, 2**40):
             for unit in (1, 4, 16):
-                (tiles, shares), (across, down), tile = cuda.geometry(messages, width, unit)
-                assert 1 <= tiles < 2**31
+                (tiles, shares), (across, down) = cuda_launch.geometry(messages, width, unit)
+                if messages * width <= 2**40:
+                    assert tiles < 2**31
+                assert 4 * down * (tiles - 1) < messages <= 4 * down * tiles
                 assert 1 <= shares < 2**16
-                assert 1 <= across * down <= cuda.THREADS
-                assert tile == 4 * down <= cuda.TILE
+                assert 4 * down <= across * down <= cuda_launch.THREADS  # a thread decides one message at most
 
 
 @simulated
 def test_alignment_and_missing_memory():
-    from msgdrop_numba.kernels import cuda
+    from msgdrop_numba.kernels import cuda_launch
 
-    assert [cuda.piece_size(cpu.COPY, n, 64) for n in (0, 8, 12, 6, 5)] == [16, 8, 4, 2, 1]
-    assert [cuda.piece_size(cpu.FLOAT32, n) for n in (32, 8, 4)] == [16, 4, 4]
+    assert [cuda_launch.piece_size(cpu.COPY, n, 64) for n in (0, 8, 12, 6, 5)] == [16, 8, 4, 2, 1]
+    assert [cuda_launch.piece_size(cpu.FLOAT32, n) for n in (32, 8, 4)] == [16, 4, 4]
     with pytest.raises(ValueError, match="off by 2"):
-        cuda.piece_size(cpu.FLOAT32, 6)
+        cuda_launch.piece_size(cpu.FLOAT32, 6)
     plan = (4, 1, cpu.COPY, 1.0, 4, 1, 4, 1, 0, 0, 2**31, 0, 1, 1, 0)
     with pytest.raises(ValueError, match="limits"):
-        cuda.launch(plan, [0] * 9, 4, 0, 0, 1, 1, 0, 0, 0)
-    assert cuda.launch(plan, [0] * 9, 0, 0, 0, 1, 1, 0, 0, 0) is None
+        launch(plan, [0] * 9, 4, 1, 0, 0, 1, 1, 0, 0, 0)
+    assert cuda_launch.launch(plan, [0] * 9, 0, 1, 0, 0, 1, 1, 0, 0, 0) is None
+
+
+@simulated
+@pytest.mark.parametrize("rule", [{}, {"exact": True}, {"span": 2, "min_keep": 3}], ids=str)
+def test_keys_that_stand_for_several_rows(rule, small):
+    keys, lengths = np.array([-7, 2**62 + 1]), np.array([5, 3, 4, 0, 5, 2])
+    keep = naive.keep_mask((2, 3, 5), 0.4, seed=11, keys=keys, lengths=lengths.reshape(2, 3), **rule)
+    call = Call(small, (6, 5), 0.4, 11, lengths=lengths, **rule)
+    call.keys, call.inner, call.keep = keys, 3, keep.reshape(6, 5)
+    x = numbers(random.Random(3), (6, 5, 3), "float32")
+    call.check(x, "float32", False, None, 0, 0, False, False)
 
 
 def ptx_of(function: Any, signature: Any) -> dict[tuple[int, int], str]:
@@ -353,6 +371,18 @@ def ptx_of(function: Any, signature: Any) -> dict[tuple[int, int], str]:
         plain, _ = cuda.compile_ptx(function, signature, cc=(9, 0))
     assert plain.strip("\0").strip() == made[9, 0].strip("\0").strip()
     return made
+
+
+def registers(ptx: str, major: int, minor: int) -> int:
+    """Registers of a thread in the machine code, which must spill none."""
+    from cuda import core
+
+    options = core.LinkerOptions(arch=f"sm_{major}{minor}", verbose=True, ptxas_options=["-v"])
+    linker = core.Linker(core.ObjectCode.from_ptx(ptx.strip("\0").encode()), options=options)
+    linker.link("cubin")
+    told = linker.get_info_log()
+    assert re.findall(r"(\d+) bytes spill", told) == ["0", "0"]
+    return int(re.search(r"Used (\d+) registers", told)[1])  # type: ignore[index]
 
 
 def copy_loop(ptx: str, store: str) -> list[str]:
@@ -381,12 +411,11 @@ def test_ptx_of_drop(unit, kind):
         assert ".local" not in ptx
         assert "fma." not in ptx
         loop = copy_loop(ptx, rf"st\.global\.{word}\b")
-        loads = [i for i, line in enumerate(loop) if re.search(rf"ld\.global\.{word}\b", line)]
-        stores = [i for i, line in enumerate(loop) if re.search(rf"st\.global\.{word}\b", line)]
-        assert len(loads) == len(stores) == 4
-        assert max(loads) < min(stores)  # in flight together
+        moves = "".join(m[1] for line in loop if (m := re.search(rf"(ld|st)\.global\.{word}\b", line)))
+        assert re.fullmatch(f"({'ld' * 4}{'st' * 4})+", moves)  # four in flight together
         assert not re.search(r"\b(div|rem|call)\b", "\n".join(loop))
         assert any("mul" in line and ".f" in line for line in loop) == (kind != cpu.COPY)
+        assert registers(ptx, major, minor) <= (80 if major == 7 else 64)  # 3 and 4 blocks on a multiprocessor
 
 
 @needs_numba_cuda
@@ -397,4 +426,5 @@ def test_ptx_of_select():
     for (major, minor), ptx in ptx_of(cuda.select, cuda.signature(False)).items():
         assert f".target sm_{major}{minor}" in ptx
         assert ".local" not in ptx
+        assert registers(ptx, major, minor) <= 85  # three blocks of 512 threads
         assert re.search(r"atom\.\S*shared", ptx)

@@ -2,14 +2,13 @@
 
 A tile of messages belongs to a block: each message is decided once, by one thread, which leaves in shared memory where
 it is read from and written to; then all threads copy, 16 bytes at a time where alignment allows. Addresses are
-integers, so that no argument costs more than a number. Only this file and cuda_memory.py know numba.cuda.
+integers, so that no argument costs more than a number. cuda_launch.py compiles and starts them; only this file, that
+one and cuda_memory.py know numba.cuda.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable
 from typing import Any
 
 import numba.cuda
@@ -18,20 +17,16 @@ import numpy as np
 from msgdrop_numba import philox
 from msgdrop_numba.kernels import rules
 from msgdrop_numba.kernels.cpu import COPY
-from msgdrop_numba.kernels.cuda_memory import ELEMENT, SIMULATOR, number, scaler
+from msgdrop_numba.kernels.cuda_memory import SIMULATOR, number, scaler
 from msgdrop_numba.kernels.rules import EVERYTHING, STREAM_DRAW, STREAM_LIMIT, STREAM_PHASE
 
 cuda: Any = numba.cuda  # of which the simulator, the built-in target and numba-cuda each know other types
 
-# Launch geometry; tests make all of it small.
-THREADS = 256  # a block of `drop`
-SELECT_THREADS = 512  # a block of `select`: more would leave a thread too few registers
-BLOCKS = 1024  # enough to fill a device; fewer tiles share their messages' pieces out over more blocks
-MAX_GRID = (2**31 - 1, 65535)
-TILE = 512  # messages, at most
+# Tests make these small.
+THREADS = 256  # a block of `drop`, and its messages, at most
 BITS, BINS = 8, 256  # of a draw, selected by in one pass; the counts of that pass
 
-_UNROLL = 4  # messages that a thread reads before it writes; `copy` writes them out
+UNROLL = 4  # messages that a thread reads before it writes; `copy` writes them out
 _M32, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 Device = Callable[..., Any]
@@ -48,6 +43,7 @@ def _shared_source(function: Device) -> Device:
 
 
 _philox4x32_10 = _shared_source(philox.philox4x32_10)
+_fold_in = _shared_source(philox.fold_in)
 _multiply_shift = _shared_source(rules.multiply_shift)
 
 
@@ -56,6 +52,15 @@ _load_word, _store_word = number(np.uint64)
 _load_float, _ = number(np.float64)
 _load_byte, _store_byte = number(np.uint8)
 _PIECES = {16: None, 8: np.uint64, 4: np.uint32, 2: np.uint16, 1: np.uint8}
+
+
+@_device
+def _row_key(keys: int, inner: int, row: Any) -> Any:
+    """The key of a row, of keys that stand for `inner` rows each."""
+    if not keys:
+        return np.uint64(row)
+    key = _load_word(keys + 8 * (row if inner == 1 else row // inner))
+    return key if inner == 1 else _fold_in(key, np.uint64(row % inner))
 
 
 @_device
@@ -99,9 +104,8 @@ def _dropped_exactly(valid: Any, threshold: int, min_keep: int) -> Any:
 
 @_device
 def _keeps(
-    seed: Any, row: Any, i: Any, span: int, exact: int, threshold: int, thresholds: int, keys: int, limits: int
+    seed: Any, key: Any, row: Any, i: Any, span: int, exact: int, threshold: int, thresholds: int, limits: int
 ) -> Any:  # fmt: skip
-    key = _load_word(keys + 8 * row) if keys else np.uint64(row)
     if not _candidate(seed, key, i, _phase(seed, key, span), span, exact, threshold, thresholds):
         return True
     if not limits:
@@ -162,7 +166,7 @@ def _next_tie(
 
 
 def select(
-    rows: int, size: int, span: int, exact: int, min_keep: int, threshold: int, lengths: int, keys: int,
+    rows: int, size: int, span: int, exact: int, min_keep: int, threshold: int, lengths: int, keys: int, inner: int,
     thresholds: int, own_row: int, seed_address: int, limits: int,
 ) -> None:  # fmt: skip
     """Write each row's cutoff to `limits`, 16 bytes a row: the (draw, position) below which candidates drop."""
@@ -170,7 +174,7 @@ def select(
     chosen = cuda.shared.array(3, np.int64)
     seed, row = _load_word(seed_address), np.int64(cuda.blockIdx.x)
     while row < rows:
-        key = _load_word(keys + 8 * row) if keys else np.uint64(row)
+        key = _row_key(keys, inner, row)
         valid, phase, own = _valid(lengths, row, size), _phase(seed, key, span), thresholds + own_row * row
         limit = _dropped_exactly(valid, threshold, min_keep) if exact else max(np.int64(0), valid - min_keep)
         prefix, shift, end, digit = np.uint64(0), np.uint64(32), np.int64(0), np.int64(0)
@@ -201,7 +205,7 @@ def select(
 
 
 def _make_copy(unit: int, kind: int) -> Device:
-    """`copy(source, target, by, tile, width)`: all threads of a block write a tile's messages."""
+    """`copy(source, target, by, width)`: all threads of a block write a tile's messages, UNROLL a line of them."""
     load, store = number(_PIECES[unit])
     scale = None if kind == COPY else scaler(unit, kind)
     zero = (np.uint32(0),) * 4 if unit == 16 else _PIECES[unit](0)  # type: ignore[misc]
@@ -221,19 +225,16 @@ def _make_copy(unit: int, kind: int) -> Device:
             store(target[j] + at, piece)
 
     @_device
-    def copy(source: Any, target: Any, by: Any, tile: int, width: int) -> None:
-        lines = cuda.blockDim.y
+    def copy(source: Any, target: Any, by: Any, width: int) -> None:
+        j, lines = cuda.threadIdx.y, cuda.blockDim.y
+        k, m, n = j + lines, j + 2 * lines, j + 3 * lines
         at = (np.int64(cuda.blockIdx.y) * cuda.blockDim.x + cuda.threadIdx.x) * unit
-        while at < width:
-            j = cuda.threadIdx.y
-            while j < tile:  # all loads before the first store: they are in flight together
-                k, m, n = j + lines, j + 2 * lines, j + 3 * lines
-                a, b, c, d = fetch(source, j, at), fetch(source, k, at), fetch(source, m, at), fetch(source, n, at)
-                put(target, by, j, at, a)
-                put(target, by, k, at, b)
-                put(target, by, m, at, c)
-                put(target, by, n, at, d)
-                j += 4 * lines
+        while at < width:  # all loads before the first store: they are in flight together
+            a, b, c, d = fetch(source, j, at), fetch(source, k, at), fetch(source, m, at), fetch(source, n, at)
+            put(target, by, j, at, a)
+            put(target, by, k, at, b)
+            put(target, by, m, at, c)
+            put(target, by, n, at, d)
             at += np.int64(cuda.gridDim.y) * cuda.blockDim.x * unit
 
     return copy
@@ -252,56 +253,51 @@ def _factor(
 def _make_drop(unit: int, kind: int) -> Device:
     """The kernel that draws and copies in pieces of `unit` bytes, multiplying kept ones as `kind` says."""
     copy = _make_copy(unit, kind)
-    scaled, tile_size = kind != COPY, TILE
+    scaled, places = kind != COPY, THREADS
 
     def drop(
         messages: int, size: int, width: int, x_row: int, x_step: int, out_row: int, out_step: int, span: int,
         exact: int, exactly: int, min_keep: int, threshold: int, fill: int, given: int, lengths: int, keys: int,
-        thresholds: int, own_row: int, factors: int, x: int, out: int, mask: int, seed_address: int, limits: int,
-        tile: int, factor: float,
+        inner: int, thresholds: int, own_row: int, factors: int, x: int, out: int, mask: int, seed_address: int,
+        limits: int, factor: float,
     ) -> None:  # fmt: skip
-        source = cuda.shared.array(tile_size, np.int64)
-        target = cuda.shared.array(tile_size, np.int64)
-        by = cuda.shared.array(tile_size if scaled else 1, np.float64)
-        thread = cuda.threadIdx.x + cuda.blockDim.x * cuda.threadIdx.y
-        seed, first = _load_word(seed_address) if seed_address else np.uint64(0), np.int64(cuda.blockIdx.x) * tile
-        while first < messages:
-            j = thread
-            while j < tile:
-                message, from_, to, times = first + j, np.int64(0), np.int64(0), 0.0
-                if message < messages:
-                    row = np.int64(np.uint64(message) // np.uint64(size))
-                    i, valid, keep = message - row * size, _valid(lengths, row, size), True
-                    if given:
-                        keep = i >= valid or _load_byte(mask + message) != 0
-                    elif i < valid:
-                        own = thresholds + own_row * row if thresholds else np.int64(0)
-                        keep = _keeps(seed, row, i, span, exact, threshold, own, keys, limits)
-                    if mask and not given and cuda.blockIdx.y == 0:
-                        _store_byte(mask + message, np.uint8(keep))
-                    if out:
-                        from_ = x + row * x_row + i * x_step
-                        to = out + row * out_row + i * out_step
-                        if not keep:
-                            from_ = np.int64(fill)
-                        elif scaled and i < valid:
-                            times = _factor(row, i, valid, own_row, factors, factor, exactly, threshold, min_keep)
-                        elif from_ == to:
-                            to = np.int64(0)
-                source[j], target[j] = from_ if to else 0, to
-                if scaled:
-                    by[j] = times
-                j += cuda.blockDim.x * cuda.blockDim.y
-            if out:
-                cuda.syncthreads()
-                copy(source, target, by, tile, width)
-                cuda.syncthreads()
-            first += np.int64(cuda.gridDim.x) * tile
+        source = cuda.shared.array(places, np.int64)
+        target = cuda.shared.array(places, np.int64)
+        by = cuda.shared.array(places if scaled else 1, np.float64)
+        j, tile = cuda.threadIdx.x + cuda.blockDim.x * cuda.threadIdx.y, UNROLL * cuda.blockDim.y
+        seed = _load_word(seed_address) if seed_address else np.uint64(0)
+        if j < tile:  # no loop: what it carries would take half of the registers
+            message, from_, to, times = np.int64(cuda.blockIdx.x) * tile + j, np.int64(0), np.int64(0), 0.0
+            if message < messages:
+                row = np.int64(np.uint64(message) // np.uint64(size))
+                i, valid, keep = message - row * size, _valid(lengths, row, size), True
+                if given:
+                    keep = i >= valid or _load_byte(mask + message) != 0
+                elif i < valid:
+                    own = thresholds + own_row * row if thresholds else np.int64(0)
+                    keep = _keeps(seed, _row_key(keys, inner, row), row, i, span, exact, threshold, own, limits)
+                if mask and not given and cuda.blockIdx.y == 0:
+                    _store_byte(mask + message, np.uint8(keep))
+                if out:
+                    from_ = x + row * x_row + i * x_step
+                    to = out + row * out_row + i * out_step
+                    if not keep:
+                        from_ = np.int64(fill)
+                    elif scaled and i < valid:
+                        times = _factor(row, i, valid, own_row, factors, factor, exactly, threshold, min_keep)
+                    elif from_ == to:
+                        to = np.int64(0)
+            source[j], target[j] = from_ if to else 0, to
+            if scaled:
+                by[j] = times
+        if out:
+            cuda.syncthreads()
+            copy(source, target, by, width)
 
     return drop
 
 
-SELECT_ARGUMENTS, DROP_ARGUMENTS = 12, 25  # integers; `drop` takes a float behind them
+SELECT_ARGUMENTS, DROP_ARGUMENTS = 13, 25  # integers; `drop` takes a float behind them
 
 
 def signature(drop: bool) -> Any:
@@ -311,79 +307,6 @@ def signature(drop: bool) -> Any:
     return cuda.types.void(*(cuda.types.int64,) * SELECT_ARGUMENTS)
 
 
-@cache
-def kernel(unit: int, kind: int, device: int) -> Any:
-    """The compiled `drop` for pieces of `unit` bytes (0: `select`), for the device that is current."""
-    function = _make_drop(unit, kind) if unit else select
-    return cuda.jit(function) if SIMULATOR else cuda.jit(signature(bool(unit)))(function)
-
-
-@lru_cache(maxsize=1024)
-def _configured(unit: int, kind: int, device: int, stream: int, grid: Any, block: Any) -> Any:
-    with warnings.catch_warnings():  # small inputs have few blocks, which isn't the user's fault
-        warnings.simplefilter("ignore")
-        return kernel(unit, kind, device)[grid, block, cuda.external_stream(stream) if stream else 0]
-
-
-@lru_cache(maxsize=1024)
-def geometry(messages: int, width: int, unit: int) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """Grid, block and messages in a tile: threads along x over the pieces of a message, along y over messages."""
-    pieces = max(1, -(-width // unit))
-    across = -(-pieces // -(-pieces // THREADS))
-    down = max(1, min(THREADS // across, TILE // _UNROLL))
-    tile = _UNROLL * down
-    tiles = -(-messages // tile)
-    shares = min(-(-pieces // across), -(-BLOCKS // tiles))
-    return (min(tiles, MAX_GRID[0]), min(shares, MAX_GRID[1])), (across, down), tile
-
-
-def piece_size(kind: int, *places: int) -> int:
-    """Bytes that a thread moves at a time: 16 where all addresses, strides and the width allow."""
-    every = 16
-    for place in places:
-        every |= place
-    unit = every & -every
-    if kind == COPY or unit == 16:
-        return unit
-    if unit < ELEMENT[kind]:
-        raise ValueError(f"elements of {ELEMENT[kind]} bytes must lie at multiples of that, but one is off by {unit}")
-    return ELEMENT[kind]
-
-
-def launch(
-    plan: Sequence[Any], draw: Sequence[int], messages: int, x: int, out: int, mask: int, seed: int, limits: int,
-    stream: int, device: int,
-) -> None:  # fmt: skip
-    """Drop among `messages` messages on a stream of a device; nothing is copied, allocated or waited for.
-
-    Args:
-        plan: the fields of one PLAN (`record[0].item()`); draw: those of one DRAW, its arrays on the device, without
-            sources.
-        x, out, mask: addresses on the device. Equal x and out: in place; no out: the mask alone; `mask` is written,
-            or read where `draw` says that it is given.
-        seed: the address of an int64 on the device; 0 where the mask is given.
-        limits: the address of 16 bytes a row, for `exact` and `min_keep`; else 0.
-        stream: a cudaStream_t, 0 for the default one. The caller keeps all memory alive until it has run.
-    """
-    size, width, kind, factor, x_row, x_step, out_row, out_step, _, _, threshold, certain, exact, span, min_keep = plan
-    fill, given, lengths, keys, thresholds, per_row, factors, _, _ = draw
-    if not messages:
-        return
-    limited, own_row = bool((exact or min_keep) and not given), 8 * size * bool(per_row)
-    if limited and not limits:
-        raise ValueError("exact and min_keep need `limits`, 16 bytes a row")
-    kind = kind if out else COPY
-    unit = piece_size(kind, x, out, x_row, x_step, out_row, out_step, width, fill) if out else 16
-    grid, block, tile = geometry(messages, width if out else 1, unit)
-    with cuda.gpus[device]:
-        if limited:
-            rows = messages // size
-            threads = min(SELECT_THREADS, -(-size // 32) * 32)
-            _configured(0, COPY, device, stream, min(rows, MAX_GRID[0]), threads)(
-                rows, size, span, exact, min_keep, threshold, lengths, keys, thresholds, own_row, seed, limits
-            )
-        _configured(unit, kind, device, stream, grid, block)(
-            messages, size, width, x_row, x_step, out_row, out_step, span, exact, int(exact and not certain), min_keep,
-            threshold, fill, given, lengths, keys, thresholds, own_row, factors, x, out, mask, seed,
-            limits if limited else 0, tile, factor,
-        )  # fmt: skip
+def function(unit: int, kind: int) -> Callable[..., Any]:
+    """The source of `drop` for pieces of `unit` bytes; 0: of `select`."""
+    return _make_drop(unit, kind) if unit else select
