@@ -136,9 +136,9 @@ def keep_mask(
     dims = mask_shape(shape)
     if device is None:
         return numpy_ops.keep_mask(dims, p, exact, span, min_keep, lengths, seed, keys)
-    from msgdrop_numba import traced
+    from msgdrop_numba import torch_ops
 
-    return traced.keep_mask(dims, p, exact, span, min_keep, lengths, seed, keys, device)
+    return torch_ops.keep_mask(dims, p, exact, span, min_keep, lengths, seed, keys, device)
 
 
 def fold_in(seed: Any, data: Any) -> int:

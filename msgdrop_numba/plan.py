@@ -69,6 +69,7 @@ class Plan(NamedTuple):
     arguments: tuple[Any, ...]  # that it was made from, but for strides
     record: np.ndarray[Any, Any]  # one PLAN, what the kernels read
     address: int  # of the record
+    numbers: tuple[Any, ...]  # the record's fields
 
 
 def plan(
@@ -118,7 +119,7 @@ def _make(
     return Plan(
         tuple(shape[:dims]), messages, shape[dims - 1], messages * (width or 1), kind, followed, rule,
         (shape, itemsize, kind, message_dims, p, exact, span, min_keep), record,
-        record.__array_interface__["data"][0],
+        record.__array_interface__["data"][0], record[0].item(),
     )  # fmt: skip
 
 

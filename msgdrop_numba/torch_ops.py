@@ -1,4 +1,7 @@
-"""message_dropout on CPU tensors: the kernels under torch's rules of autograd, versions and generators."""
+"""message_dropout on CPU and CUDA tensors: the kernels under torch's rules of autograd, versions and generators.
+
+A seed that is an integer belongs to the CPU's kernels, one that is a tensor to those of its CUDA device.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,23 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from msgdrop_numba import arguments, outputs, traced
+from msgdrop_numba import arguments, numpy_ops, outputs, torch_cuda, traced
 from msgdrop_numba.kernels import tensor
 from msgdrop_numba.kernels.cpu import COPY
-from msgdrop_numba.plan import PLAIN, Draw, Plan, follow, kept_factors, row_arguments
+from msgdrop_numba.plan import PLAIN, Draw, Plan, follow, row_arguments
 from msgdrop_numba.plan import plan as make_plan
-from msgdrop_numba.tensors import check_target, fill_message, scaled_kind
+from msgdrop_numba.tensors import check_generator, check_target, fill_message, scaled_kind, seed_on
 from msgdrop_numba.threads import launch
-from msgdrop_numba.torch_state import is_plain
+from msgdrop_numba.torch_state import is_eager, is_plain, is_plain_cuda
 
 
 def _write(
-    plan: Plan, draw: Draw, seed: int, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None
+    plan: Plan, draw: Draw, seed: Any, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
     """Run the kernel from x into `target`, a new tensor where None; the mask is written, or read if given."""
     if target is not None:
         result = target
-    elif plan.nbytes >= outputs.HUGE_BYTES and x.is_contiguous():
+    elif plan.nbytes >= outputs.HUGE_BYTES and type(seed) is int and x.is_contiguous():
         result = outputs.empty(x.shape, x.dtype)
     else:
         result = torch.empty_like(x)
@@ -36,16 +39,26 @@ def _write(
     if plan.messages and plan.followed:
         if x.data_ptr() == 0 and plan.nbytes and x.numel():
             raise ValueError(f"x has no memory, though its shape is {tuple(x.shape)}: its storage was freed")
-        launch(plan, draw, seed, x.data_ptr(), result.data_ptr(), 0 if mask is None else mask.data_ptr())
-        if target is not None and not target.is_inference():
-            increment_version(target)  # torch can't see a write through a pointer
-    elif plan.messages:
+        if _launch(plan, draw, seed, x.data_ptr(), result.data_ptr(), 0 if mask is None else mask.data_ptr()):
+            if target is not None and not target.is_inference():
+                increment_version(target)  # torch can't see a write through a pointer
+            return result
+    if plan.messages:
         result.copy_(where(plan, draw, x, draw_mask(plan, draw, seed, mask)))
     return result
 
 
-def draw_mask(plan: Plan, draw: Draw, seed: int, mask: Tensor | None = None) -> Tensor:
+def _launch(plan: Plan, draw: Draw, seed: Any, x: int, out: int, mask: int) -> bool:
+    if type(seed) is not int:
+        return torch_cuda.launch(plan, draw, seed, x, out, mask)
+    launch(plan, draw, seed, x, out, mask)
+    return True
+
+
+def draw_mask(plan: Plan, draw: Draw, seed: Any, mask: Tensor | None = None) -> Tensor:
     """The mask alone, in `mask` where there is one."""
+    if type(seed) is not int:
+        return torch_cuda.draw_mask(plan, draw, seed, mask)
     if mask is None:
         mask = torch.empty(plan.shape, dtype=torch.bool, device="cpu")
     if plan.messages and not draw.given:
@@ -60,12 +73,12 @@ class _DropMessages(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fill: Tensor | None, job: tuple[Plan, Draw, int, Tensor | None, bool]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, fill: Tensor | None, job: tuple[Plan, Draw, Any, Tensor | None, bool]) -> Tensor:
         plan, draw, seed, mask, inplace = job
         if draw.seeded:
             ctx.job = plan, PLAIN, seed
         else:
-            mask = torch.empty(plan.shape, dtype=torch.bool, device="cpu") if mask is None else mask
+            mask = torch.empty(plan.shape, dtype=torch.bool, device=x.device) if mask is None else mask
             ctx.save_for_backward(mask)
             # Unscaled, padding passes like any kept message.
             again = GIVEN if plan.kind == COPY else Draw(None, draw.lengths, None, None, draw.factors, given=True)
@@ -83,9 +96,9 @@ class _DropMessages(torch.autograd.Function):
         needs_x, needs_fill, _ = ctx.needs_input_grad
         grad_x = grad_fill = None
         if needs_fill:
-            grad_fill = grad[~draw_mask(plan, draw, seed, mask)].sum(0)
+            grad_fill = _fill_gradient(grad, draw_mask(plan, draw, seed, mask))
         if needs_x:
-            if not is_plain(grad):
+            if not (is_plain if type(seed) is int else is_plain_cuda)(grad):
                 grad_x = where(plan, draw, grad, draw_mask(plan, draw, seed, mask))
             elif grad.requires_grad and torch.is_grad_enabled():
                 grad_x = _drop_messages(grad, None, (plan, draw, seed, mask, False))
@@ -97,13 +110,43 @@ class _DropMessages(torch.autograd.Function):
 _drop_messages: Any = _DropMessages.apply
 
 
+def _fill_gradient(grad: Tensor, keep: Tensor) -> Tensor:
+    if grad.is_cpu:
+        return grad[~keep].sum(0)
+    return tensor.select(grad, ~keep, None).flatten(0, keep.ndim - 1).sum(0)  # picking them would synchronise
+
+
+def keep_mask(
+    shape: tuple[int, ...], p: Any, exact: bool, span: int, min_keep: int, lengths: Any, seed: Any, keys: Any,
+    device: Any,
+) -> Tensor:  # fmt: skip
+    """`functional.keep_mask` on a device."""
+    device = torch.device(device)
+    if seed is None:
+        arguments.check_seed(seed)
+    compiling, tensors = torch.compiler.is_compiling(), [t for t in (p, lengths, seed, keys) if isinstance(t, Tensor)]
+    if not compiling and device.type == "cpu" and all(map(is_plain, tensors)):
+        return torch.from_numpy(numpy_ops.keep_mask(shape, p, exact, span, min_keep, lengths, seed, keys))
+    if compiling or not (is_eager() and torch_cuda.usable(device) and all(map(torch_cuda.is_ordinary, tensors))):
+        return traced.keep_mask(shape, p, exact, span, min_keep, lengths, seed, keys, device)
+    number, array = torch_cuda.number_or_array(p)
+    plan = make_plan((*shape, 0), 0, COPY, len(shape), number, exact, span, min_keep)
+    draw = torch_cuda.row_arguments(plan, array, False, None, lengths, keys, device)
+    return draw_mask(plan, draw, seed_on(seed, None, device, draw=True))
+
+
 def where(plan: Plan, draw: Draw, x: Tensor, mask: Tensor) -> Tensor:
     """What the kernels do, in torch's operations: for layouts that they can't follow and what autograd must see."""
     factors = valid = None
     if plan.kind != COPY:
-        arrays = kept_factors(plan, draw)
-        factors, valid = (torch.from_numpy(np.array(array)) for array in arrays)
+        lengths, own = _tensor(draw.lengths), _tensor(draw.factors)
+        lengths = None if lengths is None else lengths.reshape(plan.shape[:-1])
+        factors, valid = tensor.factors(plan.shape, plan.rule, lengths, own, x.device)
     return tensor.select(x, mask, draw.fill, factors, valid)
+
+
+def _tensor(values: Any) -> Tensor | None:
+    return torch.from_numpy(values) if isinstance(values, np.ndarray) else values
 
 
 def message_dropout(
@@ -114,13 +157,14 @@ def message_dropout(
     """`functional.message_dropout` for a tensor."""
     numbers = lengths is None and keys is None and seed is None and out is None  # the usual call, asked first
     numbers = numbers and type(fill) is float and type(p) is float
-    if not is_plain(x) or not (numbers or _all_plain(lengths, fill, seed, keys, p, out)):
+    on_cpu = is_plain(x) and (numbers or _all_plain(lengths, fill, seed, keys, p, out))
+    if not on_cpu and not torch_cuda.takes(x, lengths, fill, seed, keys, p, out):
         return traced.message_dropout(
             x, p, training, inplace, scale, exact, span, min_keep, lengths, fill, message_dims, seed, keys,
             generator, out, return_mask,
         )  # fmt: skip
     kind = scaled_kind(x.dtype) if scale else COPY
-    number, array = arguments.split_p(p)
+    number, array = (arguments.split_p if on_cpu else torch_cuda.number_or_array)(p)
     plan = make_plan(x.shape, x.itemsize, kind, message_dims, number, exact, span, min_keep)
     message = fill_message(fill, x, len(plan.shape))
     active = training and number != 0
@@ -130,19 +174,24 @@ def message_dropout(
             message = message.clone()  # the user's own memory may be what is written
         if not _apart(x, target):
             arguments.check_memory("x, to be changed in place," if inplace else "out", _memory(x), _memory(target))
-    seed = arguments.check_source(seed, generator, torch.Generator)
-    draw = row_arguments(plan, array, scale, message, lengths, keys)
+    graph = torch.is_grad_enabled() and (x.requires_grad or (message is not None and message.requires_grad))
+    if on_cpu:
+        seed = arguments.check_source(seed, generator, torch.Generator)
+        draw = row_arguments(plan, array, scale, message, lengths, keys)
+        seed = fresh_seed(generator) if seed is None and active else seed
+    else:
+        draw = torch_cuda.row_arguments(plan, array, scale, message, lengths, keys, x.device)
+        own, seed = seed, seed_on(seed, generator, x.device, draw=active)
+        if seed is own and seed is not None and (graph or target is not None):
+            seed = seed.clone()  # the caller may change it before backward, or have it written here
     if not active:
         if target is None:
             target = x
         elif target is not x:
             target.copy_(x)
-        return (target, torch.ones(plan.shape, dtype=torch.bool, device="cpu")) if return_mask else target
+        return (target, torch.ones(plan.shape, dtype=torch.bool, device=x.device)) if return_mask else target
 
-    if seed is None:
-        seed = fresh_seed(generator)
-    graph = torch.is_grad_enabled() and (x.requires_grad or (message is not None and message.requires_grad))
-    mask = torch.empty(plan.shape, dtype=torch.bool, device="cpu") if return_mask else None
+    mask = torch.empty(plan.shape, dtype=torch.bool, device=x.device) if return_mask else None
     if not graph:
         result = _write(plan, draw, seed, x, target, mask)
     elif inplace and x._is_view():
@@ -182,6 +231,5 @@ def fresh_seed(generator: Any) -> int:
             buffer = _local.seed = torch.empty((), dtype=torch.int64, device="cpu")
     if generator is None:
         return buffer.random_(0, _SEEDS).item()  # type: ignore[no-any-return]
-    if generator.device.type != "cpu":
-        raise ValueError(f"generator must be on the CPU, as x is, but it is on {generator.device}")
+    check_generator(generator, buffer.device)
     return buffer.random_(0, _SEEDS, generator=generator).item()  # type: ignore[no-any-return]

@@ -10,8 +10,14 @@ from torch.autograd import forward_ad
 
 try:
     _Key, _KeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
-    _INFERENCE = _KeySet(_Key.CPU) | _KeySet(_Key.AutocastCPU)
-    _PLAIN = (_INFERENCE | _KeySet(_Key.ADInplaceOrView) | _KeySet(_Key.AutogradCPU), _INFERENCE)
+
+    def _ordinary(device: Any, autocast: Any, autograd: Any) -> tuple[Any, Any]:
+        """The keys of an ordinary tensor, and of one made in inference mode."""
+        inference = _KeySet(device) | _KeySet(autocast)
+        return inference | _KeySet(_Key.ADInplaceOrView) | _KeySet(autograd), inference
+
+    _PLAIN = _ordinary(_Key.CPU, _Key.AutocastCPU, _Key.AutogradCPU)
+    _PLAIN_CUDA = _ordinary(_Key.CUDA, _Key.AutocastCUDA, _Key.AutogradCUDA)
     _dispatch_keys: Any = torch._C._dispatch_keys
     _modes = torch._C._len_torch_dispatch_stack
     _tracing = torch._C._get_tracing_state
@@ -62,3 +68,18 @@ _STRIDED = {torch.strided}
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether `tensor` is a dense eager CPU tensor outside every transform."""
     return type(tensor) in _PLAIN_TYPES and is_eager() and _dispatch_keys(tensor) in _PLAIN
+
+
+def is_plain_cuda(tensor: torch.Tensor) -> bool:
+    """The same on a CUDA device."""
+    return type(tensor) in _PLAIN_TYPES and is_eager() and _dispatch_keys(tensor) in _PLAIN_CUDA
+
+
+def raw_stream(device: int) -> int:
+    """The current cudaStream_t of a CUDA device."""
+    if _raw_stream is not None:
+        return _raw_stream(device)  # type: ignore[no-any-return]
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # the other way takes 1 us

@@ -84,7 +84,7 @@ def launch(*arguments: Any) -> None:
 
     try:
         cuda_launch.launch(*arguments)
-    except cuda_launch.NotLoaded as needed:
+    except cuda_launch.NotLoadedError as needed:
         cuda_launch.load(*needed.args, (9, 0))
         launch(*arguments)
 

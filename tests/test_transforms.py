@@ -41,7 +41,7 @@ def tensor_mask(vector: dict) -> torch.Tensor:
     given = arguments(vector)
     seed, keys, lengths = given.pop("seed"), given.pop("keys", None), given.pop("lengths", None)
     p = probability(vector)
-    array = torch.from_numpy(p) if isinstance(p, np.ndarray) else None
+    array = tensor.thresholds(torch.from_numpy(p)) if isinstance(p, np.ndarray) else None
     return tensor.keep_mask(
         tuple(vector["shape"]),
         DropRule(None if array is not None else p, **given),
@@ -105,7 +105,7 @@ def test_compiled_operations_on_vectors(compiled, vector, dynamic):
     given = arguments(vector)
     rule = {name: given[name] for name in ("exact", "span", "min_keep") if name in given}
     p = probability(vector)
-    array = torch.from_numpy(p) if isinstance(p, np.ndarray) else None
+    array = tensor.thresholds(torch.from_numpy(p)) if isinstance(p, np.ndarray) else None
     dropping = DropRule(None if array is not None else p, **rule)
     f = compiled(
         lambda x, seed, keys, lengths: tensor.keep_mask((x.shape[0], x.shape[1]), dropping, seed, keys, lengths, array),

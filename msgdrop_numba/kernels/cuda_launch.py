@@ -16,7 +16,6 @@ from msgdrop_numba.kernels.cpu import COPY
 from msgdrop_numba.kernels.cuda import THREADS, UNROLL
 from msgdrop_numba.kernels.cuda_memory import ELEMENT, SIMULATOR
 
-core: Any = None
 if not SIMULATOR:
     from cuda import core
 
@@ -26,13 +25,13 @@ BLOCKS = 1024  # enough to fill a device; fewer tiles share their messages' piec
 MAX_GRID = (2**31 - 1, 65535)
 
 
-class NotLoaded(Exception):
+class NotLoadedError(Exception):
     """A kernel isn't on the device yet: call `load(*args)`, and launch again."""
 
 
 class _Loaded(dict[tuple[int, int, int], Any]):
     def __missing__(self, variant: tuple[int, int, int]) -> NoReturn:
-        raise NotLoaded(*variant)
+        raise NotLoadedError(*variant)
 
 
 _loaded = _Loaded()  # by bytes in a piece (0: `select`), kind and device
@@ -104,7 +103,7 @@ def launch(
         stream: a cudaStream_t, 0 for the default one. The caller keeps all memory alive until it has run.
 
     Raises:
-        NotLoaded: a kernel must be loaded first. Nothing was started.
+        NotLoadedError: a kernel must be loaded first. Nothing was started.
     """
     size, width, kind, factor, x_row, x_step, out_row, out_step, _, _, threshold, certain, exact, span, min_keep = plan
     fill, given, lengths, keys, thresholds, per_row, factors, _, _ = draw

@@ -77,13 +77,24 @@ def _exactly(valid: Tensor, rule: DropRule) -> Tensor:
     return torch.minimum(wanted, (valid - rule.min_keep).clamp(min=0))
 
 
+def thresholds(p: Tensor) -> Tensor:
+    """T(p) of the contract, int64, for each element of a float64 p."""
+    return (p * 2.0**32).round().to(torch.int64)
+
+
+def scales(p: Tensor) -> Tensor:
+    """1/(1-p) for each element of a float64 p, and 1 where p is 1."""
+    return 1 / torch.where(p < 1, 1 - p, 1)
+
+
 def keep_mask(
-    shape: tuple[int, ...], rule: DropRule, seed: Tensor, keys: Tensor | None, lengths: Tensor | None, p: Tensor | None
-) -> Tensor:
+    shape: tuple[int, ...], rule: DropRule, seed: Tensor, keys: Tensor | None, lengths: Tensor | None,
+    own: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The keep mask over the message dims `shape`, on the seed's device.
 
     Args:
-        rule: its p is None where the tensor `p` (float64, broadcastable to `shape`) takes its place.
+        rule: its p is None where the tensor `own` (thresholds, broadcastable to `shape`) takes its place.
         seed: 0-d int64; keys: int64, one a row or lacking trailing dims; lengths: integers, one a row.
     """
     *rows, size = shape
@@ -94,7 +105,7 @@ def keep_mask(
     if rule.exact:
         drawn = torch.where(inside, draws(seed, keys, size, 0), 2**33)
         return ~(_fewer(drawn, _exactly(valid, rule)) & inside)
-    threshold: Any = rule.threshold if p is None else (p * 2.0**32).round().to(torch.int64)
+    threshold: Any = rule.threshold if own is None else own
     if rule.span > 1:
         first = draws(seed, keys, 1, 1)
         # In two steps since the product may not fit into 64 bits.
@@ -111,12 +122,15 @@ def keep_mask(
 
 
 def factors(
-    shape: tuple[int, ...], rule: DropRule, lengths: Tensor | None, p: Tensor | None, device: torch.device
+    shape: tuple[int, ...], rule: DropRule, lengths: Tensor | None, own: Tensor | None, device: torch.device
 ) -> tuple[Any, Tensor | None]:
-    """What each message is multiplied by (a number, or float64), and where, not in padding; None: everywhere."""
+    """What each message is multiplied by (a number, or float64), and where, not in padding; None: everywhere.
+
+    `own` are the scales of a p that is an array.
+    """
     valid = None if lengths is None else torch.arange(shape[-1], device=device) < lengths.unsqueeze(-1)
-    if p is not None:
-        return 1 / torch.where(p < 1, 1 - p, 1), valid
+    if own is not None:
+        return own, valid
     if rule.exact and lengths is not None and rule.p != 1:
         rest = lengths - _exactly(lengths, rule)
         return (lengths.to(torch.float64) / rest.clamp(min=1)).unsqueeze(-1), valid
