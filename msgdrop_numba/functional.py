@@ -36,7 +36,8 @@ def message_dropout(
     position): the same for every array library, thread count, worker and machine.
 
     Args:
-        x: NumPy array or tensor of numbers or bools, `(*message dims, *features)` with at least one feature dim.
+        x: NumPy array, tensor, or CuPy or numba device array of numbers or bools, `(*message dims, *features)` with at
+            least one feature dim.
         p: probability that a message is **dropped**, in [0, 1]; or an array of them, of the shape of the last message
             dim or of all message dims.
         training: with False (or p = 0) x itself comes back, unchanged.
@@ -64,6 +65,7 @@ def message_dropout(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype or value. Nothing was written.
+        ModuleNotFoundError: x is a CuPy or numba device array, and torch isn't installed.
 
     Example:
         >>> import numpy as np
@@ -96,6 +98,10 @@ def _library(x: Any) -> Any:
         raise TypeError("x must be a plain NumPy array, but got a masked one, whose mask would be lost: give filled()")
     if isinstance(x, np.ndarray):
         return numpy_ops
+    if hasattr(x, "__cuda_array_interface__"):
+        from msgdrop_numba import device_arrays
+
+        return device_arrays
     raise TypeError(f"x must be a NumPy array or a torch tensor, but got {type(x).__name__}; make it one first")
 
 

@@ -59,7 +59,7 @@ class MessageDropout(torch.nn.Module):
         rule = DropRule(number, exact, span, min_keep)
         if message_dims is not None:
             check_message_dims(message_dims)
-        # An array is kept as float64 and no buffer: the mask's bits must not depend on the layer's dtype.
+        # An array is kept as float64 and no buffer: the mask's bits must not depend on the layer's dtype. See _apply.
         self.p: Any = rule.p if array is None else torch.from_numpy(probabilities(array, tuple(array.shape)))
         self.inplace, self.scale, self.message_dims = inplace, scale, message_dims
         self.exact, self.span, self.min_keep = rule.exact, rule.span, rule.min_keep
@@ -69,6 +69,14 @@ class MessageDropout(torch.nn.Module):
             if not isinstance(fill, Tensor):
                 check_is_number("fill", fill)
             self.fill = fill
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Take an array p along where parameters go: copied at each call, it would break a CUDA graph."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if isinstance(self.p, Tensor):
+            device = fn(self.p.new_empty(0)).device
+            self.p = self.p if device.type == "meta" else self.p.to(device)
+        return self
 
     def forward(
         self, x: Tensor, *, lengths: Any = None, keys: Any = None, seed: Any = None, return_mask: bool = False

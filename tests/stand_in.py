@@ -1,0 +1,69 @@
+"""A CUDA device that is none: host memory in its place, the CPU's kernels behind the addresses that it is given.
+
+What torch's side does for the device (seeds, arguments, autograd, streams) runs as it would there. In numba's simulator
+the CUDA kernels themselves run. Where there is a GPU, the same tests run on it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from msgdrop_numba import torch_cuda, torch_ops, torch_state
+from msgdrop_numba.kernels import cpu, rules
+from msgdrop_numba.kernels.memory import view
+
+
+class Kernels:
+    """In the place of kernels.cuda_launch."""
+
+    class NotLoadedError(Exception):
+        pass
+
+    def __init__(self) -> None:
+        self.loaded: set[Any] = set()
+        self.fails: Exception | None = None
+        self.launches = 0
+
+    def load(self, *variant: Any) -> None:
+        if self.fails is not None:
+            raise self.fails
+        self.loaded.add(variant[:-1])
+
+    def launch(
+        self, plan: Any, draw: Any, messages: int, inner: int, x: int, out: int, mask: int, seed: int, limits: int,
+        stream: int, device: Any,
+    ) -> None:  # fmt: skip
+        variant = (16, plan[2] if out else 0, device)
+        if variant not in self.loaded:
+            raise self.NotLoadedError(*variant)
+        self.launches += 1
+        record, arguments = np.zeros(1, rules.PLAN), np.zeros(1, rules.DRAW)
+        record[0], arguments[0] = tuple(plan), tuple(draw)
+        rows = messages // plan[0]
+        if draw[3] and inner > 1:
+            keys = np.empty(rows, np.uint64)
+            rules.fold_rows(view(draw[3], rows // inner, np.uint64), inner, 0, keys)
+            arguments["keys"] = keys.ctypes.data
+        if (plan[12] or plan[14]) and not draw[1]:
+            view(limits, 2 * rows, np.int64)[:] = -1  # memory that is there
+        bits = int(view(seed, 1, np.uint64)[0])
+        addresses = record.ctypes.data, arguments.ctypes.data
+        cpu.drop_range(0, messages, *addresses, x, out, mask, bits & 0xFFFFFFFF, bits >> 32)
+
+
+def install(patch: pytest.MonkeyPatch, kernels: Any) -> None:
+    """Let CPU tensors take the way of CUDA tensors, with these kernels."""
+    patch.setattr(torch_ops, "is_plain", lambda _: False)
+    patch.setattr(torch_ops, "is_plain_cuda", torch_state.is_plain)
+    patch.setattr(torch_cuda, "is_plain_cuda", torch_state.is_plain)
+    patch.setattr(torch_cuda, "usable", lambda device: device.index not in torch_cuda._broken)
+    patch.setattr(torch_cuda, "_kernels", lambda: kernels)
+    patch.setattr(torch_cuda, "raw_stream", lambda _: 0)
+    patch.setattr(torch_cuda, "_broken", set())
+    patch.setattr(torch.cuda, "current_device", lambda: None)
+    patch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

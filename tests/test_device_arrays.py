@@ -1,0 +1,167 @@
+"""Objects with `__cuda_array_interface__`: CuPy's and numba's on a GPU, else one over host memory in CuPy's place."""
+
+from __future__ import annotations
+
+import sys
+import types
+from contextlib import nullcontext
+from typing import Any
+
+import naive
+import numpy as np
+import pytest
+import stand_in
+import torch
+
+from msgdrop_numba import device_arrays, message_dropout
+
+SHAPE = (3, 7, 4)
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none")
+
+
+class Host:
+    """NumPy memory that says it lies on a device."""
+
+    def __init__(self, array: Any, read_only: bool = False, stream: int | None = None, **more: Any) -> None:
+        self.array = np.asarray(array)
+        described = self.array.__array_interface__
+        self.__cuda_array_interface__ = {
+            "version": 3, "shape": described["shape"], "typestr": described["typestr"],
+            "strides": described["strides"], "data": (described["data"][0], read_only), "stream": stream, **more,
+        }  # fmt: skip
+
+
+Host.__module__ = "cupy._core"
+
+
+def import_host(described: Any) -> torch.Tensor:
+    interface = dict(described.__cuda_array_interface__)
+    if any(step < 0 for step in interface["strides"] or ()):
+        raise ValueError("negative strides")  # as torch says of memory on a device
+    described.__array_interface__ = {name: interface[name] for name in ("shape", "typestr", "strides", "data")}
+    described.__array_interface__["version"] = 3
+    return torch.from_numpy(np.asarray(described))
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> type[Host]:
+    stand_in.install(monkeypatch, stand_in.Kernels())
+    monkeypatch.setattr(device_arrays, "_import", import_host)
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(asarray=lambda tensor: Host(tensor.numpy())))
+    return Host
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex64, np.int16, np.uint8, np.bool_])
+def test_values(dtype, host):
+    x = (np.random.default_rng(1).standard_normal(SHAPE) * 9).astype(dtype)
+    keys, lengths = np.array([5, -3, 2]), np.array([7, 0, 5])
+    keep = naive.keep_mask(SHAPE[:2], 0.5, seed=3, keys=keys, lengths=lengths)
+    want = naive.drop(x, keep, lengths=lengths)
+    there = host(x.copy())
+    for given in ({"keys": keys, "lengths": lengths}, {"keys": host(keys), "lengths": host(lengths)}):
+        y, mask = message_dropout(there, 0.5, seed=3, return_mask=True, **given)
+        assert type(y) is type(mask) is Host
+        assert y.array.dtype == dtype
+        assert np.array_equal(y.array, want)
+        assert np.array_equal(mask.array, keep)
+        assert np.array_equal(there.array, x)
+        out = host(np.zeros_like(x))
+        assert message_dropout(there, 0.5, seed=3, out=out, **given) is out
+        assert np.array_equal(out.array, want)
+    assert message_dropout(there, 0.5, inplace=True, seed=3, keys=keys, lengths=lengths) is there
+    assert np.array_equal(there.array, want)
+    assert message_dropout(there, 0.0) is there
+    assert message_dropout(there, training=False) is there
+
+
+def test_p_seed_and_fill_on_the_device(host):
+    x, p, fill = np.ones(SHAPE, np.float32), np.linspace(0, 1, 7), np.arange(4, dtype=np.float32)
+    keep = naive.keep_mask(SHAPE[:2], p, seed=9)
+    y = message_dropout(host(x), host(p), seed=host(np.array(9)), fill=host(fill))
+    assert np.array_equal(y.array, naive.drop(x, keep, fill=fill))
+
+
+def test_strided(host):
+    base = np.random.default_rng(1).standard_normal((7, 3, 8)).astype(np.float32)
+    keep = naive.keep_mask(SHAPE[:2], 0.5, seed=1)
+    for x in (base.transpose(1, 0, 2)[:, :, ::2], base.transpose(1, 0, 2)[..., :4], base[:3, :, :4].swapaxes(1, 2)):
+        want = naive.drop(x, naive.keep_mask(x.shape[:2], 0.5, seed=1))
+        assert np.array_equal(message_dropout(host(x), seed=1).array, want)
+    with pytest.raises(ValueError, match=r"strides .* is not .*: copy it first"):
+        message_dropout(host(base[::-1]), seed=1)
+    assert keep.any()
+
+
+def test_read_only(host):
+    x = np.ones(SHAPE, np.float32)
+    want = naive.drop(x, naive.keep_mask(SHAPE[:2], 0.5, seed=1))
+    assert np.array_equal(message_dropout(host(x, read_only=True), seed=1).array, want)
+    with pytest.raises(ValueError, match="x must be writable, but got a read-only Host"):
+        message_dropout(host(x, read_only=True), inplace=True)
+    with pytest.raises(ValueError, match="out must be writable"):
+        message_dropout(host(x), out=host(x.copy(), read_only=True))
+    assert (x == 1).all()
+
+
+def test_what_is_refused(host):
+    x = host(np.ones(SHAPE, np.float32))
+    with pytest.raises(TypeError, match="masked"):
+        message_dropout(host(np.ones(SHAPE), mask=x))
+    with pytest.raises(TypeError, match="out must be a tensor"):
+        message_dropout(x, out=np.ones(SHAPE, np.float32))
+    other = type("Array", (Host,), {"__module__": "elsewhere"})
+    with pytest.raises(TypeError, match="CuPy or numba device array, but got Array; make it a tensor first"):
+        message_dropout(other(np.ones(SHAPE)))
+
+
+@pytest.mark.parametrize("stream", [None, 1, 2, 4711])
+def test_the_stream_of_the_object(stream, host, monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
+    monkeypatch.setattr(torch.cuda, "stream", lambda used: entered.append(used) or nullcontext())
+    message_dropout(host(np.ones(SHAPE), stream=stream))
+    assert entered == {None: [], 1: ["default"], 2: [2], 4711: [4711]}[stream]
+
+
+def test_memory_of_another_device_is_refused(monkeypatch):
+    copied = torch.ones(SHAPE)
+    monkeypatch.setattr(torch, "as_tensor", lambda described, device: copied)
+    with pytest.raises(ValueError, match="another device than the current one"):
+        device_arrays.as_tensor("x", Host(np.ones(SHAPE)))
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_cupy(own_stream):
+    cupy = pytest.importorskip("cupy", reason="needs CuPy")
+    x = np.random.default_rng(1).standard_normal((64, 512, 128)).astype(np.float32)
+    want = message_dropout(x, 0.3, seed=3, keys=np.arange(64))
+    with cupy.cuda.Stream(non_blocking=True) if own_stream else nullcontext():
+        there = cupy.asarray(x) * 2
+        y, mask = message_dropout(there, 0.3, seed=3, keys=cupy.arange(64), return_mask=True)
+        assert isinstance(y, cupy.ndarray)
+        assert np.array_equal(cupy.asnumpy(y / 2), want)
+        assert mask.dtype == bool
+        assert message_dropout(there, 0.3, inplace=True, seed=3) is there
+        assert np.array_equal(cupy.asnumpy(there), cupy.asnumpy(y))
+        out = cupy.empty_like(there)
+        assert message_dropout(cupy.asarray(x), 0.3, seed=3, out=out) is out
+        assert np.array_equal(cupy.asnumpy(out), want)
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_numba_arrays():
+    from numba import cuda
+
+    x = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
+    there = cuda.to_device(x)
+    y, mask = message_dropout(there, seed=3, return_mask=True)
+    want, keep = message_dropout(x, seed=3, return_mask=True)
+    assert type(y) is type(there)
+    assert np.array_equal(y.copy_to_host(), want)
+    assert np.array_equal(mask.copy_to_host(), keep)
+    assert message_dropout(there, inplace=True, seed=3) is there
+    assert np.array_equal(there.copy_to_host(), want)

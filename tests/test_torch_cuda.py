@@ -1,0 +1,498 @@
+"""CUDA tensors: the way to the kernels and back, on a GPU where there is one, else on a stand-in for it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import naive
+import numpy as np
+import pytest
+import stand_in
+import torch
+from test_cuda import SIMULATED, of_itself
+from torch.utils.checkpoint import checkpoint
+
+import msgdrop_numba
+from msgdrop_numba import MessageDropout, keep_mask, message_dropout, torch_cuda, torch_ops
+
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none")
+on_gpu = pytest.mark.gpu
+SHAPE = (3, 7, 4)
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"exact": True},
+    {"span": 3},
+    {"min_keep": 3},
+    {"exact": True, "min_keep": 5, "scale": True, "lengths": [7, 0, 4]},
+    {"span": 2, "min_keep": 2, "lengths": [1, 7, 5], "keys": [2**63 + 5, -1, 0]},
+    {"scale": True, "fill": -2.5},
+    {"scale": True, "lengths": [2, 7, 0]},
+    {"p": np.array([0.1, 0.9, 0.0, 1.0, 0.3, 0.5, 0.7]), "scale": True},
+    {"p": np.linspace(0, 1, 21).reshape(3, 7), "min_keep": 1},
+    {"p": 1.0, "min_keep": 2, "scale": True},
+    {"message_dims": 1},
+]
+
+
+@pytest.fixture(params=["stand-in", pytest.param("cuda", marks=[on_gpu, no_gpu])])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    torch_cuda._say.cache_clear()
+    if request.param == "cuda":
+        return torch.device("cuda:0")
+    kernels: Any = stand_in.Kernels()
+    if SIMULATED:
+        request.getfixturevalue("small")
+        from msgdrop_numba.kernels import cuda_launch as kernels
+    stand_in.install(monkeypatch, kernels)
+    return torch.device("cpu")
+
+
+if SIMULATED:
+    from test_cuda import small  # noqa: F401
+
+
+def want(x: torch.Tensor, seed: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """What naive.py makes of a call, and its mask."""
+    options = {"p": 0.5, **options}
+    p = options["p"]
+    dims, fill, scale = options.pop("message_dims", 2), options.pop("fill", 0.0), options.pop("scale", False)
+    for name in ("lengths", "keys"):
+        if name in options:
+            options[name] = np.array([value % 2**64 for value in options[name]], np.uint64).astype(np.int64)
+    keep = naive.keep_mask(tuple(x.shape[:dims]), seed=seed, **options)
+    told = {name: options[name] for name in ("exact", "min_keep") if name in options}
+    flat = x.detach().numpy().reshape(*x.shape[:dims], -1)
+    y = naive.drop(flat, keep, p=p, scale=scale, fill=fill, lengths=options.get("lengths"), **told)
+    return y.reshape(x.shape), keep
+
+
+def on(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
+    """The same options with their arrays as tensors on the device."""
+    moved = dict(options)
+    for name in ("p", "lengths", "keys"):
+        if np.ndim(moved.get(name, 0)):
+            values = np.array([value % 2**64 for value in moved[name]], np.uint64) if name == "keys" else moved[name]
+            moved[name] = torch.from_numpy(np.array(values)).to(device)
+    return moved
+
+
+def equal(got: torch.Tensor, expected: np.ndarray) -> None:
+    host = got.cpu().numpy()
+    assert host.dtype == expected.dtype
+    assert np.ascontiguousarray(host).tobytes() == np.ascontiguousarray(expected).tobytes()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_values(options, where, device):
+    x = torch.randn(SHAPE)
+    expected, keep = want(x, 5, **options)
+    told = {"p": 0.5, "seed": 5, **(on(device, options) if where == "device" else options)}
+    x[torch.from_numpy(~keep)] = float("nan")  # what drops is never read
+    there = x.to(device)
+    y, mask = message_dropout(there, return_mask=True, **told)
+    equal(y, expected)
+    equal(mask, keep)
+    assert y.device == mask.device == there.device
+    equal(there, x.numpy())
+    equal(message_dropout(there, out=torch.empty_like(there), **told), expected)
+    assert message_dropout(there, inplace=True, **told) is there
+    equal(there, expected)
+    only = {name: value for name, value in told.items() if name not in ("scale", "fill", "message_dims")}
+    if options.get("message_dims") is None:
+        equal(keep_mask(SHAPE[:2], device=device, **only), keep)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.float8_e5m2])
+@pytest.mark.parametrize("scale", [False, True])
+def test_dtypes(dtype, scale, device):
+    x = torch.randn(SHAPE).to(dtype)
+    keep = torch.from_numpy(naive.keep_mask(SHAPE[:2], 0.3, seed=9))
+    s = 1 / 0.7 if dtype == torch.float64 else float(np.float32(1 / 0.7))
+    wide = x if dtype in (torch.float64, torch.complex64) else x.float()
+    expected = torch.where(keep[..., None], ((wide * s).to(dtype) if scale else x).cfloat(), 0)
+    y = message_dropout(x.to(device), 0.3, scale=scale, seed=9)
+    assert y.dtype == dtype
+    assert torch.equal(y.cpu().cfloat(), expected)
+
+
+@pytest.mark.parametrize(
+    "lay",
+    [
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),  # features apart: not what the kernels follow
+        lambda x: torch.stack([x, x], 2)[:, :, 1],
+        lambda x: x[:1].expand(3, 7, 4),
+    ],
+    ids=["rows inside", "features apart", "gaps", "one row"],
+)
+@pytest.mark.parametrize("scale", [False, True])
+def test_strides(lay, scale, device):
+    x = lay(torch.randn(SHAPE))
+    there = lay(x.contiguous().to(device))
+    assert there.stride() == x.stride()
+    for options in ({}, {"lengths": [5, 7, 0]}):
+        expected, _ = want(x.contiguous(), 3, scale=scale, **options)
+        equal(message_dropout(there, seed=3, scale=scale, **options), expected)
+
+
+def test_keys_that_lack_dims(device):
+    x = torch.randn(2, 3, 5, 4)
+    for keys in (11, [7, -7], torch.tensor([7, -7], device=device)):
+        values = keys.cpu().numpy() if isinstance(keys, torch.Tensor) else np.array(keys)
+        keep = naive.keep_mask((2, 3, 5), 0.5, seed=1, keys=values)
+        mask = message_dropout(x.to(device), seed=1, keys=keys, message_dims=3, return_mask=True)[1]
+        equal(mask, keep)
+    turned = torch.arange(6, device=device).reshape(3, 2).t()
+    mask = message_dropout(x.to(device), seed=1, keys=turned, message_dims=3, return_mask=True)[1]
+    equal(mask, naive.keep_mask((2, 3, 5), 0.5, seed=1, keys=np.arange(6).reshape(3, 2).T))
+
+
+def test_clamped_on_the_device(device):
+    if device.type == "cpu":
+        pytest.skip("the stand-in's tensors are the host's, whose values are checked")
+    lengths, p = torch.tensor([9, -3, 4], device=device), torch.tensor([2.0, -1, float("nan"), 0.5] * 2)[:7]
+    x = torch.randn(SHAPE)
+    expected, _ = want(x, 2, lengths=[7, 0, 4], p=np.array([1.0, 0, 0, 0.5, 1, 0, 0]))
+    equal(message_dropout(x.to(device), p.to(device), seed=2, lengths=lengths), expected)
+    keep = naive.keep_mask(SHAPE[:2], 0.5, seed=2)
+    equal(message_dropout(x.to(device), torch.tensor(0.5, device=device), seed=2, return_mask=True)[1], keep)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradients(options, device):
+    told = {"p": 0.5, "seed": 3, **options}
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    there = x.to(device, copy=True).requires_grad_()
+    y, mask = message_dropout(there, return_mask=True, **told)
+    grad = torch.randn(SHAPE, dtype=torch.float64)
+    expected, keep = want(grad, 3, **{**options, "fill": 0.0})
+    grad[torch.from_numpy(~keep)] = float("nan")
+    y.backward(grad.to(device))
+    equal(there.grad, expected)
+    equal(mask, keep)
+    again = x.to(device, copy=True).requires_grad_()
+    message_dropout(again * 1, inplace=True, **told).backward(grad.to(device))
+    equal(again.grad, expected)
+    f = lambda x: message_dropout(x, **told)  # noqa: E731
+    assert torch.autograd.gradcheck(f, there, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(f, there)
+
+
+def test_the_gradient_of_a_fill(device):
+    x, fill = torch.randn(SHAPE, device=device), torch.randn(4, device=device, requires_grad=True)
+    y, mask = message_dropout(x, seed=1, fill=fill, return_mask=True)
+    grad = torch.randint(-8, 8, SHAPE, device=device).float()
+    grad[mask] = float("nan")
+    y.backward(grad)
+    assert torch.equal(fill.grad, torch.where(mask[..., None], 0, grad).sum((0, 1)))
+
+
+def test_seeds_come_from_the_device_s_generator(device):
+    x = torch.ones(64, 64, 2, device=device, requires_grad=True)
+    torch.manual_seed(3)
+    y, z = message_dropout(x), message_dropout(x)
+    torch.manual_seed(3)
+    assert torch.equal(y, message_dropout(x))
+    assert not torch.equal(y, z)
+    generator = torch.Generator(device).manual_seed(3)
+    assert torch.equal(y, message_dropout(x, generator=generator))
+    (grad,) = torch.autograd.grad(z.sum(), x)
+    assert torch.equal(grad, z)  # forward and backward agree
+    torch.manual_seed(3)
+    seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    assert torch.equal(y, message_dropout(x, seed=seed))
+    before = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+    message_dropout(x, 0.0)
+    message_dropout(x, training=False)
+    with pytest.raises(ValueError, match="lengths"):
+        message_dropout(x, lengths=[65] * 64)
+    after = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+    assert torch.equal(before, after)
+
+
+def test_a_seed_tensor_may_change_after_the_call(device):
+    x = torch.ones(SHAPE, device=device, requires_grad=True)
+    seed = torch.tensor(-7, device=device)
+    y = message_dropout(x, seed=seed)
+    assert torch.equal(y, message_dropout(x, seed=2**64 - 7))
+    seed.fill_(8)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    words = torch.arange(84, device=device).reshape(SHAPE)
+    expected = message_dropout(words.clone(), seed=41, keys=[3, 4, 5])
+    message_dropout(words, inplace=True, seed=words[1, 3, 1], keys=words[0, 0, 3:].new_tensor([3, 4, 5]))
+    assert torch.equal(words, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(use_reentrant, device):
+    layer, x = MessageDropout(0.5), torch.ones(16, 16, 2, device=device, requires_grad=True)
+    y = checkpoint(lambda x: layer(x) * 2, x, use_reentrant=use_reentrant)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+
+
+def test_versions_and_leaves(device):
+    x = torch.ones(SHAPE, device=device)
+    version = x._version
+    message_dropout(x, inplace=True, seed=1)
+    assert x._version > version
+    leaf = torch.ones(SHAPE, device=device, requires_grad=True)
+    with pytest.raises(ValueError, match="leaf"):
+        message_dropout(leaf, inplace=True)
+    view = (leaf * 1)[1:]
+    message_dropout(view, inplace=True, seed=1)
+    view.sum().backward()
+    assert torch.equal(leaf.grad[1:], view.detach())
+    assert not leaf.grad[0].any()
+
+
+def test_an_array_p_follows_the_layer(device):
+    layer = MessageDropout(np.array([0.1, 0.9, 0.5])).to(device)
+    assert layer.p.device == torch.zeros(0, device=device).device
+    assert layer.half().p.dtype == torch.float64
+    assert MessageDropout(np.array([0.1, 0.9])).to("meta").p.tolist() == [0.1, 0.9]
+
+
+# ---- where there are no kernels
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("why", ["none", "load fails", "capturing"])
+def test_without_kernels_the_same(options, why, device, monkeypatch, caplog):
+    if why == "none":
+        monkeypatch.setattr(torch_cuda, "_kernels", lambda: None)
+    elif device.type != "cpu":
+        pytest.skip("the stand-in's kernels are told to fail")
+    elif why == "load fails":
+        kernels = stand_in.Kernels()
+        kernels.fails = RuntimeError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
+        monkeypatch.setattr(torch_cuda, "_kernels", lambda: kernels)
+    else:
+        kernels = stand_in.Kernels()
+        monkeypatch.setattr(torch_cuda, "_kernels", lambda: kernels)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    x = torch.randn(SHAPE)
+    expected, keep = want(x, 5, **options)
+    there = x.to(device, copy=True).requires_grad_()
+    with caplog.at_level(logging.WARNING, "msgdrop_numba"):
+        for _ in range(2):
+            there.grad = None
+            y, mask = message_dropout(there, return_mask=True, **{"p": 0.5, "seed": 5, **options})
+            equal(y.detach(), expected)
+            equal(mask, keep)
+            y.backward(x.to(device))
+            equal(there.grad, want(x, 5, **{**options, "fill": 0.0})[0])
+            told = {k: v for k, v in options.items() if k not in ("scale", "fill", "message_dims")}
+            if "message_dims" not in options:
+                equal(keep_mask(SHAPE[:2], seed=5, device=device, **{"p": 0.5, **told}), keep)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (why != "none")
+    for line in said:
+        assert 'pip install "msgdrop_numba[cuda]"' in line
+        assert ("UNSUPPORTED_PTX" if why == "load fails" else "before capturing") in line
+
+
+def test_the_log_line_without_numba_cuda(monkeypatch, caplog):
+    import sys
+
+    torch_cuda._kernels.cache_clear()
+    torch_cuda._say.cache_clear()
+    monkeypatch.setitem(sys.modules, "msgdrop_numba.kernels.cuda_launch", None)  # importing it fails
+    monkeypatch.delattr(sys.modules["msgdrop_numba.kernels"], "cuda_launch", raising=False)
+    with caplog.at_level(logging.WARNING, "msgdrop_numba"):
+        assert not torch_cuda.usable(torch.device("cuda:0"))
+        assert not torch_cuda.usable(torch.device("cuda:0"))
+    (record,) = caplog.records
+    assert "numba-cuda is missing or too old" in record.getMessage()
+    torch_cuda._kernels.cache_clear()
+
+
+def test_no_log_line_on_rocm(monkeypatch, caplog):
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    torch_cuda._kernels.cache_clear()
+    assert not torch_cuda.usable(torch.device("cuda:0"))
+    assert not caplog.records
+    torch_cuda._kernels.cache_clear()
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"lengths": torch.ones(3, dtype=torch.int64, device="meta")}, ValueError, "lengths must be on .* meta"),
+        ({"keys": torch.ones(3, dtype=torch.int64, device="meta")}, ValueError, "keys must be on .* meta"),
+        ({"p": torch.ones(7, device="meta")}, ValueError, "p must be on .* meta"),
+        ({"seed": torch.tensor(3, device="meta")}, ValueError, "seed must be on .* meta"),
+        ({"fill": torch.ones(4, device="meta")}, ValueError, "fill must be .* meta"),
+        ({"out": torch.ones(SHAPE, device="meta")}, ValueError, "out must be like x.* meta"),
+        ({"lengths": [8, 1, 1]}, ValueError, "from 0 to 7"),
+        ({"lengths": torch.ones(3)}, TypeError, "lengths must be integers"),
+        ({"keys": torch.ones(4, dtype=torch.int64)}, ValueError, r"keys must have shape \(3,\)"),
+        ({"p": torch.ones(6)}, ValueError, "p must be a number or have shape"),
+        ({"seed": torch.tensor(3.0)}, TypeError, "0-d int64"),
+        ({"seed": 2**64}, ValueError, "seed must be"),
+        ({"seed": 1, "generator": torch.Generator()}, ValueError, "not both"),
+        ({"exact": True, "span": 2}, ValueError, "exact"),
+        ({"fill": "0"}, TypeError, "fill"),
+    ],
+    ids=[*"abcdefghijklmno"],
+)
+def test_bad_input_leaves_all_as_it_was(options, error, match, device):
+    x = torch.randn(SHAPE, device=device)
+    before = x.clone()
+    with pytest.raises(error, match=match):
+        message_dropout(x, **{"p": 0.5, "inplace": "out" not in options, **options})
+    assert torch.equal(x, before)
+
+
+def test_arguments_on_another_device():
+    x = torch.randn(SHAPE)
+    with pytest.raises(ValueError, match=r"lengths must be on cpu, as x is, or on the CPU, but it is on meta: move it"):
+        message_dropout(x, lengths=torch.ones(3, dtype=torch.int64, device="meta"))
+    with pytest.raises(ValueError, match="generator must be on meta"):
+        message_dropout(x.to("meta"), generator=torch.Generator())
+    with pytest.raises(ValueError, match="keys must be on cpu"):
+        keep_mask((3, 7), seed=1, keys=torch.ones(3, dtype=torch.int64, device="meta"), device="cpu")
+
+
+def test_host_arrays_are_refused_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match="lengths must be on cuda:0 while a CUDA graph is captured"):
+        msgdrop_numba.tensors.lengths_on([1, 2, 3], (3, 7), torch.device("cuda:0"))
+
+
+# ---- on a GPU alone
+
+
+@on_gpu
+@no_gpu
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_nothing_waits_for_the_device(options):
+    device = torch.device("cuda:0")
+    x, told = torch.randn(SHAPE, device=device, requires_grad=True), on(device, options)
+    fill = torch.zeros(4, device=device, requires_grad=True)
+    for mode in ("default", "error"):  # the first call loads kernels
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for more in (
+                {},
+                {"seed": 3},
+                {"seed": torch.full((), 3, device=device)},
+                *([] if "fill" in told else [{"fill": fill}]),
+            ):
+                y, _ = message_dropout(x, return_mask=True, **{"p": 0.5, **more, **told})
+                y.sum().backward()
+                message_dropout(x.detach(), **{"p": 0.5, **more, **options})  # host arrays too
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+@no_gpu
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_graph_draws_anew_at_each_replay(options):
+    device = torch.device("cuda:0")
+    x, told = (
+        torch.ones(64, 64, 4, device=device, requires_grad=True),
+        {"p": 0.5, **options, "scale": False, "fill": 0.0},
+    )
+    told.pop("lengths", None), told.pop("keys", None)
+    if np.ndim(told["p"]):
+        told["p"] = torch.linspace(0, 1, 64, dtype=torch.float64, device=device)
+    step = lambda: torch.autograd.grad(message_dropout(x, **told).sum(), x)[0]  # noqa: E731
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = message_dropout(x, **told)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(y, grad)
+        seen.append(y.detach().clone())
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+
+
+@on_gpu
+@no_gpu
+def test_a_given_seed_in_a_graph():
+    seed, x = torch.zeros((), dtype=torch.int64, device="cuda"), torch.ones(64, 64, 4, device="cuda")
+    message_dropout(x, seed=seed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, z = message_dropout(x, seed=seed), message_dropout(x, seed=9)
+    for number in (4, 5):
+        seed.fill_(number)
+        graph.replay()
+        assert torch.equal(y, message_dropout(x, seed=number))
+        assert torch.equal(z, message_dropout(x, seed=9))
+
+
+@on_gpu
+@no_gpu
+def test_streams_keep_their_order():
+    x, streams = torch.ones(2048, 2048, 16, device="cuda"), [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    results = []
+    for i, stream in enumerate(streams):
+        with torch.cuda.stream(stream):
+            y = x * (i + 1)  # long enough to be under way when the kernel is launched
+            results.append(message_dropout(y, 0.3, seed=i) / (i + 1))
+    torch.cuda.synchronize()
+    for i, result in enumerate(results):
+        assert torch.equal(result, message_dropout(x, 0.3, seed=i))
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_tensor_s_own_device():
+    x = torch.ones(64, 64, 4, device="cuda:1", requires_grad=True)
+    with torch.cuda.device(0):
+        y = message_dropout(x, seed=1)
+        y.sum().backward()
+    equal(y.detach(), want(torch.ones(64, 64, 4), 1)[0])
+    assert torch.equal(x.grad, y)
+    with pytest.raises(ValueError, match="cuda:0"):
+        message_dropout(x, lengths=torch.ones(64, dtype=torch.int64, device="cuda:0"))
+
+
+@on_gpu
+@no_gpu
+def test_large_and_odd():
+    for shape in [(5, 100_000, 3), (2, 70_000, 128), (300, 3, 4096), (1, 2, 3_000_000)]:
+        x = torch.randn(shape)
+        for options in ({}, {"exact": True}, {"span": 7, "min_keep": 3}):
+            expected = message_dropout(x, 0.3, seed=3, **options)
+            assert torch.equal(message_dropout(x.cuda(), 0.3, seed=3, **options).cpu(), expected)
+        start = torch.randn(x.numel() + 1).cuda()[1:].view(shape)  # 4 bytes off
+        assert torch.equal(message_dropout(start, seed=3).cpu(), message_dropout(start.cpu(), seed=3))
+
+
+@on_gpu
+@no_gpu
+def test_compiled_on_the_device():
+    x = torch.ones(64, 64, 4, device="cuda", requires_grad=True)
+    y = torch.compile(lambda x: message_dropout(x, seed=7) * 2, fullgraph=True)(x)
+    assert torch.equal(y, message_dropout(x, seed=7) * 2)
+
+
+# ---- in numba's simulator
+
+
+@pytest.mark.skipif(SIMULATED, reason="this is the process that it starts")
+def test_the_kernels_behind_it_in_the_simulator():
+    pytest.importorskip("numba_cuda", reason='numba-cuda isn\'t installed: pip install "numba-cuda[cu13]"')
+    names = "test_values or test_keys_that or test_the_gradient_of or test_a_seed_tensor or test_strides"
+    out = of_itself("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-k", names, __file__, simulator=True)
+    assert int(out.split(" passed")[0].split()[-1]) > 30, out[-4000:]
+    assert torch_ops.is_plain(torch.ones(1))
