@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from benchmarks import measure
 
@@ -17,7 +18,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 # Each is a module here with `run(rounds)`, `table(results)` and `bars(results)` or its own `chart`. The table stands
 # in README.md between its marks.
-QUESTIONS = ("cpu", "curve", "overhead", "rules", "train_step", "loader", "gil", "cold_start", "apply", "ray_data")
+QUESTIONS = (
+    "cpu", "curve", "overhead", "rules", "train_step", "loader", "gil", "cold_start", "apply", "ray_data", "gpu",
+)  # fmt: skip
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,7 +28,7 @@ QUESTIONS = ("cpu", "curve", "overhead", "rules", "train_step", "loader", "gil",
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=1), help="Interleaved rounds.")
 def main(questions: tuple[str, ...], rounds: int) -> None:
     """Benchmarks of msgdrop_numba, each a ratio in one run; all of them by default. Run them on a quiet machine."""
-    for name in questions or QUESTIONS:
+    for name in questions or [name for name in QUESTIONS if name != "gpu" or torch.cuda.is_available()]:
         if name == "readme":
             file = ROOT / "README.md"
             file.write_text(with_tables(file.read_text()))

@@ -21,18 +21,18 @@ def loop(x: Tensor, p: float) -> Tensor:
 
 def ones_times_mask(x: Tensor, p: float) -> Tensor:
     """A mask of full size, made of ones and zeros, and a multiply."""
-    mask = torch.ones_like(x) * (torch.rand(x.shape[:2]) >= p).unsqueeze(-1)
+    mask = torch.ones_like(x) * (torch.rand(x.shape[:2], device=x.device) >= p).unsqueeze(-1)
     return x * mask
 
 
 def multiply(x: Tensor, p: float) -> Tensor:
     """A multiply by a mask that is broadcast over the features."""
-    return x * (torch.rand(x.shape[:2]) >= p).unsqueeze(-1)
+    return x * (torch.rand(x.shape[:2], device=x.device) >= p).unsqueeze(-1)
 
 
 def masked_fill(x: Tensor, p: float) -> Tensor:
     """The dropped messages filled with zeros."""
-    return x.masked_fill((torch.rand(x.shape[:2]) < p).unsqueeze(-1), 0.0)
+    return x.masked_fill((torch.rand(x.shape[:2], device=x.device) < p).unsqueeze(-1), 0.0)
 
 
 def dropout1d(x: Tensor, p: float) -> Tensor:

@@ -12,7 +12,7 @@ from msgdrop_numba import threads
 from msgdrop_numba.kernels.cpu import drop_range
 from msgdrop_numba.version import __version__
 
-PACKAGES = ("numpy", "numba", "torch", "pyarrow", "ray", "xxhash")
+PACKAGES = ("numpy", "numba", "torch", "numba-cuda", "pyarrow", "ray", "xxhash")
 
 
 def versions() -> dict[str, str]:
@@ -50,17 +50,22 @@ def gpu() -> str:
         return "unknown: torch isn't installed"
     if not torch.cuda.is_available():
         return f"none that torch {torch.__version__} can use"
-    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    from msgdrop_numba import torch_cuda
+
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    usable = torch_cuda.usable(torch.device("cuda", 0))
+    return f"{names}; {'with' if usable else 'without'} the CUDA kernels"
 
 
 # Kind of array, what runs, and why.
 PATHS = [
     ("NumPy array", "compiled kernel", "its features are contiguous and its rows lie evenly"),
     ("NumPy array, other layouts", "compiled mask, NumPy's where", "the kernel can't follow its strides or byte order"),
-    ("CPU tensor", "compiled kernel", "as for arrays; under autograd with a backward of ours"),
-    ("CPU tensor, other layouts", "compiled mask, torch's where", "the kernel can't follow its strides"),
-    ("CPU tensor, torch.compile", "compiled mask, torch's where", "one graph, fused by the compiler"),
+    ("CPU or CUDA tensor", "compiled kernel", "as for arrays; under autograd with a backward of ours"),
+    ("CPU or CUDA tensor, other layouts", "compiled mask, torch's where", "the kernel can't follow its strides"),
+    ("CPU or CUDA tensor, torch.compile", "compiled mask, torch's where", "one graph, fused by the compiler"),
     ("export, vmap, jvp, fake tensors", "tensor operations", "nothing of this package may be called there"),
-    ("CUDA, ROCm, MPS and XPU tensors", "tensor operations", "no kernels for devices are called yet"),
-    ("other __cuda_array_interface__", "refused with a TypeError", "no kernels for devices are called yet"),
+    ("CuPy or numba device array", "as a CUDA tensor", "on its own stream; needs torch"),
+    ("CUDA tensor without numba-cuda", "tensor operations", "the same mask; a log line says what to install"),
+    ("ROCm, MPS and XPU tensors", "tensor operations", "no kernels for them"),
 ]

@@ -161,9 +161,10 @@ def test_info():
 
 def test_the_paths_that_info_names_are_those_taken(monkeypatch):
     """What info says of arrays and tensors, seen from which kernel is launched."""
+    import stand_in
     import torch
 
-    from msgdrop_numba import info, message_dropout, numpy_ops, torch_ops
+    from msgdrop_numba import info, message_dropout, numpy_ops, torch_cuda, torch_ops
 
     said = {kind: path for kind, path, _ in info.PATHS}
     launched = []
@@ -175,16 +176,25 @@ def test_the_paths_that_info_names_are_those_taken(monkeypatch):
     for kind, call in [
         ("NumPy array", lambda: message_dropout(x, 0.5)),
         ("NumPy array, other layouts", lambda: message_dropout(x[..., ::2], 0.5)),
-        ("CPU tensor", lambda: message_dropout(t, 0.5)),
-        ("CPU tensor, other layouts", lambda: message_dropout(t[..., ::2], 0.5)),
+        ("CPU or CUDA tensor", lambda: message_dropout(t, 0.5)),
+        ("CPU or CUDA tensor, other layouts", lambda: message_dropout(t[..., ::2], 0.5)),
         ("export, vmap, jvp, fake tensors", lambda: torch.vmap(lambda t: message_dropout(t, 0.5, seed=1))(t[None])),
-        ("CUDA, ROCm, MPS and XPU tensors", lambda: message_dropout(t.to("meta"), 0.5, seed=1)),
+        ("ROCm, MPS and XPU tensors", lambda: message_dropout(t.to("meta"), 0.5, seed=1)),
     ]:
         launched.clear()
         call()
         path = "compiled kernel" if True in launched else "compiled mask" if launched else "tensor operations"
         assert said[kind].startswith(path), kind
-    assert "refused" in said["other __cuda_array_interface__"]
+    kernels = stand_in.Kernels()
+    stand_in.install(monkeypatch, kernels)
+    message_dropout(t, 0.5)
+    message_dropout(t[..., ::2], 0.5)
+    assert kernels.launches == 2
+    monkeypatch.setattr(torch_cuda, "_kernels", lambda: None)
+    monkeypatch.setattr(torch_cuda, "usable", lambda _: False)
+    message_dropout(t, 0.5)
+    assert kernels.launches == 2
+    assert said["CUDA tensor without numba-cuda"] == "tensor operations"
 
 
 def test_bench():

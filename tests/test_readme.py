@@ -11,7 +11,21 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import apply, cold_start, cpu, curve, gil, loader, measure, overhead, peers, ray_data, rules, train_step
+from benchmarks import (
+    apply,
+    cold_start,
+    cpu,
+    curve,
+    gil,
+    gpu,
+    loader,
+    measure,
+    overhead,
+    peers,
+    ray_data,
+    rules,
+    train_step,
+)
 from benchmarks.__main__ import QUESTIONS, with_tables
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +70,10 @@ def test_the_demo_table_is_that_of_the_committed_run():
 def test_the_tables_are_those_of_the_committed_runs():
     assert with_tables(README) == README
     for name in QUESTIONS:
+        if not (ROOT / "benchmarks" / "results" / f"{name}.json").exists():
+            assert name == "gpu"
+            assert "<!-- gpu: python -m benchmarks gpu -->\nNothing has been measured on a GPU yet" in README
+            continue
         table = re.search(rf"<!-- {name}: .*? -->\n\|.*\|\n<!-- end {name} -->", README, flags=re.DOTALL)
         assert table is not None, name
         changed = README.replace(table[0], re.sub(r"\d", "7", table[0]))
@@ -110,6 +128,17 @@ def test_the_benchmark_on_ray_runs(monkeypatch):
         monkeypatch.setattr(ray_data, name, 2)
     results = ray_data.run(rounds=1)
     assert ray_data.table(results).count("\n") == 6
+
+
+def test_the_benchmark_for_gpus_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "CASES", [(0.01, 8, "bfloat16", 0.5)])
+    monkeypatch.setattr(gpu, "LEAST", 0.001)
+    monkeypatch.setattr(gpu, "PEERS", {name: gpu.PEERS[name.removeprefix("compiled ")] for name in gpu.PEERS})
+    results = gpu.run(rounds=1)
+    assert gpu.table(results).count("\n") == 5
+    assert all(time > 0 for row in results["rows"] + results["small"] for time in row["microseconds"].values())
+    measure.draw(tmp_path / "chart.png", gpu, results)
 
 
 def test_the_two_commands_are_there():
