@@ -1,12 +1,13 @@
 """message_dropout on any object with `__cuda_array_interface__`, CuPy's and numba's arrays: as tensors on its memory.
 
-All work goes to the stream that the object names, so that it comes after what its library did before, and before what
-that does next.
+All work goes to the stream that x names, so that it comes after what its library did before, and before what that does
+next; it waits for the streams of the other arguments, and that of `out` waits for it. The host waits for nothing.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,20 +21,28 @@ def message_dropout(
     lengths: Any, fill: Any, message_dims: int | None, seed: Any, keys: Any, generator: Any, out: Any,
     return_mask: bool,
 ) -> Any:  # fmt: skip
-    """`functional.message_dropout` for such an object; gives back one of the same library."""
+    """`functional.message_dropout` for such an object; gives back one of the same library, without a gradient."""
     if inplace or out is not None:
         _check_writable("x" if inplace else "out", x if inplace else out)
     give_back, tensor = _importer(x), as_tensor("x", x)
-    with _stream(x, tensor.device):
+    others = p, lengths, fill, seed, keys, out
+    own = _stream(x, tensor.device)
+    streams = [_stream(value, tensor.device) for value in others]
+    waited = {stream for stream in streams if stream not in (None, own)}
+    with torch.cuda.stream(own) if own is not None else nullcontext(), torch.no_grad():
+        for stream in waited:
+            torch.cuda.current_stream(tensor.device).wait_stream(stream)
         result = torch_ops.message_dropout(
             tensor, as_tensor("p", p), training, inplace, scale, exact, span, min_keep, as_tensor("lengths", lengths),
             as_tensor("fill", fill), message_dims, as_tensor("seed", seed), as_tensor("keys", keys), generator,
             as_tensor("out", out), return_mask,
         )  # fmt: skip
+        for stream in waited.intersection(streams[-1:]):
+            stream.wait_stream(torch.cuda.current_stream(tensor.device))
         y, keep = result if return_mask else (result, None)
         given = x if y is tensor else out
         y = give_back(y) if given is None else given
-        return (y, give_back(keep)) if return_mask else y
+        return y if keep is None else (y, give_back(keep))
 
 
 def is_device_array(value: Any) -> bool:
@@ -58,19 +67,22 @@ def as_tensor(name: str, value: Any) -> Any:
         raise TypeError(f"{name} must be a plain array, but got a masked one, whose mask would be lost")
     interface["data"] = (interface["data"][0], False)  # torch takes no read-only memory; it is only read
     try:
-        return _import(_Described(interface, value))
+        tensor = _import(_Described(interface, value))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{name} must be memory that torch can take, but {type(value).__name__} of type {interface['typestr']}, "
             f"shape {interface['shape']} and strides {interface.get('strides')} is not ({error}): copy it first"
         ) from error
+    if tensor.numel() and tensor.data_ptr() != interface["data"][0]:
+        raise ValueError(
+            f"{name} must lie on the current device, {tensor.device}, but it lies on another: call under "
+            "torch.cuda.device(index)"
+        )
+    return tensor
 
 
 def _import(described: _Described) -> Tensor:
-    tensor = torch.as_tensor(described, device="cuda")
-    if tensor.numel() and tensor.data_ptr() != described.__cuda_array_interface__["data"][0]:
-        raise ValueError(f"it lies on another device than the current one, {tensor.device}")
-    return tensor
+    return torch.as_tensor(described, device="cuda")
 
 
 def _check_writable(name: str, value: Any) -> None:
@@ -78,27 +90,31 @@ def _check_writable(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be writable, but got a read-only {type(value).__name__}: give a copy")
 
 
-def _stream(x: Any, device: torch.device) -> AbstractContextManager[Any]:
-    """The stream that the object's library works on, as its interface says; none: torch's current one."""
-    handle = x.__cuda_array_interface__.get("stream")
+def _stream(value: Any, device: torch.device) -> Any:
+    """The stream that an argument was written on: what a device array names, torch's current one of a tensor."""
+    if isinstance(value, Tensor):
+        return torch.cuda.current_stream(device) if value.is_cuda else None
+    handle = value.__cuda_array_interface__.get("stream") if is_device_array(value) else None
     if handle is None:
-        return nullcontext()
+        return None
     if handle == 1:  # the legacy default stream, which torch knows as 0
-        return torch.cuda.stream(torch.cuda.default_stream(device))
-    return torch.cuda.stream(torch.cuda.ExternalStream(handle, device))
+        return torch.cuda.default_stream(device)
+    return torch.cuda.ExternalStream(handle, device)
 
 
-def _importer(x: Any) -> Any:
+def _importer(x: Any) -> Callable[[Tensor], Any]:
     """What makes an array of x's library of a tensor, on the same memory."""
     library = type(x).__module__.split(".")[0]
     if library == "cupy":
         import cupy
 
-        return cupy.asarray
+        return cupy.asarray  # type: ignore[no-any-return]
     if library in ("numba", "numba_cuda"):
         from numba import cuda
 
-        return cuda.as_cuda_array
+        # Else the array would forget its stream.
+        more = {"version": 3, "stream": x.__cuda_array_interface__.get("stream")}
+        return lambda y: cuda.from_cuda_array_interface(y.__cuda_array_interface__ | more, owner=y, sync=False)
     raise TypeError(
         f"x must be a NumPy array, a torch tensor, or a CuPy or numba device array, but got {type(x).__name__}; "
         "make it a tensor first, with torch.as_tensor or torch.from_dlpack"

@@ -102,7 +102,10 @@ def _library(x: Any) -> Any:
         from msgdrop_numba import device_arrays
 
         return device_arrays
-    raise TypeError(f"x must be a NumPy array or a torch tensor, but got {type(x).__name__}; make it one first")
+    raise TypeError(
+        f"x must be a NumPy array, a torch tensor or a CuPy or numba device array, but got {type(x).__name__}; "
+        "make it one first"
+    )
 
 
 def keep_mask(

@@ -54,7 +54,7 @@ def gpu() -> str:
 
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     usable = torch_cuda.usable(torch.device("cuda", 0))
-    return f"{names}; {'with' if usable else 'without'} the CUDA kernels"
+    return f"{names}; {'with' if usable else 'without'} numba-cuda"
 
 
 # Kind of array, what runs, and why.

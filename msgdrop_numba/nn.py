@@ -71,11 +71,11 @@ class MessageDropout(torch.nn.Module):
             self.fill = fill
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Take an array p along where parameters go: copied at each call, it would break a CUDA graph."""
+        """Take an array p along to a CUDA device: copied at each call, it would break a CUDA graph."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if isinstance(self.p, Tensor):
-            device = fn(self.p.new_empty(0)).device
-            self.p = self.p if device.type == "meta" else self.p.to(device)
+            device = fn(torch.empty(0, device=self.p.device)).device
+            self.p = self.p.to(device if device.type == "cuda" else "cpu")
         return self
 
     def forward(
@@ -90,11 +90,13 @@ class MessageDropout(torch.nn.Module):
         Returns:
             A tensor like x, or `(y, keep)` with `return_mask`.
         """
-        fill = self.fill
+        p, fill = self.p, self.fill
+        if isinstance(p, Tensor) and not p.is_cpu:
+            p = p.to(x.device)  # in a replica on another device
         if isinstance(fill, Tensor) and torch.is_autocast_enabled(x.device.type):
             fill = fill.to(x.dtype)
         return message_dropout(
-            x, self.p, self.training, self.inplace, scale=self.scale, exact=self.exact, span=self.span,
+            x, p, self.training, self.inplace, scale=self.scale, exact=self.exact, span=self.span,
             min_keep=self.min_keep, lengths=lengths, fill=fill, message_dims=self.message_dims, seed=seed,
             keys=keys, return_mask=return_mask,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msgdrop_numba import arguments
 from msgdrop_numba.kernels.cpu import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, OTHER
-from msgdrop_numba.torch_state import is_plain
+from msgdrop_numba.torch_state import is_eager, is_plain
 
 _SCALED = {
     torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float32: FLOAT32, torch.float64: FLOAT64,
@@ -136,7 +136,7 @@ def keys_on(keys: Any, rows: tuple[int, ...], device: torch.device) -> Tensor | 
     if not isinstance(keys, Tensor):
         host = arguments.row_keys(keys, rows)
         assert host is not None
-        return _move("keys", torch.from_numpy(host.view("int64").copy()).reshape(rows), device)
+        return _move("keys", torch.from_numpy(host.view("int64")).reshape(rows), device)
     _check_rows("keys", keys)
     if keys.shape != rows[: keys.ndim]:
         raise ValueError(f"keys must have shape {rows} or a leading part of it, but got {tuple(keys.shape)}")
@@ -154,7 +154,7 @@ def lengths_on(lengths: Any, shape: tuple[int, ...], device: torch.device) -> Te
     if not isinstance(lengths, Tensor) or is_plain(lengths):
         host = arguments.row_lengths(lengths, rows, size)
         assert host is not None
-        return _move("lengths", torch.from_numpy(host.copy()).reshape(rows), device)
+        return _move("lengths", torch.from_numpy(host).reshape(rows), device)
     _check_rows("lengths", lengths)
     if lengths.shape != rows:
         raise ValueError(f"lengths must have shape {rows}, one a row, but got {tuple(lengths.shape)}")
@@ -189,7 +189,14 @@ def _move(name: str, values: Tensor, device: torch.device) -> Tensor:
         raise ValueError(f"{name} must be on {device}, as x is, or on the CPU, but it is on {values.device}: move it")
     if device.type != "cuda" or values.device.type == "cuda":
         return values.to(device)
-    if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+    if not is_eager():
+        return values.to(device, non_blocking=True)
+    if _is_capturing(device):
         raise ValueError(f"{name} must be on {device} while a CUDA graph is captured, but it is on the host: move it")
-    # The driver is done with pageable memory, as a clone's, when it returns; pinned memory it reads later.
-    return values.clone().to(device, non_blocking=True)
+    # Of pageable memory the copy may wait for the stream; pinned memory is read later, and the caller's may change.
+    return values.clone().pin_memory().to(device, non_blocking=True)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

@@ -19,6 +19,7 @@ from msgdrop_numba.plan import PLAIN, Draw, Plan
 from msgdrop_numba.tensors import keys_on, lengths_on, probabilities_on
 from msgdrop_numba.torch_state import is_plain, is_plain_cuda, raw_stream
 
+_INSTALL = 'pip install "msgdrop_numba[cuda]"'
 _broken: set[int] = set()  # devices that a kernel couldn't be brought to
 
 
@@ -30,17 +31,18 @@ def _kernels() -> Any:
     try:
         from msgdrop_numba.kernels import cuda_launch
     except Exception as error:  # whatever an old numba-cuda, or numba's built-in target, lacks
-        _say(f"numba-cuda is missing or too old ({type(error).__name__}: {error})")
+        _say(f"numba-cuda is missing or too old ({type(error).__name__}: {error})", _INSTALL)
+        return None
+    if cuda_launch.SIMULATOR:
+        _say("numba's simulator would read addresses of the device on the host", "unset NUMBA_ENABLE_CUDASIM")
         return None
     return cuda_launch
 
 
 @cache
-def _say(reason: str) -> None:
+def _say(reason: str, advice: str) -> None:
     logging.getLogger("msgdrop_numba").warning(
-        "CUDA tensors take torch's own operations, which are several times slower, because %s. "
-        'pip install "msgdrop_numba[cuda]" brings what the kernels need; the driver must be able to run it.',
-        reason,
+        "CUDA tensors take torch's own operations, several times slower than the kernels, as %s: %s", reason, advice
     )
 
 
@@ -92,7 +94,7 @@ def launch(plan: Plan, draw: Draw, seed: Tensor, x: int, out: int, mask: int) ->
         with torch.cuda.device(index):
             return launch(plan, draw, seed, x, out, mask)
     rows = plan.messages // plan.size
-    inner = 1 if draw.keys is None else rows // draw.keys.numel()
+    inner = 0 if draw.keys is None or draw.keys.ndim == len(plan.shape) - 1 else rows // draw.keys.numel()
     limited = (plan.rule.exact or plan.rule.min_keep) and not draw.given
     limits = torch.empty((rows, 2), dtype=torch.int64, device=seed.device) if limited else None
     try:
@@ -108,13 +110,13 @@ def launch(plan: Plan, draw: Draw, seed: Tensor, x: int, out: int, mask: int) ->
 def _load(kernels: Any, variant: tuple[int, int, int], index: int) -> bool:
     """Bring a kernel to the current device; not while a graph is captured, which loading may break."""
     if torch.cuda.is_current_stream_capturing():
-        _say("a kernel wasn't loaded when a graph was captured: make the same calls once before capturing")
+        _say("a kernel wasn't loaded before a graph was captured", "make the same calls once before capturing")
         return False
     try:
         kernels.load(*variant, torch.cuda.get_device_capability(index))
     except Exception as error:  # a driver that is too old, a device that the compiler doesn't know
         _broken.add(index)
-        _say(f"a kernel can't be loaded ({type(error).__name__}: {error})")
+        _say(f"a kernel can't be loaded ({type(error).__name__}: {error})", f"update the driver, or {_INSTALL}")
         return False
     return True
 

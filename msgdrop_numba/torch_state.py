@@ -31,8 +31,11 @@ _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 def in_transform() -> bool:
-    """Whether a transform of torch.func is under way, here or in what is being compiled."""
-    return _dispatch_keys is None or _transform() is not None
+    """Whether a transform of torch.func is under way, here or in what is being compiled.
+
+    To the compiler, what stands for "none" isn't None.
+    """
+    return _dispatch_keys is None or isinstance(_transform(), torch._C._functorch.CInterpreter)
 
 
 def is_eager() -> bool:

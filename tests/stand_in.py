@@ -26,12 +26,22 @@ class Kernels:
     def __init__(self) -> None:
         self.loaded: set[Any] = set()
         self.fails: Exception | None = None
-        self.launches = 0
+        self.launches = self.loads = 0
+        self.stream: Any = None
 
     def load(self, *variant: Any) -> None:
+        self.loads += 1
         if self.fails is not None:
             raise self.fails
         self.loaded.add(variant[:-1])
+
+    def refuse_overlap(self, plan: Any, draw: Any, messages: int, inner: int, out: int, seed: int) -> None:
+        """Blocks on a device read their arguments while others write."""
+        rows = messages // plan[0]
+        written = range(out, out + (rows - 1) * plan[6] + (plan[0] - 1) * plan[7] + plan[1] if out else out)
+        read = {seed: 8, draw[0]: plan[1], draw[2]: 8 * rows, draw[3]: 8 * rows // (inner or 1), draw[4]: 8, draw[6]: 8}
+        for start, size in read.items():
+            assert not start or start >= written.stop or start + size <= written.start
 
     def launch(
         self, plan: Any, draw: Any, messages: int, inner: int, x: int, out: int, mask: int, seed: int, limits: int,
@@ -41,10 +51,12 @@ class Kernels:
         if variant not in self.loaded:
             raise self.NotLoadedError(*variant)
         self.launches += 1
+        self.stream = stream
+        self.refuse_overlap(plan, draw, messages, inner, out, seed)
         record, arguments = np.zeros(1, rules.PLAN), np.zeros(1, rules.DRAW)
         record[0], arguments[0] = tuple(plan), tuple(draw)
         rows = messages // plan[0]
-        if draw[3] and inner > 1:
+        if draw[3] and inner:
             keys = np.empty(rows, np.uint64)
             rules.fold_rows(view(draw[3], rows // inner, np.uint64), inner, 0, keys)
             arguments["keys"] = keys.ctypes.data

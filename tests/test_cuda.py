@@ -137,7 +137,7 @@ class Call:
 
     def __init__(self, cuda: Any, shape: tuple[int, int], p: Any, seed: int, **rule: Any) -> None:
         self.cuda, self.shape, self.p, self.seed = cuda, shape, p, seed
-        self.lengths, self.keys, self.inner = rule.pop("lengths", None), rule.pop("keys", None), 1
+        self.lengths, self.keys, self.inner = rule.pop("lengths", None), rule.pop("keys", None), 0
         self.rule = rule
         self.keep = naive.keep_mask(shape, p, seed=seed, keys=self.keys, lengths=self.lengths, **rule)
 
@@ -340,18 +340,19 @@ def test_alignment_and_missing_memory():
         cuda_launch.piece_size(cpu.FLOAT32, 6)
     plan = (4, 1, cpu.COPY, 1.0, 4, 1, 4, 1, 0, 0, 2**31, 0, 1, 1, 0)
     with pytest.raises(ValueError, match="limits"):
-        launch(plan, [0] * 9, 4, 1, 0, 0, 1, 1, 0, 0, 0)
-    assert cuda_launch.launch(plan, [0] * 9, 0, 1, 0, 0, 1, 1, 0, 0, 0) is None
+        launch(plan, [0] * 9, 4, 0, 0, 0, 1, 1, 0, 0, 0)
+    assert cuda_launch.launch(plan, [0] * 9, 0, 0, 0, 0, 1, 1, 0, 0, 0) is None
 
 
 @simulated
 @pytest.mark.parametrize("rule", [{}, {"exact": True}, {"span": 2, "min_keep": 3}], ids=str)
-def test_keys_that_stand_for_several_rows(rule, small):
-    keys, lengths = np.array([-7, 2**62 + 1]), np.array([5, 3, 4, 0, 5, 2])
-    keep = naive.keep_mask((2, 3, 5), 0.4, seed=11, keys=keys, lengths=lengths.reshape(2, 3), **rule)
-    call = Call(small, (6, 5), 0.4, 11, lengths=lengths, **rule)
-    call.keys, call.inner, call.keep = keys, 3, keep.reshape(6, 5)
-    x = numbers(random.Random(3), (6, 5, 3), "float32")
+@pytest.mark.parametrize("inner", [1, 3])
+def test_keys_that_stand_for_several_rows(rule, inner, small):
+    keys, lengths = np.array([-7, 2**62 + 1]), np.array([5, 3, 4, 0, 5, 2])[: 2 * inner]
+    keep = naive.keep_mask((2, inner, 5), 0.4, seed=11, keys=keys, lengths=lengths.reshape(2, inner), **rule)
+    call = Call(small, (2 * inner, 5), 0.4, 11, lengths=lengths, **rule)
+    call.keys, call.inner, call.keep = keys, inner, keep.reshape(-1, 5)
+    x = numbers(random.Random(3), (2 * inner, 5, 3), "float32")
     call.check(x, "float32", False, None, 0, 0, False, False)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import types
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import naive
@@ -13,7 +14,7 @@ import pytest
 import stand_in
 import torch
 
-from msgdrop_numba import device_arrays, message_dropout
+from msgdrop_numba import device_arrays, message_dropout, torch_ops
 
 SHAPE = (3, 7, 4)
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none")
@@ -114,20 +115,73 @@ def test_what_is_refused(host):
         message_dropout(other(np.ones(SHAPE)))
 
 
+class Stream:
+    """What torch does with streams, written down."""
+
+    log: list[str]
+
+    def __init__(self, name: Any, device: Any = None) -> None:
+        self.name = name
+
+    def wait_stream(self, other: Any) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Stream) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+@pytest.fixture
+def log(host, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    Stream.log = []
+    entered = [Stream("current")]
+
+    @contextmanager
+    def stream(used: Stream) -> Iterator[None]:
+        entered.append(used)
+        Stream.log.append(f"on {used.name}")
+        yield
+        entered.pop()
+
+    dropped = torch_ops.message_dropout
+    monkeypatch.setattr(torch_ops, "message_dropout", lambda *a: Stream.log.append("work") or dropped(*a))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream("default"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: entered[-1])
+    monkeypatch.setattr(torch.cuda, "ExternalStream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    return Stream.log
+
+
 @pytest.mark.parametrize("stream", [None, 1, 2, 4711])
-def test_the_stream_of_the_object(stream, host, monkeypatch):
-    entered = []
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
-    monkeypatch.setattr(torch.cuda, "stream", lambda used: entered.append(used) or nullcontext())
-    message_dropout(host(np.ones(SHAPE), stream=stream))
-    assert entered == {None: [], 1: ["default"], 2: [2], 4711: [4711]}[stream]
+def test_the_stream_of_the_object(stream, host, log):
+    message_dropout(host(np.ones(SHAPE), stream=stream), keys=host(np.arange(3), stream=stream))
+    name = {1: "default"}.get(stream, stream)
+    assert log == ([] if stream is None else [f"on {name}"]) + ["work"]
+
+
+def test_the_streams_of_the_other_arguments(host, log):
+    out = host(np.ones(SHAPE), stream=55)
+    keys = host(np.arange(3), stream=99)
+    message_dropout(host(np.ones(SHAPE), stream=4711), keys=keys, lengths=host(np.ones(3, int)), out=out)
+    assert log[0] == "on 4711"
+    assert sorted(log[1:3]) == ["4711 waits for 55", "4711 waits for 99"]
+    assert log[3:] == ["work", "55 waits for 4711"]
+    log.clear()
+    message_dropout(host(np.ones(SHAPE)), keys=keys)
+    assert log == ["current waits for 99", "work"]
+
+
+def test_no_gradient_of_a_tensor_beside_it(host):
+    fill = torch.ones(4, requires_grad=True)
+    assert type(message_dropout(host(np.ones(SHAPE, np.float32)), seed=1, fill=fill)) is Host
 
 
 def test_memory_of_another_device_is_refused(monkeypatch):
     copied = torch.ones(SHAPE)
     monkeypatch.setattr(torch, "as_tensor", lambda described, device: copied)
-    with pytest.raises(ValueError, match="another device than the current one"):
+    with pytest.raises(ValueError, match="x must lie on the current device"):
         device_arrays.as_tensor("x", Host(np.ones(SHAPE)))
 
 

@@ -439,7 +439,7 @@ def test_bad_numpy_targets():
 
 @pytest.mark.parametrize("x", [[[1.0]], "abc", None, 3.0, ((1.0,),)])
 def test_other_kinds_of_x(x):
-    with pytest.raises(TypeError, match="x must be a NumPy array or a torch tensor"):
+    with pytest.raises(TypeError, match="x must be a NumPy array, a torch tensor or a CuPy"):
         message_dropout(x)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_vectors import MASKS, arguments, expected, probability
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -88,6 +89,18 @@ def test_compiled_equals_eager(compiled, options):
             strict=True,
         ):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+def test_compiled_code_takes_the_mask_from_the_kernels(options):
+    torch._dynamo.reset()
+    recorded = EagerAndRecordGraphs()
+    f = torch.compile(lambda x: message_dropout(x, 0.5, seed=3, **options), fullgraph=True, backend=recorded)
+    assert torch.equal(f(X), message_dropout(X, 0.5, seed=3, **options))
+    (graph,) = recorded.graphs
+    assert "msgdrop_numba.keep_mask" in graph.code
+    torch.compile(torch.vmap(lambda x: message_dropout(x, 0.5, seed=3, message_dims=1)), backend=recorded)(X)
+    assert "msgdrop_numba.keep_mask" not in recorded.graphs[1].code
 
 
 @pytest.mark.parametrize("vector", MASKS)

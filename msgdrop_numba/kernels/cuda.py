@@ -2,8 +2,8 @@
 
 A tile of messages belongs to a block: each message is decided once, by one thread, which leaves in shared memory where
 it is read from and written to; then all threads copy, 16 bytes at a time where alignment allows. Addresses are
-integers, so that no argument costs more than a number. cuda_launch.py compiles and starts them; only this file, that
-one and cuda_memory.py know numba.cuda.
+integers, so that no argument costs more than a number. cuda_launch.py compiles and starts them; of the kernels' files
+only these and cuda_memory.py know numba.cuda.
 """
 
 from __future__ import annotations
@@ -56,11 +56,12 @@ _PIECES = {16: None, 8: np.uint64, 4: np.uint32, 2: np.uint16, 1: np.uint8}
 
 @_device
 def _row_key(keys: int, inner: int, row: Any) -> Any:
-    """The key of a row, of keys that stand for `inner` rows each."""
+    """The key of a row, of keys that stand for `inner` rows each, into which its index is folded; 0: of its own."""
     if not keys:
         return np.uint64(row)
-    key = _load_word(keys + 8 * (row if inner == 1 else row // inner))
-    return key if inner == 1 else _fold_in(key, np.uint64(row % inner))
+    if not inner:
+        return _load_word(keys + 8 * row)
+    return _fold_in(_load_word(keys + 8 * (row // inner)), np.uint64(row % inner))
 
 
 @_device

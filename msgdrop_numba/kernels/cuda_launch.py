@@ -7,6 +7,7 @@ Compiling touches no device; only `load` must not happen while a graph is captur
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any, NoReturn
@@ -14,7 +15,8 @@ from typing import Any, NoReturn
 from msgdrop_numba.kernels import cuda
 from msgdrop_numba.kernels.cpu import COPY
 from msgdrop_numba.kernels.cuda import THREADS, UNROLL
-from msgdrop_numba.kernels.cuda_memory import ELEMENT, SIMULATOR
+from msgdrop_numba.kernels.cuda_memory import ELEMENT
+from msgdrop_numba.kernels.cuda_memory import SIMULATOR as SIMULATOR
 
 if not SIMULATOR:
     from cuda import core
@@ -34,6 +36,12 @@ class _Loaded(dict[tuple[int, int, int], Any]):
         raise NotLoadedError(*variant)
 
 
+class _Bound(threading.local):
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+
+_bound = _Bound()  # devices whose context this thread has had
 _loaded = _Loaded()  # by bytes in a piece (0: `select`), kind and device
 
 
@@ -95,7 +103,7 @@ def launch(
 
     Args:
         plan: the fields of one PLAN; draw: those of one DRAW, its arrays on the device, without sources.
-        inner: rows that share a key of draw's, folded in with their index.
+        inner: rows that share a key of draw's, into which their index is folded; 0: each row has its own.
         x, out, mask: addresses on the device. Equal x and out: in place; no out: the mask alone; `mask` is written,
             or read where `draw` says that it is given.
         seed: the address of an int64 on the device; 0 where the mask is given.
@@ -115,6 +123,9 @@ def launch(
     kind = kind if out else COPY
     unit = piece_size(kind, x, out, x_row, x_step, out_row, out_step, width, fill) if out else 16
     grid, block = geometry(messages, width if out else 1, unit)
+    if not SIMULATOR and device not in _bound.devices:
+        core.Device(device).set_current()  # torch's autograd thread, or a new one, may have no context yet
+        _bound.devices.add(device)
     drop = _loaded[unit, kind, device]
     if limited:
         rows, threads = messages // size, min(SELECT_THREADS, -(-size // 32) * 32)
@@ -139,7 +150,7 @@ def _start(kernel: Any, grid: tuple[int, int], block: tuple[int, int], stream: i
 
 @lru_cache(maxsize=1024)
 def _stream(handle: int) -> Any:
-    return core.Stream.from_handle(handle)
+    return core.Stream.from_handle(handle or 1)  # 0 may mean a stream of the thread's, 1 the default one alone
 
 
 @lru_cache(maxsize=1024)

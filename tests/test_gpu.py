@@ -1,0 +1,167 @@
+"""What a GPU alone can show of CUDA tensors. Under compute-sanitizer, set PYTORCH_NO_CUDA_MEMORY_CACHING=1."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_torch_cuda import OPTIONS, SHAPE, equal, on, want
+from torch._dynamo.testing import EagerAndRecordGraphs
+
+from msgdrop_numba import keep_mask, message_dropout, torch_cuda
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none"),
+]
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> Any:
+    """Without them all would pass on torch's own operations."""
+    assert torch_cuda.usable(torch.device("cuda:0"))
+    yield
+    assert not torch_cuda._broken
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_nothing_waits_for_the_device(options):
+    device = torch.device("cuda:0")
+    x, told = torch.randn(SHAPE, device=device, requires_grad=True), on(device, options)
+    fill = torch.zeros(x.shape[told.get("message_dims", 2) :], device=device, requires_grad=True)
+    lengths = torch.tensor([3, 7, 0]).pin_memory()
+    calls = [{}, {"seed": 3}, {"seed": torch.full((), 3, device=device)}, {"fill": fill}]
+    if "message_dims" not in told and not told.get("exact"):
+        calls += [{"p": torch.tensor(0.3, device=device)}, {"lengths": lengths}]
+    for mode in ("default", "error"):  # the first call loads kernels
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for more in calls:
+                y, _ = message_dropout(x, return_mask=True, **{"p": 0.5, **told, **more})
+                y.sum().backward()
+                message_dropout(x.detach(), **{"p": 0.5, **options, **more})  # host arrays too
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_graph_draws_anew_at_each_replay(options):
+    device = torch.device("cuda:0")
+    x, told = (
+        torch.ones(64, 64, 4, device=device, requires_grad=True),
+        {"p": 0.5, **options, "scale": False, "fill": 0.0},
+    )
+    told.pop("lengths", None), told.pop("keys", None)
+    if np.ndim(told["p"]):
+        told["p"] = torch.linspace(0, 1, 64, dtype=torch.float64, device=device)
+    step = lambda: torch.autograd.grad(message_dropout(x, **told).sum(), x)[0]  # noqa: E731
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = message_dropout(x, **told)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(y, grad)
+        seen.append(y.detach().clone())
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_a_given_seed_in_a_graph():
+    seed, x = torch.zeros((), dtype=torch.int64, device="cuda"), torch.ones(64, 64, 4, device="cuda")
+    message_dropout(x, seed=seed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, z = message_dropout(x, seed=seed), message_dropout(x, seed=9)
+    for number in (4, 5):
+        seed.fill_(number)
+        graph.replay()
+        assert torch.equal(y, message_dropout(x, seed=number))
+        assert torch.equal(z, message_dropout(x, seed=9))
+
+
+def test_streams_keep_their_order():
+    x, streams = torch.ones(2048, 2048, 16, device="cuda"), [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    results = []
+    for i, stream in enumerate(streams):
+        with torch.cuda.stream(stream):
+            y = x * (i + 1)  # long enough to be under way when the kernel is launched
+            results.append(message_dropout(y, 0.3, seed=i) / (i + 1))
+    torch.cuda.synchronize()
+    for i, result in enumerate(results):
+        assert torch.equal(result, message_dropout(x, 0.3, seed=i))
+
+
+def test_threads_that_have_no_context_yet():
+    """torch's autograd thread has none before its first kernel; nor has a new thread of the user's."""
+    code = """
+import threading, torch
+from msgdrop_numba import message_dropout
+x = torch.ones(8, 8, 4, device="cuda", requires_grad=True)
+grad, seed = torch.ones_like(x), torch.zeros((), dtype=torch.int64, device="cuda")
+y = message_dropout(x, seed=seed)
+y.backward(grad)
+assert torch.equal(x.grad, y)
+with torch.no_grad():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(message_dropout(x, seed=seed)))
+    thread.start(), thread.join()
+assert torch.equal(found[0], y)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no log line
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_tensor_s_own_device():
+    x = torch.ones(64, 64, 4, device="cuda:1", requires_grad=True)
+    with torch.cuda.device(0):
+        y = message_dropout(x, seed=1)
+        y.sum().backward()
+    equal(y.detach(), want(torch.ones(64, 64, 4), 1)[0])
+    assert torch.equal(x.grad, y)
+    with pytest.raises(ValueError, match="cuda:0"):
+        message_dropout(x, lengths=torch.ones(64, dtype=torch.int64, device="cuda:0"))
+
+
+def test_large_and_odd():
+    for shape in [(5, 100_000, 3), (2, 70_000, 128), (300, 3, 4096), (1, 2, 3_000_000)]:
+        x = torch.randn(shape)
+        for options in ({}, {"exact": True}, {"span": 7, "min_keep": 3}):
+            expected = message_dropout(x, 0.3, seed=3, **options)
+            assert torch.equal(message_dropout(x.cuda(), 0.3, seed=3, **options).cpu(), expected)
+        start = torch.randn(x.numel() + 1).cuda()[1:].view(shape)  # 4 bytes off
+        assert torch.equal(message_dropout(start, seed=3).cpu(), message_dropout(start.cpu(), seed=3))
+
+
+def test_more_than_32_bits_count():
+    for dtype, count in ((torch.uint8, 2**31 + 2**21), (torch.float32, 2**30 + 2**21)):
+        features = 2**10
+        x = torch.ones(2, count // features // 2, features, dtype=dtype, device="cuda")
+        y, keep = message_dropout(x, 0.3, seed=3, return_mask=True)
+        assert torch.equal(keep.cpu(), torch.from_numpy(keep_mask(tuple(x.shape[:2]), 0.3, seed=3)))
+        assert torch.equal(y[..., 0].bool(), keep)
+        assert torch.equal(y.amin(-1), y.amax(-1))
+
+
+def test_compiled_on_the_device():
+    torch._dynamo.reset()
+    x, recorded = torch.ones(64, 64, 4, device="cuda", requires_grad=True), EagerAndRecordGraphs()
+    drop = lambda x: message_dropout(x, seed=7) * 2  # noqa: E731
+    expected = drop(x)
+    assert torch.equal(torch.compile(drop, fullgraph=True)(x), expected)
+    assert torch.equal(torch.compile(drop, fullgraph=True, backend=recorded)(x), expected)
+    assert "msgdrop_numba.keep_mask" in recorded.graphs[0].code
