@@ -15,6 +15,7 @@ import pytest
 import stand_in
 import torch
 from test_cuda import SIMULATED, of_itself
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from msgdrop_numba import MessageDropout, keep_mask, message_dropout, tensors, torch_cuda, torch_ops
@@ -245,7 +246,8 @@ def test_what_is_written_may_hold_the_arguments(device):
         assert torch.equal(message_dropout(words, inplace=True, seed=1, **{name: words[0, 0, :3]}), expected)
 
 
-def test_transposed_arguments(device):
+def test_transposed_arguments(device, monkeypatch):
+    monkeypatch.setattr(tensors, "is_plain", lambda _: False)  # those of the stand-in are the device's too
     x, lengths = torch.ones(2, 3, 5, 4, device=device), torch.arange(6, device=device).clamp(max=5).reshape(3, 2).t()
     p = torch.linspace(0, 1, 30, dtype=torch.float64, device=device).reshape(5, 3, 2).permute(2, 1, 0)
     keep = naive.keep_mask((2, 3, 5), p.cpu().numpy(), seed=1, lengths=lengths.cpu().numpy())
@@ -261,6 +263,8 @@ def test_the_mask_under_a_transform(device):
     keep = naive.keep_mask((4, 6), 0.5, seed=3)
     masks = torch.vmap(lambda seed: keep_mask((4, 6), seed=seed, device=device))(torch.tensor([3, 3], device=device))
     equal(masks[1], keep)
+    with FakeTensorMode():
+        assert isinstance(keep_mask((4, 6), seed=3, device=device), FakeTensor)
 
 
 def test_the_stream_and_the_device_that_are_told(monkeypatch):
