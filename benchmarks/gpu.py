@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.measure import machine, markdown
-from msgdrop_numba import message_dropout
+from msgdrop_numba import message_dropout, torch_cuda
 from msgdrop_numba.bench import medians
 
 DEVICE = "cuda"
@@ -26,9 +26,10 @@ CASES = [
 SMALL = [(3, 5, 20), (8, 16, 128), (32, 64, 256)]
 SEQUENCE, LEAST = 512, 0.05  # messages in a row; seconds that a round of calls takes, about
 
-PEERS = {
+PEERS: dict[str, Any] = {
     "dropout1d": peers.dropout1d, "masked_fill": peers.masked_fill, "multiply": peers.multiply,
     "compiled dropout1d": peers.compiled_dropout1d, "compiled multiply": peers.compiled_multiply,
+    "compiled masked_fill": torch.compile(peers.masked_fill, dynamic=False),
 }  # fmt: skip
 
 
@@ -80,17 +81,23 @@ def contestants(x: Tensor, p: float) -> dict[str, Callable[[], Any]]:
         "copy_": lambda: out.copy_(x),
         "zero_": lambda: out.zero_(),
         "new, both ways": both_ways(message_dropout, x, p),
-        "dropout1d, both ways": both_ways(peers.dropout1d, x, p),
     }
-    return calls | {name: partial(peer, x, p) for name, peer in PEERS.items()}
+    for name, peer in PEERS.items():
+        calls |= {name: partial(peer, x, p), f"{name}, both ways": both_ways(peer, x, p)}
+    return calls
 
 
 def run(rounds: int) -> dict[str, Any]:
     """Microseconds of the device on large tensors, of the host on small ones."""
-    if DEVICE != "cpu" and not torch.cuda.is_available():
-        raise SystemExit("gpu: torch finds no GPU here")
+    found = machine()
+    if DEVICE != "cpu":
+        if not (torch.cuda.is_available() and torch_cuda.usable(torch.device("cuda:0"))):
+            raise SystemExit("gpu: torch finds no GPU, or numba-cuda is missing")
+        packages = {name: metadata.version(name) for name in ("numba-cuda", "cuda-core")}
+        found |= {"gpu": torch.cuda.get_device_name(), "CUDA": torch.version.cuda, **packages}
     rows, small = [], []
     for megabytes, features, dtype, p in CASES:
+        torch.compiler.reset()  # else the later cases would find the compiler's limit of versions reached
         kind = getattr(torch, dtype)
         count = max(1, round(megabytes * 2**20 / (SEQUENCE * features * kind.itemsize)))
         x = torch.randn(count, SEQUENCE, features, device=DEVICE, dtype=kind)
@@ -102,10 +109,8 @@ def run(rounds: int) -> dict[str, Any]:
         calls = {"ours": partial(message_dropout, x, 0.3), "dropout1d": partial(peers.dropout1d, x, 0.3)}
         calls |= {f"{name}, both ways": both_ways(call.func, x, 0.3) for name, call in list(calls.items())}
         small.append({"shape": shape, "microseconds": _medians(calls, on_host, 200, rounds)})
-    found = machine()
-    if DEVICE != "cpu":
-        packages = {name: metadata.version(name) for name in ("numba-cuda", "cuda-core")}
-        found |= {"gpu": torch.cuda.get_device_name(), "CUDA": torch.version.cuda, **packages}
+    if torch_cuda._broken:
+        raise SystemExit("gpu: a kernel couldn't be loaded, so these would be figures of torch's own operations")
     return {"machine": found, "rounds": rounds, "rows": rows, "small": small}
 
 
@@ -115,22 +120,25 @@ def table(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         times, p = row["microseconds"], row["p"]
         peers_of = [times[name] / times["new"] for name in ("dropout1d", "masked_fill", "multiply")]
-        compiled = min(times["compiled dropout1d"], times["compiled multiply"]) / times["new"]
+        compiled, both = (
+            min(times[name + way] for name in PEERS if name.startswith("compiled")) / times["new" + way]
+            for way in ("", ", both ways")
+        )
         cells = [
             (2 - p) / 2 * times["copy_"] / times["new"], times["inplace"] / (p * times["zero_"]), *peers_of, compiled,
-            times["dropout1d, both ways"] / times["new, both ways"], times["exact"] / times["new"],
+            times["dropout1d, both ways"] / times["new, both ways"], both, times["exact"] / times["new"],
         ]  # fmt: skip
         case = f"{row['megabytes']} MB {row['dtype']}, {row['features']} features, p = {p}"
         rows.append([case, f"{times['new']:.4g}", *(f"{cell:.2f}" for cell in cells)])
     for row in results["small"]:
         times = row["microseconds"]
-        cells = ["–"] * 8
+        cells = ["–"] * 9
         cells[2] = f"{times['dropout1d'] / times['ours']:.2f}"
         cells[6] = f"{times['dropout1d, both ways'] / times['ours, both ways']:.2f}"
         rows.append([f"{' × '.join(map(str, row['shape']))}, host time", f"{times['ours']:.3g}", *cells])
     head = [
         "case", "ours, µs", "of copy_'s bandwidth", "in place / p · zero_", "dropout1d", "masked_fill", "multiply",
-        "best compiled", "dropout1d, both ways", "exact / default",
+        "best compiled", "dropout1d, both ways", "best compiled, both ways", "exact / default",
     ]  # fmt: skip
     return markdown(head, rows)
 

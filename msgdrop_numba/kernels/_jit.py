@@ -13,15 +13,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # nogil: other Python threads run on. numpy error model: no zero-division branch in a loop.
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
+_INNER: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **_OPTIONS}
 
 
 def jit(function: F) -> F:
-    """Compile at the first call, for use in a kernel or as a serial kernel."""
+    """Compile at the first call, as a serial kernel."""
     return _cached(function, **_OPTIONS)
 
 
+def inner_jit(function: F) -> F:
+    """Compile for kernels alone, which call it in several places: nothing for Python to call, no cache of its own."""
+    return numba.njit(**_INNER)(function)  # type: ignore[no-any-return]
+
+
 def inlined_jit(function: F) -> F:
-    """Compile into the caller's own loop: LLVM vectorises it there, and CUDA kernels need no linker for it."""
+    """Compile into the caller: a loop vectorises there, what has one caller compiles once, and CUDA needs no linker."""
     return _cached(function, inline="always", **_OPTIONS)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from msgdrop_numba.kernels._jit import jit, parallel_jit
+from msgdrop_numba.kernels._jit import inlined_jit, inner_jit, jit, parallel_jit
 from msgdrop_numba.kernels.memory import (
     brain_to_float,
     copy_bytes,
@@ -34,7 +34,7 @@ SCRATCH = 4096  # bytes scaled at a time on their way past the cache; no more th
 OTHER = -1  # multiply, as a type that the kernels don't know
 
 
-@jit
+@inner_jit
 def _scale(target: int, source: int, count: int, kind: int, factor: float) -> None:
     """Multiply `count` bytes of elements in the accumulator type, rounding to nearest even."""
     s = np.float32(factor)
@@ -56,7 +56,7 @@ def _scale(target: int, source: int, count: int, kind: int, factor: float) -> No
                 y2[j] = float_to_brain(brain_to_float(x2[j]) * s)
 
 
-@jit
+@inner_jit
 def _copy(target: int, source: int, count: int, stream: bool) -> None:
     """Copy `count` bytes, past the cache where `stream`: of more than it holds, it forgets the first by the last."""
     if stream:
@@ -70,7 +70,7 @@ def _copy(target: int, source: int, count: int, stream: bool) -> None:
         copy_bytes(target, source, count)
 
 
-@jit
+@inner_jit
 def _zero(target: int, count: int, stream: bool) -> None:
     if stream:
         for at in range(0, count, LINE):
@@ -83,7 +83,7 @@ def _zero(target: int, count: int, stream: bool) -> None:
         zero_bytes(target, count)
 
 
-@jit
+@inlined_jit
 def _scale_past(target: int, source: int, count: int, kind: int, factor: float, scratch: int) -> None:
     """`_scale` past the cache, by way of a scratch memory that stays in it."""
     for at in range(0, count, SCRATCH):
@@ -92,7 +92,7 @@ def _scale_past(target: int, source: int, count: int, kind: int, factor: float, 
         _copy(target + at, scratch, part, True)
 
 
-@jit
+@inner_jit
 def _fill(target: int, message: int, width: int, stream: bool) -> None:
     """One message: a copy of the one given, or zeros."""
     if message:
@@ -101,7 +101,7 @@ def _fill(target: int, message: int, width: int, stream: bool) -> None:
         _zero(target, width, stream)
 
 
-@jit
+@inlined_jit
 def _fill_dropped(target: int, step: int, keep: Array, fill: int, width: int, stream: bool, scratch: int) -> None:
     """Write what drops, found first without a branch: a third of the guesses would be wrong, at the cost of a line."""
     dropped, count = view(scratch, keep.size, np.int64), 0
@@ -112,7 +112,7 @@ def _fill_dropped(target: int, step: int, keep: Array, fill: int, width: int, st
         _fill(target + dropped[j] * step, fill, width, stream)
 
 
-@jit
+@inlined_jit
 def _write_block(
     target: int, source: int, keep: Array, plan: Any, factor: float, factors: int, fill: int, stream: bool, scratch: int
 ) -> None:
@@ -140,7 +140,7 @@ def _write_block(
             _copy(to, from_, width, stream)
 
 
-@jit
+@inlined_jit
 def _write_padding(target: int, source: int, messages: int, plan: Any, draw: Any, stream: bool) -> None:
     """What lies behind a row's messages: the padding given where rows have sources, else as it is in x."""
     for j in range(messages):
@@ -151,7 +151,7 @@ def _write_padding(target: int, source: int, messages: int, plan: Any, draw: Any
             _copy(to, from_, plan["width"], stream)
 
 
-@jit
+@inner_jit
 def _select(target: int, source: int, keep: Array, value: Any, word: Any) -> None:
     """Messages of one word each: no runs to find, no branch to predict. The loads are masked by `keep`."""
     x, y = view(source, keep.size, word), view(target, keep.size, word)
@@ -164,7 +164,7 @@ def _select(target: int, source: int, keep: Array, value: Any, word: Any) -> Non
             y[j] = x[j] if keep[j] else value
 
 
-@jit
+@inlined_jit
 def _spread(keep: Array, flags: int, times: int) -> Any:
     """Every flag `times` times (2, 4 or 8), in the memory at `flags`."""
     if times == 2:
@@ -182,7 +182,7 @@ def _spread(keep: Array, flags: int, times: int) -> Any:
     return view(flags, keep.size * times, np.bool_)
 
 
-@jit
+@inlined_jit
 def _write_small(target: int, source: int, keep: Array, width: int, fill: int, flags: int) -> None:
     """Write neighbouring messages of 1 to 64 bytes, a power of two: word by word, since their runs are too short."""
     if width == 1:
@@ -197,7 +197,7 @@ def _write_small(target: int, source: int, keep: Array, width: int, fill: int, f
         _select(target, source, _spread(keep, flags, width // 8), np.uint64(0), np.uint64)
 
 
-@jit
+@inlined_jit
 def _row_factor(plan: Any, valid: int) -> float:
     """What the kept messages of a row are multiplied by: n / (n - d) where exactly d of n drop."""
     if not plan["exact"] or plan["certain"]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from msgdrop_numba.kernels._jit import jit
+from msgdrop_numba.kernels._jit import inlined_jit, inner_jit, jit
 from msgdrop_numba.kernels.memory import view
 from msgdrop_numba.philox import draw_block, fold_in
 
@@ -61,7 +61,7 @@ EVERYTHING = np.uint64(2**32)  # a cutoff above all draws
 _8, _255 = np.uint64(8), np.uint64(255)
 
 
-@jit
+@inner_jit
 def _draw(words: Array, seed: Any, key: Any, stream: Any, first: int, count: int) -> Array:
     """The draws of `count` positions from `first` on, in `words`."""
     skip = first % 4
@@ -69,7 +69,7 @@ def _draw(words: Array, seed: Any, key: Any, stream: Any, first: int, count: int
     return words[skip : skip + count]
 
 
-@jit
+@inlined_jit
 def _phase(words: Array, plan: Any, seed: Any, key: Any) -> Any:
     """Where in a span the row begins, so that every position keeps the marginal probability p."""
     if plan["span"] == 1:
@@ -78,21 +78,21 @@ def _phase(words: Array, plan: Any, seed: Any, key: Any) -> Any:
     return multiply_shift(plan["span"], np.int64(draws[0]), 32)
 
 
-@jit
+@inner_jit
 def multiply_shift(a: Any, b: Any, shift: int) -> Any:
     """(a * b) >> shift for a < 2**34, b < 2**34, 17 <= shift: the product may not fit into 64 bits."""
     high, low = b >> 17, b & 0x1FFFF
     return (a * high + ((a * low) >> 17)) >> (shift - 17)
 
 
-@jit
+@inner_jit
 def dropped_exactly(plan: Any, valid: int) -> Any:
     """How many of `valid` messages the exact rule drops: floor(valid * p), in integers."""
     wanted = multiply_shift(valid, 2 * plan["threshold"] + 1, 33)
     return min(wanted, max(0, valid - plan["min_keep"]))
 
 
-@jit
+@inner_jit
 def _candidates(
     drop: Array, words: Array, plan: Any, seed: Any, key: Any, phase: int, first: int, thresholds: int
 ) -> None:
@@ -118,7 +118,7 @@ def _candidates(
             group += 1
 
 
-@jit
+@inlined_jit
 def _cutoff(
     drop: Array, words: Array, plan: Any, seed: Any, key: Any, phase: int, valid: int, thresholds: int
 ) -> tuple[Any, int]:
@@ -152,7 +152,7 @@ def _cutoff(
     return prefix, _after_ties(drop, words, plan, seed, key, phase, valid, thresholds, stream, prefix, limit)
 
 
-@jit
+@inlined_jit
 def _after_ties(
     drop: Array, words: Array, plan: Any, seed: Any, key: Any, phase: int, valid: int, thresholds: int,
     stream: Any, draw: Any, ties: int,
@@ -170,7 +170,7 @@ def _after_ties(
     return valid
 
 
-@jit
+@inlined_jit
 def row_rule(
     drop: Array, words: Array, plan: Any, seed: Any, key: Any, valid: int, thresholds: int
 ) -> tuple[int, Any, int]:
@@ -182,7 +182,7 @@ def row_rule(
     return phase, draw, position
 
 
-@jit
+@inner_jit
 def keep_block(
     keep: Array, words: Array, plan: Any, seed: Any, key: Any, phase: int, cutoff: Any, ties_end: int, first: int,
     thresholds: int,
