@@ -26,6 +26,7 @@ def kernels() -> Any:
     assert torch_cuda.usable(torch.device("cuda:0"))
     yield
     assert not torch_cuda._broken
+    assert torch_cuda._kernels()._loaded
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
