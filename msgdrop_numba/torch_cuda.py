@@ -46,7 +46,6 @@ def _say(reason: str, advice: str) -> None:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def usable(device: torch.device) -> bool:
     """Whether kernels can be had on a device."""
     return device.type == "cuda" and device.index not in _broken and _kernels() is not None
@@ -56,7 +55,7 @@ def takes(x: Tensor, *others: Any) -> bool:
     """Whether x is an ordinary CUDA tensor, as the other arguments are, or on the host, and kernels can be had."""
     if not is_plain_cuda(x) or not all(is_ordinary(value) for value in others if isinstance(value, Tensor)):
         return False
-    return bool(usable(x.device))
+    return usable(x.device)
 
 
 def is_ordinary(value: Tensor) -> bool:

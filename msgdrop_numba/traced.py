@@ -124,7 +124,7 @@ def _keep_mask(
 ) -> Tensor:
     """The mask in torch operations; in compiled code from the kernels: compiling Philox itself takes 10 s."""
     compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if compiled and not in_transform() and (seed.device.type == "cpu" or torch_cuda.usable(seed.device)):
+    if compiled and not in_transform() and seed.device.type in ("cpu", "cuda"):
         return torch.ops.msgdrop_numba.keep_mask(  # type: ignore[no-any-return]
             shape, seed, keys, lengths, p, rule.p, rule.exact, rule.span, rule.min_keep
         )

@@ -78,7 +78,7 @@ def _phase(words: Array, plan: Any, seed: Any, key: Any) -> Any:
     return multiply_shift(plan["span"], np.int64(draws[0]), 32)
 
 
-@inner_jit
+@jit
 def multiply_shift(a: Any, b: Any, shift: int) -> Any:
     """(a * b) >> shift for a < 2**34, b < 2**34, 17 <= shift: the product may not fit into 64 bits."""
     high, low = b >> 17, b & 0x1FFFF
