@@ -35,7 +35,10 @@ def _write(
         result = torch.empty_like(x)
     if not (x.is_contiguous() and result.is_contiguous()):
         size = x.element_size()
-        plan = follow(plan, *(tuple(step * size for step in t.stride()) for t in (x, result)))
+        strides, out_strides = (tuple(step * size for step in t.stride()) for t in (x, result))
+        plan, alone = follow(plan, strides, out_strides), follow(plan, out_strides, out_strides)
+        if alone.followed and not plan.followed:  # as of the gradient of a sum, whose strides are 0
+            plan, x = alone, result.copy_(x)
     if plan.messages and plan.followed:
         if x.data_ptr() == 0 and plan.nbytes and x.numel():
             raise ValueError(f"x has no memory, though its shape is {tuple(x.shape)}: its storage was freed")

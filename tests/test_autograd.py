@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from msgdrop_numba import keep_mask, message_dropout
+from msgdrop_numba import keep_mask, message_dropout, torch_ops
 
 OPTIONS = [
     {},
@@ -52,6 +52,17 @@ def test_gradient_is_the_same_map(options, chunks):
     want = message_dropout(grad, **{"p": 0.5, "seed": 3, **options, "fill": 0.0})
     assert torch.equal(x.grad, want)
     assert not x.grad.isnan().any()
+
+
+def test_the_gradient_of_a_sum_takes_the_kernel(monkeypatch):
+    """Its strides are all 0, which no kernel follows: it is copied, and dropped in in place."""
+    x, launched = torch.randn(2, 4, 3, requires_grad=True), []
+    launch = torch_ops.launch
+    monkeypatch.setattr(torch_ops, "launch", lambda *a: (launched.append(a[3] == a[4] != 0), launch(*a)))
+    y = message_dropout(x, seed=3, scale=True)
+    y.sum().backward()
+    assert launched == [False, True]
+    assert torch.equal(x.grad, message_dropout(torch.ones(2, 4, 3), seed=3, scale=True))
 
 
 def test_gradients_of_any_layout():
