@@ -62,7 +62,7 @@ PATHS = [
     ("NumPy array", "compiled kernel", "its features are contiguous and its rows lie evenly"),
     ("NumPy array, other layouts", "compiled mask, NumPy's where", "the kernel can't follow its strides or byte order"),
     ("CPU or CUDA tensor", "compiled kernel", "as for arrays; under autograd with a backward of ours"),
-    ("CPU or CUDA tensor, other layouts", "compiled kernel on a copy", "in place, or where features lie apart: torch's where"),
+    ("CPU or CUDA tensor, other layouts", "compiled kernel on a copy", "in place, or features apart: torch's where"),
     ("CPU or CUDA tensor, torch.compile", "compiled mask, torch's where", "one graph, fused by the compiler"),
     ("export, vmap, jvp, fake tensors", "tensor operations", "nothing of this package may be called there"),
     ("CuPy or numba device array", "as a CUDA tensor", "on its own stream; needs torch"),
