@@ -429,3 +429,14 @@ def test_ptx_of_select():
         assert ".local" not in ptx
         assert registers(ptx, major, minor) <= 85  # three blocks of 512 threads
         assert re.search(r"atom\.\S*shared", ptx)
+
+
+@needs_numba_cuda
+@compiled
+@pytest.mark.parametrize("unit", [0, 16])
+def test_machine_code_is_linked_under_its_name(unit):
+    from msgdrop_numba.kernels import cuda_launch
+
+    name, code = cuda_launch._machine_code(unit, cpu.COPY, (9, 0))
+    assert code.code.startswith(b"\x7fELF")
+    assert name.encode() in code.code

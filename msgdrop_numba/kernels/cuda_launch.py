@@ -56,13 +56,9 @@ def load(unit: int, kind: int, device: int, capability: tuple[int, int]) -> None
 
 @cache
 def _machine_code(unit: int, kind: int, capability: tuple[int, int]) -> tuple[str, Any]:
-    return machine_code(cuda.function(unit, kind), bool(unit), capability)
-
-
-def machine_code(function: Any, drop: bool, capability: tuple[int, int], **options: Any) -> tuple[str, Any]:
     """A kernel's name and its code for a capability, linked here: the driver may be too old to take numba's PTX."""
-    ptx, _ = cuda.cuda.compile_ptx(function, cuda.signature(drop), cc=capability)
-    target = core.LinkerOptions(arch=f"sm_{capability[0]}{capability[1]}", **options)
+    ptx, _ = cuda.cuda.compile_ptx(cuda.function(unit, kind), cuda.signature(bool(unit)), cc=capability)
+    target = core.LinkerOptions(arch=f"sm_{capability[0]}{capability[1]}")
     name = re.search(r"\.entry\s+(\w+)", ptx)
     assert name is not None
     return name[1], core.Linker(core.ObjectCode.from_ptx(ptx.encode()), options=target).link("cubin")
