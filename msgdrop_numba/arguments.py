@@ -186,6 +186,9 @@ def address(array: Any) -> int:
     return int(array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data_ptr())
 
 
+ZERO = 0.0  # the fill that nobody gave, known by its identity
+
+
 def is_zero(fill: Any) -> bool:
     """Whether `fill` is plain zero, whose bytes are zeros in every dtype (-0.0 is not)."""
     return type(fill) in (int, float) and fill == 0 and math.copysign(1.0, fill) > 0

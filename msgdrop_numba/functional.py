@@ -22,7 +22,7 @@ def message_dropout(
     span: int = 1,
     min_keep: int = 0,
     lengths: Any = None,
-    fill: Any = 0.0,
+    fill: Any = arguments.ZERO,
     message_dims: int | None = None,
     seed: Any = None,
     keys: Any = None,
@@ -76,24 +76,22 @@ def message_dropout(
 
     Source: the mask contract, version 1 (README), on Philox4x32-10 (Salmon et al., SC'11).
     """
-    return _library(x).message_dropout(
+    return (_libraries.get(type(x)) or _library(x)).message_dropout(
         x, p, training, inplace, scale, exact, span, min_keep, lengths, fill, message_dims,
         seed, keys, generator, out, return_mask,
     )  # fmt: skip
 
 
-_torch: Any = None  # msgdrop_numba.torch_ops, once a tensor has come
+_libraries: dict[type, Any] = {np.ndarray: numpy_ops}  # of exact types; torch's once a tensor has come
 
 
 def _library(x: Any) -> Any:
-    global _torch
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
-        if _torch is None:
-            from msgdrop_numba import torch_ops
+        from msgdrop_numba import torch_ops
 
-            _torch = torch_ops
-        return _torch
+        _libraries[torch.Tensor] = torch_ops
+        return torch_ops
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError("x must be a plain NumPy array, but got a masked one, whose mask would be lost: give filled()")
     if isinstance(x, np.ndarray):

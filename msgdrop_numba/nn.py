@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.arguments import check_is_number, check_message_dims, probabilities, split_p
+from msgdrop_numba.arguments import ZERO, check_is_number, check_message_dims, probabilities, split_p
 from msgdrop_numba.functional import message_dropout
 from msgdrop_numba.rule import DropRule
 
@@ -51,7 +51,7 @@ class MessageDropout(torch.nn.Module):
         exact: bool = False,
         span: int = 1,
         min_keep: int = 0,
-        fill: Any = 0.0,
+        fill: Any = ZERO,
         message_dims: int | None = None,
     ) -> None:
         super().__init__()

@@ -16,6 +16,8 @@ from msgdrop_numba.kernels.cpu import COPY, LINE, OTHER
 from msgdrop_numba.kernels.rules import PLAN
 from msgdrop_numba.rule import MAX_ROW, DropRule
 
+# Below this many bytes written, waking threads costs more than it saves.
+PARALLEL_BYTES = 256 * 1024
 STREAM_BYTES = 32 * 2**20  # the last-level cache of a usual server core complex
 
 
@@ -65,6 +67,7 @@ class Plan(NamedTuple):
     nbytes: int  # that a call writes, at most
     kind: int  # what is done to kept elements, see kernels.cpu
     followed: bool  # whether the kernels know the dtype and can follow the strides
+    small: bool  # whether followed, of one message at least, and nothing for threads
     rule: DropRule
     arguments: tuple[Any, ...]  # that it was made from, but for strides
     record: np.ndarray[Any, Any]  # one PLAN, what the kernels read
@@ -108,16 +111,18 @@ def _make(
     width = math.prod(shape[dims:]) * itemsize
     messages = math.prod(shape[:dims])
     beside = steps[0] == steps[1] == (width * shape[dims - 1], width)
-    small = kind == COPY and beside and width in (1, 2, 4, 8, 16, 32, 64)
+    words = kind == COPY and beside and width in (1, 2, 4, 8, 16, 32, 64)
     # Past the cache only what the cache can't hold: reading it soon after would cost more than was saved.
     stream = beside and width % LINE == 0 and messages * width >= STREAM_BYTES
     record = np.zeros(1, PLAN)
     record[0] = (
         shape[dims - 1], width, kind, rule.scale, *(steps[0] or (0, 0)), *(steps[1] or (0, 0)),
-        small, stream, rule.threshold, rule.p == 1, rule.exact, rule.span, rule.min_keep,
+        words, stream, rule.threshold, rule.p == 1, rule.exact, rule.span, rule.min_keep,
     )  # fmt: skip
+    nbytes = messages * (width or 1)
     return Plan(
-        tuple(shape[:dims]), messages, shape[dims - 1], messages * (width or 1), kind, followed, rule,
+        tuple(shape[:dims]), messages, shape[dims - 1], nbytes, kind, followed,
+        followed and 0 < nbytes < PARALLEL_BYTES, rule,
         (shape, itemsize, kind, message_dims, p, exact, span, min_keep), record,
         record.__array_interface__["data"][0], record[0].item(),
     )  # fmt: skip

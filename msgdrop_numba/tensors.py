@@ -16,7 +16,7 @@ _SCALED = {
     torch.complex32: FLOAT16, torch.complex64: FLOAT32, torch.complex128: FLOAT64,
 }  # fmt: skip
 
-_WITHOUT_ZERO = {torch.float8_e8m0fnu}
+WITHOUT_ZERO = {torch.float8_e8m0fnu}
 _INFINITIES = (float("inf"), -float("inf"))
 
 
@@ -29,7 +29,7 @@ def scaled_kind(dtype: torch.dtype) -> int:
 
 def fill_message(fill: Any, x: Tensor, message_dims: int) -> Tensor | None:
     """One message of `fill`, a number or a tensor over the features, of x's dtype; None: zeros."""
-    if arguments.is_zero(fill) and x.dtype not in _WITHOUT_ZERO:
+    if arguments.is_zero(fill) and x.dtype not in WITHOUT_ZERO:
         return None
     features = x.shape[message_dims:]
     if not isinstance(fill, Tensor):
@@ -47,7 +47,7 @@ def check_number(name: str, value: Any, dtype: torch.dtype) -> complex:
     """The Python number; refused where `dtype` can't hold it."""
     if dtype.is_floating_point or dtype.is_complex:
         info = torch.finfo(dtype)
-        low, high = (info.tiny if dtype in _WITHOUT_ZERO else -info.max), info.max
+        low, high = (info.tiny if dtype in WITHOUT_ZERO else -info.max), info.max
         number = arguments.check_number(name, value, "c" if dtype.is_complex else "f", low, high, dtype)
         if dtype.itemsize == 1 and number in _INFINITIES and torch.full((), number, dtype=dtype).float() != number:
             raise ValueError(f"{name} must be a number that {dtype} can hold, but got {value!r}")

@@ -17,10 +17,7 @@ from numba import config
 from numba.core.compiler_lock import global_compiler_lock
 
 from msgdrop_numba.kernels.cpu import COPY, drop_parallel, drop_range
-from msgdrop_numba.plan import PLAIN, Draw, Plan, plan
-
-# Below this many bytes written, waking threads costs more than it saves.
-PARALLEL_BYTES = 256 * 1024
+from msgdrop_numba.plan import PARALLEL_BYTES, PLAIN, Draw, Plan, plan
 
 
 class _Layer:
@@ -63,11 +60,11 @@ def chunks(nbytes: int) -> int:
 def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> None:
     """Run the kernel, serial or parallel, from address x to address out; without out, make the mask alone."""
     parts = chunks(plan.nbytes if out else plan.messages)
-    low, high = seed & 0xFFFFFFFF, seed >> 32
+    bits = seed if seed < 2**63 else seed - 2**64
     if parts == 1:
-        drop_range(0, plan.messages, plan.address, draw.address, x, out, mask, low, high)
+        drop_range(0, plan.messages, plan.address, draw.address, x, out, mask, bits)
     else:
-        drop_parallel(plan.messages, plan.address, draw.address, x, out, mask, low, high, parts)
+        drop_parallel(plan.messages, plan.address, draw.address, x, out, mask, bits, parts)
 
 
 def load() -> None:

@@ -6,6 +6,7 @@ A seed that is an integer belongs to the CPU's kernels, one that is a tensor to 
 from __future__ import annotations
 
 import threading
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,20 +14,24 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from msgdrop_numba.arguments import ZERO
 from msgdrop_numba import arguments, numpy_ops, outputs, torch_cuda, traced
 from msgdrop_numba.kernels import tensor
-from msgdrop_numba.kernels.cpu import COPY
+from msgdrop_numba.kernels.cpu import COPY, drop_range
 from msgdrop_numba.plan import PLAIN, Draw, Plan, follow, row_arguments
 from msgdrop_numba.plan import plan as make_plan
-from msgdrop_numba.tensors import check_generator, check_target, fill_message, scaled_kind, seed_on
+from msgdrop_numba.tensors import check_generator, check_target, WITHOUT_ZERO, fill_message, scaled_kind, seed_on
 from msgdrop_numba.threads import launch
-from msgdrop_numba.torch_state import is_eager, is_plain, is_plain_cuda
+from msgdrop_numba.torch_state import dense_address, is_eager, is_plain, is_plain_cuda
 
 
 def _write(
     plan: Plan, draw: Draw, seed: Any, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
     """Run the kernel from x into `target`, a new tensor where None; the mask is written, or read if given."""
+    if plan.small and target is None and mask is None and type(seed) is int and x.is_contiguous():
+        if address := x.data_ptr():
+            return _write_small(plan, draw, seed, x, address)
     if target is not None:
         result = target
     elif plan.nbytes >= outputs.HUGE_BYTES and type(seed) is int and x.is_contiguous():
@@ -48,6 +53,14 @@ def _write(
             return result
     if plan.messages:
         result.copy_(where(plan, draw, x, draw_mask(plan, draw, seed, mask)))
+    return result
+
+
+def _write_small(plan: Plan, draw: Draw, seed: int, x: Tensor, address: int) -> Tensor:
+    """The same for a small plan and x in C order at `address`."""
+    result = torch.empty_like(x)
+    bits = seed if seed < 2**63 else seed - 2**64
+    drop_range(0, plan.messages, plan.address, draw.address, address, result.data_ptr(), 0, bits)
     return result
 
 
@@ -93,10 +106,13 @@ class _DropMessages(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         plan, draw, seed = ctx.job
+        needs_x, needs_fill, _ = ctx.needs_input_grad
+        if draw is PLAIN and plan.small and not needs_fill and type(seed) is int and (address := dense_address(grad)):
+            if not (grad.requires_grad and torch.is_grad_enabled()):
+                return _write_small(plan, draw, seed, grad, address), None, None
         mask = ctx.saved_tensors[0].contiguous() if draw.given else None  # hooks may have changed its layout
         if grad.layout != torch.strided:
             grad = grad.to_dense()
-        needs_x, needs_fill, _ = ctx.needs_input_grad
         grad_x = grad_fill = None
         if needs_fill:
             grad_fill = _fill_gradient(grad, draw_mask(plan, draw, seed, mask))
@@ -110,7 +126,8 @@ class _DropMessages(torch.autograd.Function):
         return grad_x, grad_fill, None
 
 
-_drop_messages: Any = _DropMessages.apply
+# Function.apply looks for transforms of torch.func, which no plain tensor is in.
+_drop_messages: Any = super(torch.autograd.Function, _DropMessages).apply
 
 
 def _fill_gradient(grad: Tensor, keep: Tensor) -> Tensor:
@@ -157,10 +174,45 @@ def message_dropout(
     lengths: Any, fill: Any, message_dims: int | None, seed: Any, keys: Any, generator: Any, out: Any,
     return_mask: bool,
 ) -> Any:  # fmt: skip
-    """`functional.message_dropout` for a tensor."""
-    numbers = lengths is None and keys is None and seed is None and out is None  # the usual call, asked first
-    numbers = numbers and type(fill) is float and type(p) is float
-    on_cpu = is_plain(x) and (numbers or _all_plain(lengths, fill, seed, keys, p, out))
+    """`functional.message_dropout` for a tensor: a small call without arrays in as few steps as it takes."""
+    if (
+        lengths is None and keys is None and seed is None and generator is None and out is None and fill is ZERO
+        and type(p) is float and p and training and not inplace and not return_mask and (address := dense_address(x))
+    ):  # fmt: skip
+        try:
+            plan = _small_plan(x.shape, x.dtype, p, scale, exact, span, min_keep, message_dims)
+        except TypeError:  # unhashable among others: said below
+            plan = None
+        if plan is not None:
+            seed = _seeds.buffer.random_(_SEEDS).item()
+            if x.requires_grad and torch.is_grad_enabled():
+                return _drop_messages(x, None, (plan, PLAIN, seed, None, False))
+            return _write_small(plan, PLAIN, seed, x, address)
+    return _in_full(
+        x, p, training, inplace, scale, exact, span, min_keep, lengths, fill, message_dims, seed, keys, generator,
+        out, return_mask,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _small_plan(
+    shape: tuple[int, ...], dtype: torch.dtype, p: float, scale: bool, exact: bool, span: int, min_keep: int,
+    message_dims: int | None,
+) -> Plan | None:  # fmt: skip
+    """The plan where the serial kernel does it all, whatever the tensor holds."""
+    plan = make_plan(
+        shape, dtype.itemsize, scaled_kind(dtype) if scale else COPY, message_dims, p, exact, span, min_keep
+    )
+    return plan if plan.small and not dtype.is_complex and dtype not in WITHOUT_ZERO else None
+
+
+def _in_full(
+    x: Tensor, p: Any, training: bool, inplace: bool, scale: bool, exact: bool, span: int, min_keep: int,
+    lengths: Any, fill: Any, message_dims: int | None, seed: Any, keys: Any, generator: Any, out: Any,
+    return_mask: bool,
+) -> Any:  # fmt: skip
+    """`message_dropout` with every option, on every device."""
+    on_cpu = is_plain(x) and _all_plain(lengths, fill, seed, keys, p, out)
     if not on_cpu and not torch_cuda.takes(x, lengths, fill, seed, keys, p, out):
         return traced.message_dropout(
             x, p, training, inplace, scale, exact, span, min_keep, lengths, fill, message_dims, seed, keys,
@@ -217,8 +269,18 @@ def _memory(x: Tensor) -> tuple[Any, ...]:
 
 
 GIVEN = Draw(given=True)
-_local = threading.local()  # one shared seed buffer would be a race
-_SEEDS = 2**63 - 1
+
+
+class _Seeds(threading.local):
+    """A buffer to draw seeds into, each thread its own: one shared would be a race."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):
+            self.buffer = torch.empty((), dtype=torch.int64, device="cpu")
+
+
+_seeds = _Seeds()
+_SEEDS = 2**63 - 1  # how many there are
 
 
 def _all_plain(*values: Any) -> bool:
@@ -227,12 +289,7 @@ def _all_plain(*values: Any) -> bool:
 
 def fresh_seed(generator: Any) -> int:
     """A seed of 63 bits from `generator`, or from torch's default generator of the CPU."""
-    try:
-        buffer = _local.seed
-    except AttributeError:
-        with torch.inference_mode(False):
-            buffer = _local.seed = torch.empty((), dtype=torch.int64, device="cpu")
     if generator is None:
-        return buffer.random_(0, _SEEDS).item()  # type: ignore[no-any-return]
-    check_generator(generator, buffer.device)
-    return buffer.random_(0, _SEEDS, generator=generator).item()  # type: ignore[no-any-return]
+        return _seeds.buffer.random_(_SEEDS).item()  # type: ignore[return-value]
+    check_generator(generator, _seeds.buffer.device)
+    return _seeds.buffer.random_(_SEEDS, generator=generator).item()  # type: ignore[return-value]

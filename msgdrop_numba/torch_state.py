@@ -65,12 +65,32 @@ def all_dense(tensors: list[torch.Tensor]) -> bool:
 
 
 _is_cpu, _is_nested, _layout = attrgetter("is_cpu"), attrgetter("is_nested"), attrgetter("layout")
-_STRIDED = {torch.strided}
+_strided = torch.strided
+_STRIDED = {_strided}
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether `tensor` is a dense eager CPU tensor outside every transform."""
     return type(tensor) in _PLAIN_TYPES and is_eager() and _dispatch_keys(tensor) in _PLAIN
+
+
+def dense_address(tensor: torch.Tensor) -> int:
+    """Where the elements of a plain tensor of a real dtype in C order lie; 0: it is none, or has none.
+
+    Asked by what a getter tells, in one function: dispatch keys cost more than a small tensor's kernel. Wrappers, which
+    only keys tell apart, have no address.
+    """
+    if (
+        type(tensor) not in _PLAIN_TYPES or _is_compiling() or _dispatch_keys is None or _modes()
+        or _tracing() is not None or forward_ad._current_level >= 0 or _transform() is not None
+        or not tensor.is_cpu or tensor.is_nested or tensor.layout is not _strided or tensor.is_neg()
+        or not tensor.is_contiguous()
+    ):  # fmt: skip
+        return 0
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
 
 
 def is_plain_cuda(tensor: torch.Tensor) -> bool:

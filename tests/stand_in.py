@@ -62,14 +62,15 @@ class Kernels:
             arguments["keys"] = keys.ctypes.data
         if (plan[12] or plan[14]) and not draw[1]:
             view(limits, 2 * rows, np.int64)[:] = -1  # memory that is there
-        bits = int(view(seed, 1, np.uint64)[0])
+        bits = int(view(seed, 1, np.int64)[0])
         addresses = record.ctypes.data, arguments.ctypes.data
-        cpu.drop_range(0, messages, *addresses, x, out, mask, bits & 0xFFFFFFFF, bits >> 32)
+        cpu.drop_range(0, messages, *addresses, x, out, mask, bits)
 
 
 def install(patch: pytest.MonkeyPatch, kernels: Any) -> None:
     """Let CPU tensors take the way of CUDA tensors, with these kernels."""
     patch.setattr(torch_ops, "is_plain", lambda _: False)
+    patch.setattr(torch_ops, "dense_address", lambda _: 0)
     patch.setattr(torch_ops, "is_plain_cuda", torch_state.is_plain)
     patch.setattr(torch_cuda, "is_plain_cuda", torch_state.is_plain)
     patch.setattr(torch_cuda, "usable", lambda device: device.index not in torch_cuda._broken)

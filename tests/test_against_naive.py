@@ -110,7 +110,7 @@ def check(rng: random.Random, size: int) -> None:
     signed = None if keys is None else torch.from_numpy(keys.view(np.int64).copy())
     tensor_fill = torch.from_numpy(fill) if isinstance(fill, np.ndarray) else fill
     told = (c, dtype, options, array.strides, fill)
-    with mock.patch.object(torch_ops, "is_plain", return_value=False):
+    with mock.patch.multiple(torch_ops, is_plain=lambda _: False, dense_address=lambda _: 0):
         y, mask = message_dropout(tensor, p, keys=signed, fill=tensor_fill, return_mask=True, **options)
         assert bits(mask) == bits(keep), told
         assert bits(y) == bits(want), told

@@ -61,7 +61,7 @@ def test_the_gradient_of_a_sum_takes_the_kernel(monkeypatch):
     monkeypatch.setattr(torch_ops, "launch", lambda *a: (launched.append(a[3] == a[4] != 0), launch(*a)))
     y = message_dropout(x, seed=3, scale=True)
     y.sum().backward()
-    assert launched == [False, True]
+    assert launched == [True]
     assert torch.equal(x.grad, message_dropout(torch.ones(2, 4, 3), seed=3, scale=True))
 
 
@@ -200,6 +200,7 @@ def test_dtypes_that_numpy_has_not(dtype, permute):
     assert torch.equal(y.view(integers), message_dropout(x, 0.5, seed=1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("msgdrop_numba.torch_ops.is_plain", lambda t: False)
+        patch.setattr("msgdrop_numba.torch_ops.dense_address", lambda t: 0)
         y = message_dropout(words.view(dtype).permute(permute), 0.5, seed=1)
     assert torch.equal(y.contiguous().view(integers), message_dropout(x, 0.5, seed=1).contiguous())
 

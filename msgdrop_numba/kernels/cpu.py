@@ -24,13 +24,15 @@ from msgdrop_numba.kernels.memory import (
     zero_bytes,
     zero_line,
 )
-from msgdrop_numba.kernels.rules import BLOCK, DRAW, PLAN, Array, dropped_exactly, keep_block, row_rule
+from msgdrop_numba.kernels.rules import BLOCK, DRAW, GROUP, PLAN, Array, dropped_exactly, keep_block, row_rule
 
 # What is done to the elements of a kept message: nothing, or multiply as this type.
 COPY, FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(5)
 LINE = 64  # bytes that a streaming store writes at once
 AHEAD = 4  # messages; where some are left out, the processor doesn't foresee which memory is read next
 SCRATCH = 4096  # bytes scaled at a time on their way past the cache; no more than `flags` in drop_range has
+# One allocation for all of a call's own memory, since each costs as much as a small row: flags, words, keep.
+MEMORY = 8 * BLOCK + 4 * (BLOCK + GROUP) + BLOCK
 OTHER = -1  # multiply, as a type that the kernels don't know
 
 
@@ -214,59 +216,61 @@ def drop_range(
     x: int,
     out: int,
     mask: int,
-    seed_low: int,
-    seed_high: int,
+    seed: int,
 ) -> None:
     """Drop among the messages first..last - 1, counted in C order.
 
     Addresses are integers, 0 where there is none: `plan_address` (one PLAN), `draw_address` (one DRAW), `x` and `out`
     (equal: in place; without `out` only the mask is made), `mask` (bool a message, written, or read where given). All
-    are Python integers, the seed as two halves: one compiled version serves every call.
+    are Python integers, the seed as the int64 of its bits: one compiled version serves every call.
     """
     plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
     size, width, fill, given = plan["size"], plan["width"], draw["fill"], draw["given"]
-    words, scratch, flags = np.empty(BLOCK + 8, np.uint32), np.empty(BLOCK, np.bool_), np.empty(BLOCK, np.uint64)
+    memory = np.empty(MEMORY, np.uint8)
+    flags = memory.ctypes.data
+    words, drawn = flags + 8 * BLOCK, flags + MEMORY - BLOCK
     stream = plan["stream"] and out % LINE == 0
-    seed = np.uint64(seed_low) | (np.uint64(seed_high) << np.uint64(32))
-    row, key, valid, factor, source, small = -1, np.uint64(0), size, plan["factor"], x, False
+    bits = np.uint64(seed)
     thresholds, factors = draw["thresholds"], draw["factors"]
     phase, cutoff, ties_end = 0, np.uint64(0), 0
-    while first < last:
-        position = first % size
-        if first // size != row:
-            row = first // size
-            valid = view(draw["lengths"] + 8 * row, 1, np.int64)[0] if draw["lengths"] else size
-            key = view(draw["keys"] + 8 * row, 1, np.uint64)[0] if draw["keys"] else np.uint64(row)
-            source = view(draw["sources"] + 8 * row, 1, np.int64)[0] if draw["sources"] else x + row * plan["x_row"]
-            small = plan["small"] and (source | out) % min(width, 8) == 0 and (width <= 8 or fill == 0)
-            if draw["per_row"]:
-                thresholds, factors = draw["thresholds"] + 8 * size * row, draw["factors"] + 8 * size * row
-            factor = _row_factor(plan, valid)
-            if not given:
-                phase, cutoff, ties_end = row_rule(scratch, words, plan, seed, key, valid, thresholds)
-        count = min(BLOCK, size - position, last - first)
-        keep = view(mask + first if mask else scratch.ctypes.data, count, np.bool_)
-        inside = max(0, min(count, valid - position))
+    for row in range(first // size, (last - 1) // size + 1 if first < last else 0):
+        valid = view(draw["lengths"] + 8 * row, 1, np.int64)[0] if draw["lengths"] else size
+        key = view(draw["keys"] + 8 * row, 1, np.uint64)[0] if draw["keys"] else np.uint64(row)
+        source = view(draw["sources"] + 8 * row, 1, np.int64)[0] if draw["sources"] else x + row * plan["x_row"]
+        small = plan["small"] and (source | out) & (min(width, 8) - 1) == 0 and (width <= 8 or fill == 0)
+        if draw["per_row"]:
+            thresholds, factors = draw["thresholds"] + 8 * size * row, draw["factors"] + 8 * size * row
+        factor = _row_factor(plan, valid)
         if not given:
-            keep_block(keep[:inside], words, plan, seed, key, phase, cutoff, ties_end, position, thresholds)
-            keep[inside:] = True
-        if out:
-            to, from_ = out + row * plan["out_row"] + position * plan["out_step"], source + position * plan["x_step"]
-            if small:
-                _write_small(to, from_, keep[:inside], width, fill, flags.ctypes.data)
-            else:
-                by = factors + 8 * position if draw["factors"] else 0
-                _write_block(to, from_, keep[:inside], plan, factor, by, fill, stream, flags.ctypes.data)
-            to, from_ = to + inside * plan["out_step"], from_ + inside * plan["x_step"]
-            _write_padding(to, from_, count - inside, plan, draw, stream)
-        first += count
+            phase, cutoff, ties_end = row_rule(drawn, words, plan, bits, key, valid, thresholds)
+        stop = min(size, last - row * size)
+        for position in range(max(0, first - row * size), stop, BLOCK):
+            count, there = min(BLOCK, stop - position), mask + row * size + position
+            inside = max(0, min(count, valid - position))
+            keep = view(there if given else drawn, count, np.bool_)
+            if not given:
+                keep_block(drawn, inside, words, plan, bits, key, phase, cutoff, ties_end, position, thresholds)
+                keep[inside:] = True
+                if mask:
+                    copy_bytes(there, drawn, count)
+            if out:
+                to = out + row * plan["out_row"] + position * plan["out_step"]
+                from_ = source + position * plan["x_step"]
+                if small:
+                    _write_small(to, from_, keep[:inside], width, fill, flags)
+                else:
+                    by = factors + 8 * position if draw["factors"] else 0
+                    _write_block(to, from_, keep[:inside], plan, factor, by, fill, stream, flags)
+                to, from_ = to + inside * plan["out_step"], from_ + inside * plan["x_step"]
+                _write_padding(to, from_, count - inside, plan, draw, stream)
+    memory[0] = 0  # used until here: views don't keep it
 
 
 @parallel_jit
 def drop_parallel(
-    messages: int, plan: int, draw: int, x: int, out: int, mask: int, seed_low: int, seed_high: int, chunks: int
+    messages: int, plan: int, draw: int, x: int, out: int, mask: int, seed: int, chunks: int
 ) -> None:
     """`drop_range` over all messages in `chunks` equal parts, on numba's threads."""
     for c in prange(chunks):
         start, stop = messages * c // chunks, messages * (c + 1) // chunks
-        drop_range(start, stop, plan, draw, x, out, mask, seed_low, seed_high)
+        drop_range(start, stop, plan, draw, x, out, mask, seed)

@@ -55,26 +55,34 @@ DRAW = np.dtype(
 
 # Positions drawn at a time: words and flags stay in the first-level cache.
 BLOCK = 1024
+# Draws are made and compared in whole groups, so that no vector loop leaves a rest to be done one by one.
+GROUP = 64
 
 STREAM_DRAW, STREAM_PHASE, STREAM_LIMIT = np.uint64(0), np.uint64(1), np.uint64(2)
 EVERYTHING = np.uint64(2**32)  # a cutoff above all draws
 _8, _255 = np.uint64(8), np.uint64(255)
 
 
+@inlined_jit
+def whole_groups(count: int) -> int:
+    """`count` rounded up: as many positions are drawn."""
+    return (count + GROUP - 1) & -GROUP
+
+
 @inner_jit
-def _draw(words: Array, seed: Any, key: Any, stream: Any, first: int, count: int) -> Array:
-    """The draws of `count` positions from `first` on, in `words`."""
-    skip = first % 4
-    draw_block(seed, key, stream, np.uint64(first // 4), words[: (skip + count + 3) // 4 * 4])
-    return words[skip : skip + count]
+def _draw(words: int, seed: Any, key: Any, stream: Any, first: int, count: int) -> int:
+    """Make the draws of `count` positions from `first` on, and some more behind them; returns where they lie."""
+    skip = first & 3
+    draw_block(seed, key, stream, np.uint64(first >> 2), view(words, whole_groups(skip + count), np.uint32))
+    return words + 4 * skip
 
 
 @inlined_jit
-def _phase(words: Array, plan: Any, seed: Any, key: Any) -> Any:
+def _phase(words: int, plan: Any, seed: Any, key: Any) -> Any:
     """Where in a span the row begins, so that every position keeps the marginal probability p."""
     if plan["span"] == 1:
         return 0
-    draws = _draw(words, seed, key, STREAM_PHASE, 0, 1)
+    draws = view(_draw(words, seed, key, STREAM_PHASE, 0, 1), 1, np.uint32)
     return multiply_shift(plan["span"], np.int64(draws[0]), 32)
 
 
@@ -94,23 +102,25 @@ def dropped_exactly(plan: Any, valid: int) -> Any:
 
 @inner_jit
 def _candidates(
-    drop: Array, words: Array, plan: Any, seed: Any, key: Any, phase: int, first: int, thresholds: int
+    memory: int, count: int, words: int, plan: Any, seed: Any, key: Any, phase: int, first: int, thresholds: int
 ) -> None:
-    """Set drop[j]: whether position first + j drops by the rule itself, before any limit on their number."""
+    """Set the flags in `memory`: whether position first + j drops by the rule itself, before any limit."""
+    drop = view(memory, whole_groups(count), np.bool_)
     if plan["exact"]:
         drop[:] = True
         return
     span, threshold = plan["span"], np.uint64(plan["threshold"])
-    group, inside = (first + phase) // span, (first + phase) % span
-    groups = (first + phase + drop.size - 1) // span - group + 1
-    draws = _draw(words, seed, key, STREAM_DRAW, group, groups)
     if span == 1 and not thresholds:
+        draws = view(_draw(words, seed, key, STREAM_DRAW, first, count), drop.size, np.uint32)
         for j in range(drop.size):
             drop[j] = np.uint64(draws[j]) < threshold
         return
-    own = view(thresholds + 8 * first, drop.size if thresholds else 0, np.uint64)
+    group, inside = (first + phase) // span, (first + phase) % span
+    groups = (first + phase + count - 1) // span - group + 1
+    draws = view(_draw(words, seed, key, STREAM_DRAW, group, groups), groups, np.uint32)
+    own = view(thresholds + 8 * first, count if thresholds else 0, np.uint64)
     group = 0
-    for j in range(drop.size):
+    for j in range(count):
         drop[j] = np.uint64(draws[group]) < (own[j] if thresholds else threshold)
         inside += 1
         if inside == span:
@@ -120,7 +130,7 @@ def _candidates(
 
 @inlined_jit
 def _cutoff(
-    drop: Array, words: Array, plan: Any, seed: Any, key: Any, phase: int, valid: int, thresholds: int
+    memory: int, words: int, plan: Any, seed: Any, key: Any, phase: int, valid: int, thresholds: int
 ) -> tuple[Any, int]:
     """The (draw, position) below which candidates drop, so that no more do than may.
 
@@ -128,14 +138,14 @@ def _cutoff(
     """
     stream = STREAM_DRAW if plan["exact"] else STREAM_LIMIT
     limit = dropped_exactly(plan, valid) if plan["exact"] else max(0, valid - plan["min_keep"])
-    prefix, counts = np.uint64(0), np.zeros(256, np.int64)
+    prefix, counts, drop = np.uint64(0), np.zeros(256, np.int64), view(memory, BLOCK, np.bool_)
     for shift in (24, 16, 8, 0):
         low = np.uint64(shift)
         counts[:] = 0
         for first in range(0, valid, BLOCK):
             count = min(BLOCK, valid - first)
-            _candidates(drop[:count], words, plan, seed, key, phase, first, thresholds)
-            draws = _draw(words, seed, key, stream, first, count)
+            _candidates(memory, count, words, plan, seed, key, phase, first, thresholds)
+            draws = view(_draw(words, seed, key, stream, first, count), count, np.uint32)
             for j in range(count):
                 digits = np.uint64(draws[j]) >> low
                 if drop[j] and digits >> _8 == prefix:
@@ -149,19 +159,20 @@ def _cutoff(
         prefix = (prefix << _8) | np.uint64(digit)
         if limit == 0:
             return prefix << low, 0
-    return prefix, _after_ties(drop, words, plan, seed, key, phase, valid, thresholds, stream, prefix, limit)
+    return prefix, _after_ties(memory, words, plan, seed, key, phase, valid, thresholds, stream, prefix, limit)
 
 
 @inlined_jit
 def _after_ties(
-    drop: Array, words: Array, plan: Any, seed: Any, key: Any, phase: int, valid: int, thresholds: int,
+    memory: int, words: int, plan: Any, seed: Any, key: Any, phase: int, valid: int, thresholds: int,
     stream: Any, draw: Any, ties: int,
 ) -> int:  # fmt: skip
     """The position behind the first `ties` candidates with exactly this draw."""
+    drop = view(memory, BLOCK, np.bool_)
     for first in range(0, valid, BLOCK):
         count = min(BLOCK, valid - first)
-        _candidates(drop[:count], words, plan, seed, key, phase, first, thresholds)
-        draws = _draw(words, seed, key, stream, first, count)
+        _candidates(memory, count, words, plan, seed, key, phase, first, thresholds)
+        draws = view(_draw(words, seed, key, stream, first, count), count, np.uint32)
         for j in range(count):
             if drop[j] and draws[j] == draw:
                 ties -= 1
@@ -172,29 +183,31 @@ def _after_ties(
 
 @inlined_jit
 def row_rule(
-    drop: Array, words: Array, plan: Any, seed: Any, key: Any, valid: int, thresholds: int
+    memory: int, words: int, plan: Any, seed: Any, key: Any, valid: int, thresholds: int
 ) -> tuple[int, Any, int]:
     """What holds for a whole row: its phase, and the (draw, position) below which candidates drop."""
     phase = _phase(words, plan, seed, key)
     if not (plan["exact"] or plan["min_keep"]):
         return phase, EVERYTHING, 0
-    draw, position = _cutoff(drop, words, plan, seed, key, phase, valid, thresholds)
+    draw, position = _cutoff(memory, words, plan, seed, key, phase, valid, thresholds)
     return phase, draw, position
 
 
 @inner_jit
 def keep_block(
-    keep: Array, words: Array, plan: Any, seed: Any, key: Any, phase: int, cutoff: Any, ties_end: int, first: int,
-    thresholds: int,
+    memory: int, count: int, words: int, plan: Any, seed: Any, key: Any, phase: int, cutoff: Any, ties_end: int,
+    first: int, thresholds: int,
 ) -> None:  # fmt: skip
-    """Set keep[j] for the positions of a row from `first` on; the rest is `row_rule`'s."""
-    _candidates(keep, words, plan, seed, key, phase, first, thresholds)
+    """Set the flags in `memory`: whether a row's positions from `first` on are kept; the rest is `row_rule`'s."""
+    _candidates(memory, count, words, plan, seed, key, phase, first, thresholds)
+    keep = view(memory, whole_groups(count), np.bool_)
     if cutoff == EVERYTHING:
         for j in range(keep.size):
             keep[j] = not keep[j]
         return
-    draws = _draw(words, seed, key, STREAM_DRAW if plan["exact"] else STREAM_LIMIT, first, keep.size)
-    for j in range(keep.size):
+    stream = STREAM_DRAW if plan["exact"] else STREAM_LIMIT
+    draws = view(_draw(words, seed, key, stream, first, count), count, np.uint32)
+    for j in range(count):
         draw = np.uint64(draws[j])
         keep[j] = not (keep[j] and (draw < cutoff or (draw == cutoff and first + j < ties_end)))
 
