@@ -111,7 +111,7 @@ def _make(
     width = math.prod(shape[dims:]) * itemsize
     messages = math.prod(shape[:dims])
     beside = steps[0] == steps[1] == (width * shape[dims - 1], width)
-    words = kind == COPY and beside and width in (1, 2, 4, 8, 16, 32, 64)
+    words = beside and width in (1, 2, 4, 8, 16, 32, 64)
     # Past the cache only what the cache can't hold: reading it soon after would cost more than was saved.
     stream = beside and width % LINE == 0 and messages * width >= STREAM_BYTES
     record = np.zeros(1, PLAN)

@@ -29,10 +29,12 @@ from msgdrop_numba.kernels.rules import BLOCK, DRAW, GROUP, PLAN, Array, dropped
 # What is done to the elements of a kept message: nothing, or multiply as this type.
 COPY, FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(5)
 LINE = 64  # bytes that a streaming store writes at once
-AHEAD = 4  # messages; where some are left out, the processor doesn't foresee which memory is read next
-SCRATCH = 4096  # bytes scaled at a time on their way past the cache; no more than `flags` in drop_range has
-# One allocation for all of a call's own memory, since each costs as much as a small row: flags, words, keep.
-MEMORY = 8 * BLOCK + 4 * (BLOCK + GROUP) + BLOCK
+AHEAD = 2048  # bytes of kept messages that are asked for before they are copied
+NARROW = 1024  # messages of fewer bytes are written without a branch
+LARGE = 4 * 2**20  # bytes, from which on a range isn't in the second-level cache
+SCRATCH = 4096  # bytes scaled at a time on their way past the cache
+# One allocation for all of a call's own memory, since each costs as much as a small row: list, scratch, words, keep.
+MEMORY = 8 * BLOCK + SCRATCH + 4 * (BLOCK + GROUP) + BLOCK
 OTHER = -1  # multiply, as a type that the kernels don't know
 
 
@@ -59,17 +61,45 @@ def _scale(target: int, source: int, count: int, kind: int, factor: float) -> No
 
 
 @inner_jit
-def _copy(target: int, source: int, count: int, stream: bool) -> None:
-    """Copy `count` bytes, past the cache where `stream`: of more than it holds, it forgets the first by the last."""
+def _copy(target: int, source: int, count: int, stream: bool, ahead: int) -> None:
+    """Copy `count` bytes, past the cache where `stream`: of more than it holds, it forgets the first by the last.
+
+    Line by line with it, what lies at `ahead` is asked for, to be copied soon; 0: nothing.
+    """
     if stream:
         for at in range(0, count, LINE):
+            if ahead:
+                prefetch(ahead + at)
             stream_line(target + at, source + at)
     elif count >= LINE:
         for at in range(0, count - LINE + 1, LINE):
+            if ahead:
+                prefetch(ahead + at)
             copy_line(target + at, source + at)
-        copy_line(target + count - LINE, source + count - LINE)  # the rest, and some of it again
+        if count % LINE:
+            copy_line(target + count - LINE, source + count - LINE)  # the rest, and some of it again
     else:
         copy_bytes(target, source, count)
+
+
+@inlined_jit
+def _copy_narrow(target: int, source: int, count: int) -> None:
+    """The same of less than `NARROW` bytes, in pieces of one size, the last of which may begin within another."""
+    if count >= LINE:
+        for at in range(0, count - LINE, LINE):
+            copy_line(target + at, source + at)
+        copy_line(target + count - LINE, source + count - LINE)
+    elif count >= 16:
+        for at in range(0, count - 16, 16):
+            copy_bytes(target + at, source + at, 16)
+        copy_bytes(target + count - 16, source + count - 16, 16)
+    elif count >= 4:
+        for at in range(0, count - 4, 4):
+            copy_bytes(target + at, source + at, 4)
+        copy_bytes(target + count - 4, source + count - 4, 4)
+    else:
+        for at in range(count):
+            copy_bytes(target + at, source + at, 1)
 
 
 @inner_jit
@@ -80,7 +110,8 @@ def _zero(target: int, count: int, stream: bool) -> None:
     elif count >= LINE:
         for at in range(0, count - LINE + 1, LINE):
             zero_line(target + at)
-        zero_line(target + count - LINE)
+        if count % LINE:
+            zero_line(target + count - LINE)
     else:
         zero_bytes(target, count)
 
@@ -91,55 +122,65 @@ def _scale_past(target: int, source: int, count: int, kind: int, factor: float, 
     for at in range(0, count, SCRATCH):
         part = min(SCRATCH, count - at)
         _scale(scratch, source + at, part, kind, factor)
-        _copy(target + at, scratch, part, True)
+        _copy(target + at, scratch, part, True, 0)
 
 
 @inner_jit
 def _fill(target: int, message: int, width: int, stream: bool) -> None:
     """One message: a copy of the one given, or zeros."""
     if message:
-        _copy(target, message, width, stream)
+        _copy(target, message, width, stream, 0)
     else:
         _zero(target, width, stream)
 
 
 @inlined_jit
-def _fill_dropped(target: int, step: int, keep: Array, fill: int, width: int, stream: bool, scratch: int) -> None:
-    """Write what drops, found first without a branch: a third of the guesses would be wrong, at the cost of a line."""
-    dropped, count = view(scratch, keep.size, np.int64), 0
+def _listed(keep: Array, wanted: bool, memory: int) -> Array:
+    """Where `keep` is as wanted, found without a branch: a third of the guesses would be wrong."""
+    found, count = view(memory, keep.size, np.int64), 0
     for j in range(keep.size):
-        dropped[count] = j
-        count += not keep[j]
-    for j in range(count):
-        _fill(target + dropped[j] * step, fill, width, stream)
+        found[count] = j
+        count += keep[j] == wanted
+    return found[:count]
 
 
 @inlined_jit
 def _write_block(
-    target: int, source: int, keep: Array, plan: Any, factor: float, factors: int, fill: int, stream: bool, scratch: int
-) -> None:
-    """Write the messages of `keep` one by one; what is dropped is never read."""
-    width, kind, source_step, target_step = plan["width"], plan["kind"], plan["x_step"], plan["out_step"]
+    target: int, source: int, keep: Array, plan: Any, kind: int, factor: float, factors: int, fill: int, stream: bool,
+    foresee: bool, list_: int, scratch: int,
+) -> None:  # fmt: skip
+    """Write the messages of `keep` one by one; what is dropped isn't read."""
+    width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]
     if target == source and kind == COPY:
-        _fill_dropped(target, target_step, keep, fill, width, stream, scratch)
+        for j in _listed(keep, False, list_):
+            _fill(target + j * target_step, fill, width, stream)
+        return
+    if kind == COPY and width < NARROW and not (foresee or stream):
+        other = fill if fill else scratch  # which is zeros
+        for j in range(keep.size):
+            # No branch, of which a third would be guessed wrong.
+            _copy_narrow(target + j * target_step, other + keep[j] * (source + j * source_step - other), width)
         return
     own = view(factors, keep.size if factors else 0, np.float64)
-    foresee = target != source and width >= 4 * LINE
+    # With gaps between them, the processor doesn't foresee which messages are read next.
+    kept, passed, distance = _listed(keep[: keep.size if foresee else 0], True, list_), 0, AHEAD // max(1, width)
     for j in range(keep.size):
         to, from_ = target + j * target_step, source + j * source_step
-        if foresee and j + AHEAD < keep.size and keep[j + AHEAD]:
-            for at in range(0, width, LINE):
-                prefetch(from_ + AHEAD * source_step + at)
         if not keep[j]:
             _fill(to, fill, width, stream)
-        elif kind != COPY:
-            by = own[j] if factors else factor
-            if stream:
-                _scale_past(to, from_, width, kind, by, scratch)
-            else:
-                _scale(to, from_, width, kind, by)
+            continue
+        passed += 1
+        ahead = source + kept[min(passed + distance, kept.size - 1)] * source_step if foresee else 0
+        if kind == COPY:
+            _copy(to, from_, width, stream, ahead)
+            continue
+        for at in range(0, width if ahead else 0, LINE):
+            prefetch(ahead + at)
+        by = own[j] if factors else factor
+        if stream:
+            _scale_past(to, from_, width, kind, by, scratch)
         else:
-            _copy(to, from_, width, stream)
+            _scale(to, from_, width, kind, by)
 
 
 @inlined_jit
@@ -150,7 +191,7 @@ def _write_padding(target: int, source: int, messages: int, plan: Any, draw: Any
         if draw["sources"]:
             _fill(to, draw["padding"], plan["width"], stream)
         elif to != from_:
-            _copy(to, from_, plan["width"], stream)
+            _copy(to, from_, plan["width"], stream, 0)
 
 
 @inner_jit
@@ -227,17 +268,20 @@ def drop_range(
     plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
     size, width, fill, given = plan["size"], plan["width"], draw["fill"], draw["given"]
     memory = np.empty(MEMORY, np.uint8)
-    flags = memory.ctypes.data
-    words, drawn = flags + 8 * BLOCK, flags + MEMORY - BLOCK
+    list_ = memory.ctypes.data
+    scratch, words, drawn = list_ + 8 * BLOCK, list_ + 8 * BLOCK + SCRATCH, list_ + MEMORY - BLOCK
     stream = plan["stream"] and out % LINE == 0
+    zero_bytes(scratch, NARROW)
     bits = np.uint64(seed)
     thresholds, factors = draw["thresholds"], draw["factors"]
     phase, cutoff, ties_end = 0, np.uint64(0), 0
+    foresee = x != out and width >= 4 * LINE and (last - first) * width >= LARGE
+    together = 2 * width < NARROW and plan["x_step"] == plan["out_step"] == width and not (factors or stream)
     for row in range(first // size, (last - 1) // size + 1 if first < last else 0):
         valid = view(draw["lengths"] + 8 * row, 1, np.int64)[0] if draw["lengths"] else size
         key = view(draw["keys"] + 8 * row, 1, np.uint64)[0] if draw["keys"] else np.uint64(row)
         source = view(draw["sources"] + 8 * row, 1, np.int64)[0] if draw["sources"] else x + row * plan["x_row"]
-        small = plan["small"] and (source | out) & (min(width, 8) - 1) == 0 and (width <= 8 or fill == 0)
+        small = plan["words"] and (source | out) & (min(width, 8) - 1) == 0 and (width <= 8 or fill == 0)
         if draw["per_row"]:
             thresholds, factors = draw["thresholds"] + 8 * size * row, draw["factors"] + 8 * size * row
         factor = _row_factor(plan, valid)
@@ -256,11 +300,16 @@ def drop_range(
             if out:
                 to = out + row * plan["out_row"] + position * plan["out_step"]
                 from_ = source + position * plan["x_step"]
-                if small:
-                    _write_small(to, from_, keep[:inside], width, fill, flags)
+                now, kind = from_, plan["kind"]
+                if kind != COPY and together:
+                    # All of them at once, then drop among them in place: they are in the cache.
+                    _scale(to, from_, inside * width, kind, factor)
+                    now, kind = to, COPY
+                if small and kind == COPY:
+                    _write_small(to, now, keep[:inside], width, fill, list_)
                 else:
                     by = factors + 8 * position if draw["factors"] else 0
-                    _write_block(to, from_, keep[:inside], plan, factor, by, fill, stream, flags)
+                    _write_block(to, now, keep[:inside], plan, kind, factor, by, fill, stream, foresee, list_, scratch)
                 to, from_ = to + inside * plan["out_step"], from_ + inside * plan["x_step"]
                 _write_padding(to, from_, count - inside, plan, draw, stream)
     memory[0] = 0  # used until here: views don't keep it

@@ -28,7 +28,7 @@ PLAN = np.dtype(
         ("x_step", np.int64),
         ("out_row", np.int64),
         ("out_step", np.int64),
-        ("small", np.int64),  # whether messages are words, side by side
+        ("words", np.int64),  # whether messages are words, side by side
         ("stream", np.int64),  # whether to write past the cache
         ("threshold", np.int64),  # T(p)
         ("certain", np.int64),  # p = 1
