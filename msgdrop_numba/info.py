@@ -10,6 +10,7 @@ import numba
 
 from msgdrop_numba import threads
 from msgdrop_numba.kernels.cpu import drop_range
+from msgdrop_numba.plan import PARALLEL_BYTES
 from msgdrop_numba.version import __version__
 
 PACKAGES = ("numpy", "numba", "torch", "numba-cuda", "pyarrow", "ray", "xxhash")
@@ -28,13 +29,13 @@ def versions() -> dict[str, str]:
 
 def kernels() -> dict[str, str]:
     """Threads, threading layer, compiled code. Starts numba's threads, as the first large call would."""
-    parts = threads.chunks(threads.PARALLEL_BYTES)
+    parts = threads.chunks(PARALLEL_BYTES)
     try:
         layer: str = numba.threading_layer()
     except ValueError:  # no parallel kernel may run here, so none was started
         layer = "not started"
     folder = getattr(getattr(drop_range, "_cache", None), "cache_path", None)  # none without the compiler
-    least = f"{threads.PARALLEL_BYTES // 1024} KB"
+    least = f"{PARALLEL_BYTES // 1024} KB"
     return {
         "threads": f"{parts} for outputs of {least} and more, else 1; this machine has {os.cpu_count()} CPUs",
         "threading layer": f"{layer}{' (serial kernels only)' if parts == 1 else ''}",

@@ -12,7 +12,7 @@ import numpy as np
 
 from msgdrop_numba import arguments
 from msgdrop_numba.arguments import address
-from msgdrop_numba.kernels.cpu import COPY, LINE, OTHER
+from msgdrop_numba.kernels.cpu import LINE, OTHER
 from msgdrop_numba.kernels.rules import PLAN
 from msgdrop_numba.rule import MAX_ROW, DropRule
 

@@ -16,7 +16,7 @@ import numba
 from numba import config
 from numba.core.compiler_lock import global_compiler_lock
 
-from msgdrop_numba.kernels.cpu import COPY, drop_parallel, drop_range
+from msgdrop_numba.kernels.cpu import COPY, drop_parallel, drop_range, range_address
 from msgdrop_numba.plan import PARALLEL_BYTES, PLAIN, Draw, Plan, plan
 
 
@@ -64,7 +64,7 @@ def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> No
     if parts == 1:
         drop_range(0, plan.messages, plan.address, draw.address, x, out, mask, bits)
     else:
-        drop_parallel(plan.messages, plan.address, draw.address, x, out, mask, bits, parts)
+        drop_parallel(range_address(), plan.messages, plan.address, draw.address, x, out, mask, bits, parts)
 
 
 def load() -> None:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from msgdrop_numba.arguments import ZERO
 from msgdrop_numba import arguments, numpy_ops, outputs, torch_cuda, traced
+from msgdrop_numba.arguments import ZERO
 from msgdrop_numba.kernels import tensor
 from msgdrop_numba.kernels.cpu import COPY, drop_range
 from msgdrop_numba.plan import PLAIN, Draw, Plan, follow, row_arguments
 from msgdrop_numba.plan import plan as make_plan
-from msgdrop_numba.tensors import check_generator, check_target, WITHOUT_ZERO, fill_message, scaled_kind, seed_on
+from msgdrop_numba.tensors import WITHOUT_ZERO, check_generator, check_target, fill_message, scaled_kind, seed_on
 from msgdrop_numba.threads import launch
 from msgdrop_numba.torch_state import dense_address, is_eager, is_plain, is_plain_cuda
 
@@ -29,9 +29,9 @@ def _write(
     plan: Plan, draw: Draw, seed: Any, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
     """Run the kernel from x into `target`, a new tensor where None; the mask is written, or read if given."""
-    if plan.small and target is None and mask is None and type(seed) is int and x.is_contiguous():
-        if address := x.data_ptr():
-            return _write_small(plan, draw, seed, x, address)
+    small = plan.small and target is None and mask is None and type(seed) is int and x.is_contiguous()
+    if small and (address := x.data_ptr()):
+        return _write_small(plan, draw, seed, x, address)
     if target is not None:
         result = target
     elif plan.nbytes >= outputs.HUGE_BYTES and type(seed) is int and x.is_contiguous():
@@ -107,9 +107,10 @@ class _DropMessages(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         plan, draw, seed = ctx.job
         needs_x, needs_fill, _ = ctx.needs_input_grad
-        if draw is PLAIN and plan.small and not needs_fill and type(seed) is int and (address := dense_address(grad)):
-            if not (grad.requires_grad and torch.is_grad_enabled()):
-                return _write_small(plan, draw, seed, grad, address), None, None
+        again = grad.requires_grad and torch.is_grad_enabled()  # to be differentiated
+        small = plan.small and draw is PLAIN and type(seed) is int and not (needs_fill or again)
+        if small and (address := dense_address(grad)):
+            return _write_small(plan, draw, seed, grad, address), None, None
         mask = ctx.saved_tensors[0].contiguous() if draw.given else None  # hooks may have changed its layout
         if grad.layout != torch.strided:
             grad = grad.to_dense()
@@ -119,7 +120,7 @@ class _DropMessages(torch.autograd.Function):
         if needs_x:
             if not (is_plain if type(seed) is int else is_plain_cuda)(grad):
                 grad_x = where(plan, draw, grad, draw_mask(plan, draw, seed, mask))
-            elif grad.requires_grad and torch.is_grad_enabled():
+            elif again:
                 grad_x = _drop_messages(grad, None, (plan, draw, seed, mask, False))
             else:
                 grad_x = _write(plan, draw, seed, grad, None, mask)

@@ -7,6 +7,7 @@ import sys
 import torch
 
 from msgdrop_numba import threads
+from msgdrop_numba.plan import PARALLEL_BYTES
 
 
 def test_the_budget(monkeypatch):
@@ -14,7 +15,7 @@ def test_the_budget(monkeypatch):
     monkeypatch.setattr(threads._layer, "usable", True)
     monkeypatch.setattr(threads.config, "NUMBA_NUM_THREADS", 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    big = threads.PARALLEL_BYTES
+    big = PARALLEL_BYTES
     assert threads.chunks(big) == 3
     assert threads.chunks(big - 1) == 1
     monkeypatch.setattr(threads.config, "NUMBA_NUM_THREADS", 2)

@@ -5,10 +5,14 @@ A message is `width` bytes, whatever its dtype: one compiled kernel serves them 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import prange
+from llvmlite import ir
+from numba import config, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
 
 from msgdrop_numba.kernels._jit import inlined_jit, inner_jit, jit, parallel_jit
 from msgdrop_numba.kernels.memory import (
@@ -135,13 +139,13 @@ def _fill(target: int, message: int, width: int, stream: bool) -> None:
 
 
 @inlined_jit
-def _listed(keep: Array, wanted: bool, memory: int) -> Array:
+def _listed(keep: Array, wanted: bool, memory: int) -> Any:
     """Where `keep` is as wanted, found without a branch: a third of the guesses would be wrong."""
     found, count = view(memory, keep.size, np.int64), 0
     for j in range(keep.size):
         found[count] = j
         count += keep[j] == wanted
-    return found[:count]
+    return view(memory, count, np.int64)
 
 
 @inlined_jit
@@ -272,7 +276,7 @@ def drop_range(
     scratch, words, drawn = list_ + 8 * BLOCK, list_ + 8 * BLOCK + SCRATCH, list_ + MEMORY - BLOCK
     stream = plan["stream"] and out % LINE == 0
     zero_bytes(scratch, NARROW)
-    bits = np.uint64(seed)
+    bits = np.uint64(np.int64(seed))
     thresholds, factors = draw["thresholds"], draw["factors"]
     phase, cutoff, ties_end = 0, np.uint64(0), 0
     foresee = x != out and width >= 4 * LINE and (last - first) * width >= LARGE
@@ -315,11 +319,47 @@ def drop_range(
     memory[0] = 0  # used until here: views don't keep it
 
 
+@lru_cache(maxsize=1)
+def range_address() -> int:
+    """Where the compiled `drop_range` begins, as a function of C; 0 without the compiler."""
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]
+        return 0
+    kernel: Any = drop_range
+    kernel.compile(_RANGE.args)
+    compiled = kernel.overloads[_RANGE.args]
+    address: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
+    return address
+
+
+_RANGE = types.void(*(types.int64,) * 8)
+
+
+def _call(address: int, *arguments: int) -> None:
+    drop_range(*arguments)
+
+
+def _calling(typingctx: Any, address: Any, arguments: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        kind = ir.FunctionType(cgutils.voidptr_t, [cgutils.intp_t] * len(_RANGE.args))
+        function = builder.inttoptr(values[0], kind.as_pointer())
+        builder.call(function, cgutils.unpack_tuple(builder, values[1]))
+        return context.get_dummy_value()
+
+    return types.void(address, arguments), codegen
+
+
+_call_address: Any = intrinsic(_calling)
+overload(_call)(lambda address, *arguments: lambda address, *arguments: _call_address(address, arguments))
+
+
 @parallel_jit
 def drop_parallel(
-    messages: int, plan: int, draw: int, x: int, out: int, mask: int, seed: int, chunks: int
+    kernel: int, messages: int, plan: int, draw: int, x: int, out: int, mask: int, seed: int, chunks: int
 ) -> None:
-    """`drop_range` over all messages in `chunks` equal parts, on numba's threads."""
+    """`drop_range` over all messages in `chunks` equal parts, on numba's threads.
+
+    By its address, `kernel`: a call by name would compile it into this function once more.
+    """
     for c in prange(chunks):
         start, stop = messages * c // chunks, messages * (c + 1) // chunks
-        drop_range(start, stop, plan, draw, x, out, mask, seed)
+        _call(kernel, start, stop, plan, draw, x, out, mask, seed)
