@@ -59,8 +59,8 @@ def chunks(nbytes: int) -> int:
 
 def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> None:
     """Run the kernel, serial or parallel, from address x to address out; without out, make the mask alone."""
-    parts = chunks(plan.nbytes if out else plan.messages)
     bits = seed if seed < 2**63 else seed - 2**64
+    parts = 1 if plan.small else chunks(plan.nbytes if out else plan.messages)
     if parts == 1:
         drop_range(0, plan.messages, plan.address, draw.address, x, out, mask, bits)
     else:

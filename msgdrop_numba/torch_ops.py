@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 from msgdrop_numba import arguments, numpy_ops, outputs, torch_cuda, traced
 from msgdrop_numba.arguments import ZERO
 from msgdrop_numba.kernels import tensor
-from msgdrop_numba.kernels.cpu import COPY, drop_range
+from msgdrop_numba.kernels.cpu import COPY
 from msgdrop_numba.plan import PLAIN, Draw, Plan, follow, row_arguments
 from msgdrop_numba.plan import plan as make_plan
 from msgdrop_numba.tensors import WITHOUT_ZERO, check_generator, check_target, fill_message, scaled_kind, seed_on
@@ -29,15 +29,9 @@ def _write(
     plan: Plan, draw: Draw, seed: Any, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
     """Run the kernel from x into `target`, a new tensor where None; the mask is written, or read if given."""
-    small = plan.small and target is None and mask is None and type(seed) is int and x.is_contiguous()
-    if small and (address := x.data_ptr()):
-        return _write_small(plan, draw, seed, x, address)
-    if target is not None:
-        result = target
-    elif plan.nbytes >= outputs.HUGE_BYTES and type(seed) is int and x.is_contiguous():
-        result = outputs.empty(x.shape, x.dtype)
-    else:
-        result = torch.empty_like(x)
+    if target is None and plan.followed and type(seed) is int and x.is_contiguous() and (address := x.data_ptr()):
+        return _write_new(plan, draw, seed, x, address, mask)
+    result = torch.empty_like(x) if target is None else target
     if not (x.is_contiguous() and result.is_contiguous()):
         size = x.element_size()
         strides, out_strides = (tuple(step * size for step in t.stride()) for t in (x, result))
@@ -56,11 +50,10 @@ def _write(
     return result
 
 
-def _write_small(plan: Plan, draw: Draw, seed: int, x: Tensor, address: int) -> Tensor:
-    """The same for a small plan and x in C order at `address`."""
-    result = torch.empty_like(x)
-    bits = seed if seed < 2**63 else seed - 2**64
-    drop_range(0, plan.messages, plan.address, draw.address, address, result.data_ptr(), 0, bits)
+def _write_new(plan: Plan, draw: Draw, seed: int, x: Tensor, address: int, mask: Tensor | None = None) -> Tensor:
+    """The same into a new tensor on the CPU, from x in C order at `address`."""
+    result = torch.empty_like(x) if plan.nbytes < outputs.HUGE_BYTES else outputs.empty(x.shape, x.dtype)
+    launch(plan, draw, seed, address, result.data_ptr(), 0 if mask is None else mask.data_ptr())
     return result
 
 
@@ -108,9 +101,9 @@ class _DropMessages(torch.autograd.Function):
         plan, draw, seed = ctx.job
         needs_x, needs_fill, _ = ctx.needs_input_grad
         again = grad.requires_grad and torch.is_grad_enabled()  # to be differentiated
-        small = plan.small and draw is PLAIN and type(seed) is int and not (needs_fill or again)
-        if small and (address := dense_address(grad)):
-            return _write_small(plan, draw, seed, grad, address), None, None
+        usual = plan.followed and draw is PLAIN and type(seed) is int and not (needs_fill or again)
+        if usual and (address := dense_address(grad)):
+            return _write_new(plan, draw, seed, grad, address), None, None
         mask = ctx.saved_tensors[0].contiguous() if draw.given else None  # hooks may have changed its layout
         if grad.layout != torch.strided:
             grad = grad.to_dense()
@@ -181,14 +174,14 @@ def message_dropout(
         and type(p) is float and p and training and not inplace and not return_mask and (address := dense_address(x))
     ):  # fmt: skip
         try:
-            plan = _small_plan(x.shape, x.dtype, p, scale, exact, span, min_keep, message_dims)
+            plan = _usual_plan(x.shape, x.dtype, p, scale, exact, span, min_keep, message_dims)
         except TypeError:  # unhashable among others: said below
             plan = None
         if plan is not None:
             seed = _seeds.buffer.random_(_SEEDS).item()
             if x.requires_grad and torch.is_grad_enabled():
                 return _drop_messages(x, None, (plan, PLAIN, seed, None, False))
-            return _write_small(plan, PLAIN, seed, x, address)
+            return _write_new(plan, PLAIN, seed, x, address)
     return _in_full(
         x, p, training, inplace, scale, exact, span, min_keep, lengths, fill, message_dims, seed, keys, generator,
         out, return_mask,
@@ -196,15 +189,15 @@ def message_dropout(
 
 
 @lru_cache(maxsize=1024, typed=True)
-def _small_plan(
+def _usual_plan(
     shape: tuple[int, ...], dtype: torch.dtype, p: float, scale: bool, exact: bool, span: int, min_keep: int,
     message_dims: int | None,
 ) -> Plan | None:  # fmt: skip
-    """The plan where the serial kernel does it all, whatever the tensor holds."""
+    """The plan where the kernels do it all, whatever the tensor holds."""
     plan = make_plan(
         shape, dtype.itemsize, scaled_kind(dtype) if scale else COPY, message_dims, p, exact, span, min_keep
     )
-    return plan if plan.small and not dtype.is_complex and dtype not in WITHOUT_ZERO else None
+    return plan if plan.followed and not dtype.is_complex and dtype not in WITHOUT_ZERO else None
 
 
 def _in_full(
