@@ -68,9 +68,10 @@ def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return over(torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu"), shape, dtype)
 
 
-def over(storage: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor in C order over the whole of a storage."""
-    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+def over(storage: Any, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None = None) -> Tensor:
+    """A tensor over the whole of a storage, in C order without `strides`."""
+    if strides is None:
+        strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
     return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)
 
 

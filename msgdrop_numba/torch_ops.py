@@ -31,6 +31,10 @@ def _write(
     """Run the kernel from x into `target`, a new tensor where None; the mask is written, or read if given."""
     if target is None and plan.followed and type(seed) is int and x.is_contiguous() and (address := x.data_ptr()):
         return _write_new(plan, draw, seed, x, address, mask)
+    if plan.nbytes >= outputs.HUGE_BYTES and type(seed) is int and plan.kind == COPY and not x.is_contiguous():
+        order = _memory_order(x, x if target is None else target, len(plan.shape))
+        if order is not None:
+            return _write_in_order(plan, draw, seed, x, target, mask, order)
     result = torch.empty_like(x) if target is None else target
     if not (x.is_contiguous() and result.is_contiguous()):
         size = x.element_size()
@@ -48,6 +52,27 @@ def _write(
     if plan.messages:
         result.copy_(where(plan, draw, x, draw_mask(plan, draw, seed, mask)))
     return result
+
+
+def _memory_order(x: Tensor, target: Tensor, dims: int) -> list[int] | None:
+    """How to permute the message dims so that both lie in C order, as the output of an RNN with batch_first."""
+    order = [*sorted(range(dims), key=x.stride, reverse=True), *range(dims, x.ndim)]
+    return order if x.permute(order).is_contiguous() and target.permute(order).is_contiguous() else None
+
+
+def _write_in_order(
+    plan: Plan, draw: Draw, seed: int, x: Tensor, target: Tensor | None, mask: Tensor | None, order: list[int]
+) -> Tensor:
+    """`_write` by the mask first, then the messages as they lie: from one of a row to its next would be far."""
+    keep = draw_mask(plan, draw, seed, mask).permute(order[: len(plan.shape)]).contiguous()
+    turned = x.permute(order)
+    as_turned = make_plan(turned.shape, x.itemsize, COPY, len(plan.shape), None, False, 1, 0)
+    given = Draw(draw.fill, given=True)
+    if target is not None:
+        _write(as_turned, given, seed, turned, target.permute(order), keep)
+        return target
+    y = _write(as_turned, given, seed, turned, None, keep)
+    return outputs.over(y.untyped_storage(), x.shape, x.dtype, x.stride())  # no view: it may be changed in place
 
 
 def _write_new(plan: Plan, draw: Draw, seed: int, x: Tensor, address: int, mask: Tensor | None = None) -> Tensor:
