@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 from msgdrop_numba import arguments, numpy_ops, outputs, torch_cuda, traced
 from msgdrop_numba.arguments import ZERO
 from msgdrop_numba.kernels import tensor
-from msgdrop_numba.kernels.cpu import COPY
+from msgdrop_numba.kernels.cpu import COPY, drop_range
 from msgdrop_numba.plan import PLAIN, Draw, Plan, follow, row_arguments
 from msgdrop_numba.plan import plan as make_plan
 from msgdrop_numba.tensors import WITHOUT_ZERO, check_generator, check_target, fill_message, scaled_kind, seed_on
@@ -77,6 +77,10 @@ def _write_in_order(
 
 def _write_new(plan: Plan, draw: Draw, seed: int, x: Tensor, address: int, mask: Tensor | None = None) -> Tensor:
     """The same into a new tensor on the CPU, from x in C order at `address`."""
+    if plan.small and mask is None and seed <= _SEEDS:  # what `launch` would do, for the smallest
+        result = torch.empty_like(x)
+        drop_range(0, plan.messages, plan.address, draw.address, address, result.data_ptr(), 0, seed)
+        return result
     result = torch.empty_like(x) if plan.nbytes < outputs.HUGE_BYTES else outputs.empty(x.shape, x.dtype)
     launch(plan, draw, seed, address, result.data_ptr(), 0 if mask is None else mask.data_ptr())
     return result
@@ -200,7 +204,7 @@ def message_dropout(
     ):  # fmt: skip
         try:
             plan = _usual_plan(x.shape, x.dtype, p, scale, exact, span, min_keep, message_dims)
-        except TypeError:  # unhashable among others: said below
+        except TypeError:  # unhashable, or of a wrong type: said below
             plan = None
         if plan is not None:
             seed = _seeds.buffer.random_(_SEEDS).item()

@@ -62,7 +62,7 @@ def test_the_gradient_of_a_sum_takes_the_kernel(monkeypatch):
     monkeypatch.setattr(torch_ops, "launch", lambda *a: (launched.append(a[3] == a[4] != 0), launch(*a)))
     y = message_dropout(x, seed=3, scale=True)
     y.sum().backward()
-    assert launched == [False, True]
+    assert launched == [True]  # forward is too small for `launch`
     assert torch.equal(x.grad, message_dropout(torch.ones(2, 4, 3), seed=3, scale=True))
 
 
