@@ -32,7 +32,7 @@ def message_dropout(
 ) -> Any:
     """Drop whole messages `x[b, s, ...]` of an array, each with probability p.
 
-    Nothing of a dropped message is left: NaN and Inf in it can't leak. The mask is a pure function of (seed, row key,
+    A dropped message is never read, so NaN and Inf in it can't leak. The mask is a pure function of (seed, row key,
     position): the same for every array library, thread count, worker and machine.
 
     Args:

@@ -15,9 +15,8 @@ from msgdrop_numba.rule import DropRule
 class MessageDropout(torch.nn.Module):
     """Drop whole messages `x[b, s, :]` during training, each with probability p; identity in eval mode.
 
-    Unlike `torch.nn.Dropout1d` it drops along any number of message dims, lets no NaN through of what it drops, and
-    scales only when asked to. Backward keeps the seed, or one byte a message where arrays decide the mask, and no
-    copy of the data.
+    Unlike `torch.nn.Dropout1d` it drops along any number of message dims, never reads what it drops, and scales only
+    when asked to. Backward keeps the seed, or one byte a message where arrays decide the mask, and no copy of the data.
 
     Args:
         p: probability that a message is **dropped**, in [0, 1], or an array or tensor of them, one a position.

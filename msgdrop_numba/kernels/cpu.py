@@ -148,6 +148,12 @@ def _listed(keep: Array, wanted: bool, memory: int) -> Any:
     return view(memory, count, np.int64)
 
 
+@inner_jit
+def _fill_dropped(target: int, step: int, keep: Array, fill: int, width: int, stream: bool, list_: int) -> None:
+    for j in _listed(keep, False, list_):
+        _fill(target + j * step, fill, width, stream)
+
+
 @inlined_jit
 def _write_block(
     target: int, source: int, keep: Array, plan: Any, kind: int, factor: float, factors: int, fill: int, stream: bool,
@@ -156,8 +162,7 @@ def _write_block(
     """Write the messages of `keep` one by one; what is dropped isn't read."""
     width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]
     if target == source and kind == COPY:
-        for j in _listed(keep, False, list_):
-            _fill(target + j * target_step, fill, width, stream)
+        _fill_dropped(target, target_step, keep, fill, width, stream, list_)
         return
     if kind == COPY and width < NARROW and not (foresee or stream):
         other = fill if fill else scratch  # which is zeros
@@ -280,7 +285,8 @@ def drop_range(
     thresholds, factors = draw["thresholds"], draw["factors"]
     phase, cutoff, ties_end = 0, np.uint64(0), 0
     foresee = x != out and width >= 4 * LINE and (last - first) * width >= LARGE
-    together = 2 * width < NARROW and plan["x_step"] == plan["out_step"] == width and not (factors or stream)
+    # Short messages are scaled at once, those that dropped as zeros: nothing of x is read that drops.
+    together = plan["kind"] != COPY and 2 * width < NARROW and plan["out_step"] == width and not (factors or stream)
     for row in range(first // size, (last - 1) // size + 1 if first < last else 0):
         valid = view(draw["lengths"] + 8 * row, 1, np.int64)[0] if draw["lengths"] else size
         key = view(draw["keys"] + 8 * row, 1, np.uint64)[0] if draw["keys"] else np.uint64(row)
@@ -304,16 +310,17 @@ def drop_range(
             if out:
                 to = out + row * plan["out_row"] + position * plan["out_step"]
                 from_ = source + position * plan["x_step"]
-                now, kind = from_, plan["kind"]
-                if kind != COPY and together:
-                    # All of them at once, then drop among them in place: they are in the cache.
-                    _scale(to, from_, inside * width, kind, factor)
-                    now, kind = to, COPY
+                kind, other = (COPY, 0) if together else (plan["kind"], fill)
                 if small and kind == COPY:
-                    _write_small(to, now, keep[:inside], width, fill, list_)
+                    _write_small(to, from_, keep[:inside], width, other, list_)
                 else:
                     by = factors + 8 * position if draw["factors"] else 0
-                    _write_block(to, now, keep[:inside], plan, kind, factor, by, fill, stream, foresee, list_, scratch)
+                    _write_block(
+                        to, from_, keep[:inside], plan, kind, factor, by, other, stream, foresee, list_, scratch
+                    )
+                if together:
+                    _scale(to, to, inside * width, plan["kind"], factor)
+                    _fill_dropped(to, width, keep[: inside if fill else 0], fill, width, False, list_)
                 to, from_ = to + inside * plan["out_step"], from_ + inside * plan["x_step"]
                 _write_padding(to, from_, count - inside, plan, draw, stream)
     memory[0] = 0  # used until here: views don't keep it
