@@ -90,7 +90,7 @@ def _library(x: Any) -> Any:
     if torch is not None and isinstance(x, torch.Tensor):
         from msgdrop_numba import torch_ops
 
-        _libraries[torch.Tensor] = torch_ops
+        _libraries[torch.Tensor] = _libraries[torch.nn.Parameter] = torch_ops
         return torch_ops
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError("x must be a plain NumPy array, but got a masked one, whose mask would be lost: give filled()")

@@ -67,7 +67,7 @@ class Plan(NamedTuple):
     nbytes: int  # that a call writes, at most
     kind: int  # what is done to kept elements, see kernels.cpu
     followed: bool  # whether the kernels know the dtype and can follow the strides
-    small: bool  # whether followed, of one message at least, and nothing for threads
+    serial: bool  # whether followed, not empty and too little for threads
     rule: DropRule
     arguments: tuple[Any, ...]  # that it was made from, but for strides
     record: np.ndarray[Any, Any]  # one PLAN, what the kernels read

@@ -60,7 +60,7 @@ def chunks(nbytes: int) -> int:
 def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> None:
     """Run the kernel, serial or parallel, from address x to address out; without out, make the mask alone."""
     bits = seed if seed < 2**63 else seed - 2**64
-    parts = 1 if plan.small else chunks(plan.nbytes if out else plan.messages)
+    parts = chunks(plan.nbytes if out else plan.messages)
     if parts == 1:
         drop_range(0, plan.messages, plan.address, draw.address, x, out, mask, bits)
     else:
@@ -72,7 +72,7 @@ def load() -> None:
     launch(_NOTHING, PLAIN, 0, 0, 0, 0)
 
 
-_NOTHING = plan((0, 1), 1, COPY, 1, 0.0, False, 1, 0)
+_NOTHING = plan((1, 1), 1, COPY, 1, 0.0, False, 1, 0)
 
 
 def _after_fork_in_child() -> None:

@@ -31,8 +31,9 @@ def _write(
     """Run the kernel from x into `target`, a new tensor where None; the mask is written, or read if given."""
     if target is None and plan.followed and type(seed) is int and x.is_contiguous() and (address := x.data_ptr()):
         return _write_new(plan, draw, seed, x, address, mask)
+    # A mask alone doesn't tell what to scale by.
     if plan.nbytes >= outputs.HUGE_BYTES and type(seed) is int and plan.kind == COPY and not x.is_contiguous():
-        order = _memory_order(x, x if target is None else target, len(plan.shape))
+        order = _memory_order(x, len(plan.shape))
         if order is not None:
             return _write_in_order(plan, draw, seed, x, target, mask, order)
     result = torch.empty_like(x) if target is None else target
@@ -54,10 +55,10 @@ def _write(
     return result
 
 
-def _memory_order(x: Tensor, target: Tensor, dims: int) -> list[int] | None:
-    """How to permute the message dims so that both lie in C order, as the output of an RNN with batch_first."""
+def _memory_order(x: Tensor, dims: int) -> list[int] | None:
+    """How to permute the message dims so that x lies in C order, as an RNN's output with batch_first; or None."""
     order = [*sorted(range(dims), key=x.stride, reverse=True), *range(dims, x.ndim)]
-    return order if x.permute(order).is_contiguous() and target.permute(order).is_contiguous() else None
+    return order if x.permute(order).is_contiguous() else None
 
 
 def _write_in_order(
@@ -67,17 +68,16 @@ def _write_in_order(
     keep = draw_mask(plan, draw, seed, mask).permute(order[: len(plan.shape)]).contiguous()
     turned = x.permute(order)
     as_turned = make_plan(turned.shape, x.itemsize, COPY, len(plan.shape), None, False, 1, 0)
-    given = Draw(draw.fill, given=True)
+    to = None if target is None else target.permute(order)
+    y = _write(as_turned, Draw(draw.fill, given=True), seed, turned, to, keep)
     if target is not None:
-        _write(as_turned, given, seed, turned, target.permute(order), keep)
         return target
-    y = _write(as_turned, given, seed, turned, None, keep)
     return outputs.over(y.untyped_storage(), x.shape, x.dtype, x.stride())  # no view: it may be changed in place
 
 
 def _write_new(plan: Plan, draw: Draw, seed: int, x: Tensor, address: int, mask: Tensor | None = None) -> Tensor:
-    """The same into a new tensor on the CPU, from x in C order at `address`."""
-    if plan.small and mask is None and seed <= _SEEDS:  # what `launch` would do, for the smallest
+    """`_write` into a new tensor on the CPU, from x in C order at `address`."""
+    if plan.serial and mask is None and seed < 2**63:  # what `launch` would do, for the smallest
         result = torch.empty_like(x)
         drop_range(0, plan.messages, plan.address, draw.address, address, result.data_ptr(), 0, seed)
         return result
@@ -129,8 +129,8 @@ class _DropMessages(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         plan, draw, seed = ctx.job
         needs_x, needs_fill, _ = ctx.needs_input_grad
-        again = grad.requires_grad and torch.is_grad_enabled()  # to be differentiated
-        usual = plan.followed and draw is PLAIN and type(seed) is int and not (needs_fill or again)
+        differentiable = grad.requires_grad and torch.is_grad_enabled()
+        usual = plan.followed and draw is PLAIN and type(seed) is int and not (needs_fill or differentiable)
         if usual and (address := dense_address(grad)):
             return _write_new(plan, draw, seed, grad, address), None, None
         mask = ctx.saved_tensors[0].contiguous() if draw.given else None  # hooks may have changed its layout
@@ -142,14 +142,14 @@ class _DropMessages(torch.autograd.Function):
         if needs_x:
             if not (is_plain if type(seed) is int else is_plain_cuda)(grad):
                 grad_x = where(plan, draw, grad, draw_mask(plan, draw, seed, mask))
-            elif again:
+            elif differentiable:
                 grad_x = _drop_messages(grad, None, (plan, draw, seed, mask, False))
             else:
                 grad_x = _write(plan, draw, seed, grad, None, mask)
         return grad_x, grad_fill, None
 
 
-# Function.apply looks for transforms of torch.func, which no plain tensor is in.
+# Function.apply looks for the wrappers of torch.func, live and dead, which `is_plain` and `dense_address` exclude.
 _drop_messages: Any = super(torch.autograd.Function, _DropMessages).apply
 
 
@@ -197,17 +197,18 @@ def message_dropout(
     lengths: Any, fill: Any, message_dims: int | None, seed: Any, keys: Any, generator: Any, out: Any,
     return_mask: bool,
 ) -> Any:  # fmt: skip
-    """`functional.message_dropout` for a tensor: a small call without arrays in as few steps as it takes."""
+    """`functional.message_dropout` for a tensor: the usual call, of numbers alone, in as few steps as it takes."""
     if (
-        lengths is None and keys is None and seed is None and generator is None and out is None and fill is ZERO
-        and type(p) is float and p and training and not inplace and not return_mask and (address := dense_address(x))
+        lengths is None and keys is None and seed is None and generator is None and out is None
+        and type(p) is float and p and (fill is ZERO or arguments.is_zero(fill))
+        and training and not inplace and not return_mask and (address := dense_address(x))
     ):  # fmt: skip
         try:
             plan = _usual_plan(x.shape, x.dtype, p, scale, exact, span, min_keep, message_dims)
-        except TypeError:  # unhashable, or of a wrong type: said below
+        except TypeError:  # _in_full says what is wrong
             plan = None
         if plan is not None:
-            seed = _seeds.buffer.random_(_SEEDS).item()
+            seed = _own.drawn.random_(_SEED_COUNT).item()
             if x.requires_grad and torch.is_grad_enabled():
                 return _drop_messages(x, None, (plan, PLAIN, seed, None, False))
             return _write_new(plan, PLAIN, seed, x, address)
@@ -217,16 +218,19 @@ def message_dropout(
     )  # fmt: skip
 
 
+_QUANTIZED = {torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4}
+
+
 @lru_cache(maxsize=1024, typed=True)
 def _usual_plan(
     shape: tuple[int, ...], dtype: torch.dtype, p: float, scale: bool, exact: bool, span: int, min_keep: int,
     message_dims: int | None,
 ) -> Plan | None:  # fmt: skip
-    """The plan where the kernels do it all, whatever the tensor holds."""
+    """The plan where the kernels do it all; None otherwise. Cached once more: what is asked here takes longer."""
     plan = make_plan(
         shape, dtype.itemsize, scaled_kind(dtype) if scale else COPY, message_dims, p, exact, span, min_keep
     )
-    return plan if plan.followed and not dtype.is_complex and dtype not in WITHOUT_ZERO else None
+    return plan if plan.followed and dtype not in WITHOUT_ZERO | _QUANTIZED else None
 
 
 def _in_full(
@@ -294,16 +298,16 @@ def _memory(x: Tensor) -> tuple[Any, ...]:
 GIVEN = Draw(given=True)
 
 
-class _Seeds(threading.local):
-    """A buffer to draw seeds into, each thread its own: one shared would be a race."""
+class _SeedBuffer(threading.local):
+    """A tensor to draw seeds into, each thread its own: one shared would be a race."""
 
     def __init__(self) -> None:
         with torch.inference_mode(False):
-            self.buffer = torch.empty((), dtype=torch.int64, device="cpu")
+            self.drawn = torch.empty((), dtype=torch.int64, device="cpu")
 
 
-_seeds = _Seeds()
-_SEEDS = 2**63 - 1  # how many there are
+_own = _SeedBuffer()
+_SEED_COUNT = 2**63 - 1
 
 
 def _all_plain(*values: Any) -> bool:
@@ -313,6 +317,6 @@ def _all_plain(*values: Any) -> bool:
 def fresh_seed(generator: Any) -> int:
     """A seed of 63 bits from `generator`, or from torch's default generator of the CPU."""
     if generator is None:
-        return _seeds.buffer.random_(_SEEDS).item()  # type: ignore[return-value]
-    check_generator(generator, _seeds.buffer.device)
-    return _seeds.buffer.random_(_SEEDS, generator=generator).item()  # type: ignore[return-value]
+        return _own.drawn.random_(_SEED_COUNT).item()  # type: ignore[return-value]
+    check_generator(generator, _own.drawn.device)
+    return _own.drawn.random_(_SEED_COUNT, generator=generator).item()  # type: ignore[return-value]

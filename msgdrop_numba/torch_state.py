@@ -84,7 +84,7 @@ def dense_address(tensor: torch.Tensor) -> int:
         type(tensor) not in _PLAIN_TYPES or _is_compiling() or _dispatch_keys is None or _modes()
         or _tracing() is not None or forward_ad._current_level >= 0 or _transform() is not None
         or not tensor.is_cpu or tensor.is_nested or tensor.layout is not _strided or tensor.is_neg()
-        or not tensor.is_contiguous()
+        or tensor.is_complex() or not tensor.is_contiguous()
     ):  # fmt: skip
         return 0
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from msgdrop_numba import keep_mask, message_dropout, torch_ops, torch_state
+from msgdrop_numba import keep_mask, message_dropout, torch_ops
 
 OPTIONS = [
     {},
@@ -389,66 +388,3 @@ def test_large_tensors_in_another_order(monkeypatch):
     y.add_(1.0).backward(torch.ones(6, 4, 3).transpose(0, 1))
     assert torch.equal(x.grad, keep[..., None].expand(4, 6, 3).float())
     assert x.grad.stride() == x.stride()
-
-
-USUAL = [
-    {},
-    {"scale": True},
-    {"exact": True},
-    {"span": 3},
-    {"min_keep": 4},
-    {"message_dims": 1},
-    {"scale": True, "exact": True},
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.int16, torch.bool])
-@pytest.mark.parametrize("options", USUAL)
-def test_the_short_way_is_the_long_one(options, dtype):
-    """A call without arrays, seed or target takes fewer steps; with the seed that it drew, it takes them all."""
-    x = torch.randn(4, 6, 3).to(dtype)
-    if options.get("scale") and not (dtype.is_floating_point or dtype.is_complex):
-        with pytest.raises(TypeError, match="scale=True needs a floating or complex dtype"):
-            message_dropout(x, **options)
-        return
-    for tensor in (x, x.transpose(0, 1), x[:, ::2], x[:0], x.conj() if dtype.is_complex else x.clone()):
-        torch.manual_seed(5)
-        y = message_dropout(tensor, 0.4, **options)
-        torch.manual_seed(5)
-        seed = int(torch.randint(0, 2**63 - 1, ()))
-        want = message_dropout(tensor, 0.4, seed=seed, **options)
-        assert torch.equal(y, want)
-        assert y.stride() == want.stride()
-
-
-@pytest.mark.parametrize("options", [{"span": 0}, {"span": [1]}, {"span": True}, {"min_keep": -1}, {"exact": "no"},
-                                     {"message_dims": 3}, {"p": 1.5}, {"p": float("nan")}, {"exact": True, "span": 2}])  # fmt: skip
-def test_the_short_way_refuses_what_the_long_one_does(options):
-    x = torch.randn(4, 6, 3)
-    message_dropout(x)  # the same shape is known
-    errors = []
-    for more in ({}, {"seed": 3}):
-        with pytest.raises((TypeError, ValueError)) as raised:
-            message_dropout(x, **options, **more)
-        errors.append((raised.type, str(raised.value)))
-    assert errors[0] == errors[1]
-
-
-def test_tensors_that_only_look_plain():
-    """What torch.func leaves behind, and what has no memory of its own, takes the long way."""
-    kept = []
-    torch.vmap(lambda x: kept.append(x) or x)(torch.randn(2, 4, 6, 3))
-    torch.func.grad(lambda x: kept.append(x) or x.sum())(torch.randn(4, 6, 3))
-    kept += [torch.randn(4, 6, 3, dtype=torch.complex64).conj().imag, torch._efficientzerotensor((4, 6, 3))]
-    for x in kept:
-        assert torch_state.dense_address(x) == 0
-    assert torch_state.dense_address(torch.randn(4, 6, 3).to_mkldnn()) == 0
-    assert torch_state.dense_address(torch.randn(4, 6, 3).to_sparse()) == 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a prototype, says torch, once in a process
-        nested = torch.nested.nested_tensor([torch.randn(4, 3), torch.randn(2, 3)])
-    assert torch_state.dense_address(nested) == 0
-    x = torch.randn(4, 6, 3)
-    assert torch_state.dense_address(x) == x.data_ptr()
-    assert torch_state.dense_address(x[1:]) == x.data_ptr() + 4 * 18
-    assert torch_state.dense_address(x[:, 1:]) == 0

@@ -9,14 +9,12 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import config, prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
 
 from msgdrop_numba.kernels._jit import inlined_jit, inner_jit, jit, parallel_jit
 from msgdrop_numba.kernels.memory import (
     brain_to_float,
+    call,
     copy_bytes,
     copy_line,
     float_to_brain,
@@ -35,7 +33,8 @@ COPY, FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(5)
 LINE = 64  # bytes that a streaming store writes at once
 AHEAD = 2048  # bytes of kept messages that are asked for before they are copied
 NARROW = 1024  # messages of fewer bytes are written without a branch
-LARGE = 4 * 2**20  # bytes, from which on a range isn't in the second-level cache
+TOGETHER = 512  # messages of fewer bytes are scaled many at once, which passes over them once more
+PREFETCH_BYTES = 4 * 2**20  # ranges of fewer bytes are in the cache that the processor fetches from by itself
 SCRATCH = 4096  # bytes scaled at a time on their way past the cache
 # One allocation for all of a call's own memory, since each costs as much as a small row: list, scratch, words, keep.
 MEMORY = 8 * BLOCK + SCRATCH + 4 * (BLOCK + GROUP) + BLOCK
@@ -68,7 +67,7 @@ def _scale(target: int, source: int, count: int, kind: int, factor: float) -> No
 def _copy(target: int, source: int, count: int, stream: bool, ahead: int) -> None:
     """Copy `count` bytes, past the cache where `stream`: of more than it holds, it forgets the first by the last.
 
-    Line by line with it, what lies at `ahead` is asked for, to be copied soon; 0: nothing.
+    Meanwhile ask for as many at `ahead`, which are copied soon; 0: for none.
     """
     if stream:
         for at in range(0, count, LINE):
@@ -88,7 +87,7 @@ def _copy(target: int, source: int, count: int, stream: bool, ahead: int) -> Non
 
 @inlined_jit
 def _copy_narrow(target: int, source: int, count: int) -> None:
-    """The same of less than `NARROW` bytes, in pieces of one size, the last of which may begin within another."""
+    """Copy `count` bytes, a few, in pieces of one size, the last of which may overlap the one before."""
     if count >= LINE:
         for at in range(0, count - LINE, LINE):
             copy_line(target + at, source + at)
@@ -149,20 +148,20 @@ def _listed(keep: Array, wanted: bool, memory: int) -> Any:
 
 
 @inner_jit
-def _fill_dropped(target: int, step: int, keep: Array, fill: int, width: int, stream: bool, list_: int) -> None:
-    for j in _listed(keep, False, list_):
+def _fill_dropped(target: int, step: int, keep: Array, fill: int, width: int, stream: bool, found: int) -> None:
+    for j in _listed(keep, False, found):
         _fill(target + j * step, fill, width, stream)
 
 
 @inlined_jit
 def _write_block(
     target: int, source: int, keep: Array, plan: Any, kind: int, factor: float, factors: int, fill: int, stream: bool,
-    foresee: bool, list_: int, scratch: int,
+    foresee: bool, found: int, scratch: int,
 ) -> None:  # fmt: skip
     """Write the messages of `keep` one by one; what is dropped isn't read."""
     width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]
     if target == source and kind == COPY:
-        _fill_dropped(target, target_step, keep, fill, width, stream, list_)
+        _fill_dropped(target, target_step, keep, fill, width, stream, found)
         return
     if kind == COPY and width < NARROW and not (foresee or stream):
         other = fill if fill else scratch  # which is zeros
@@ -172,7 +171,8 @@ def _write_block(
         return
     own = view(factors, keep.size if factors else 0, np.float64)
     # With gaps between them, the processor doesn't foresee which messages are read next.
-    kept, passed, distance = _listed(keep[: keep.size if foresee else 0], True, list_), 0, AHEAD // max(1, width)
+    kept, passed = _listed(keep[: keep.size if foresee else 0], True, found), 0
+    distance = AHEAD // width if foresee else 0
     for j in range(keep.size):
         to, from_ = target + j * target_step, source + j * source_step
         if not keep[j]:
@@ -235,7 +235,7 @@ def _spread(keep: Array, flags: int, times: int) -> Any:
 
 
 @inlined_jit
-def _write_small(target: int, source: int, keep: Array, width: int, fill: int, flags: int) -> None:
+def _write_words(target: int, source: int, keep: Array, width: int, fill: int, flags: int) -> None:
     """Write neighbouring messages of 1 to 64 bytes, a power of two: word by word, since their runs are too short."""
     if width == 1:
         _select(target, source, keep, view(fill, 1, np.uint8)[0] if fill else np.uint8(0), np.uint8)
@@ -257,6 +257,22 @@ def _row_factor(plan: Any, valid: int) -> float:
     return valid / float(max(1, valid - dropped_exactly(plan, valid)))
 
 
+@inlined_jit
+def _write_part(
+    to: int, from_: int, keep: Array, plan: Any, factor: float, factors: int, fill: int, stream: bool, foresee: bool,
+    together: bool, as_words: bool, found: int, scratch: int,
+) -> None:  # fmt: skip
+    """Write the messages of `keep` in the way that is quickest for their width."""
+    kind, other = (COPY, 0) if together else (plan["kind"], fill)
+    if as_words and kind == COPY:
+        _write_words(to, from_, keep, plan["width"], other, found)
+    else:
+        _write_block(to, from_, keep, plan, kind, factor, factors, other, stream, foresee, found, scratch)
+    if together:  # those that dropped as zeros: nothing that drops is read
+        _scale(to, to, keep.size * plan["width"], plan["kind"], factor)
+        _fill_dropped(to, plan["width"], keep[: keep.size if fill else 0], fill, plan["width"], False, found)
+
+
 @jit
 def drop_range(
     first: int,
@@ -268,7 +284,7 @@ def drop_range(
     mask: int,
     seed: int,
 ) -> None:
-    """Drop among the messages first..last - 1, counted in C order.
+    """Drop among the messages first..last - 1, counted in C order; there is one at least.
 
     Addresses are integers, 0 where there is none: `plan_address` (one PLAN), `draw_address` (one DRAW), `x` and `out`
     (equal: in place; without `out` only the mask is made), `mask` (bool a message, written, or read where given). All
@@ -277,21 +293,20 @@ def drop_range(
     plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
     size, width, fill, given = plan["size"], plan["width"], draw["fill"], draw["given"]
     memory = np.empty(MEMORY, np.uint8)
-    list_ = memory.ctypes.data
-    scratch, words, drawn = list_ + 8 * BLOCK, list_ + 8 * BLOCK + SCRATCH, list_ + MEMORY - BLOCK
-    stream = plan["stream"] and out % LINE == 0
-    zero_bytes(scratch, NARROW)
+    found = memory.ctypes.data
+    scratch, words, drawn = found + 8 * BLOCK, found + 8 * BLOCK + SCRATCH, found + MEMORY - BLOCK
+    zero_bytes(scratch, NARROW)  # what narrow messages drop to; `_scale_past` alone writes here, where none is narrow
     bits = np.uint64(np.int64(seed))
     thresholds, factors = draw["thresholds"], draw["factors"]
     phase, cutoff, ties_end = 0, np.uint64(0), 0
-    foresee = x != out and width >= 4 * LINE and (last - first) * width >= LARGE
-    # Short messages are scaled at once, those that dropped as zeros: nothing of x is read that drops.
-    together = plan["kind"] != COPY and 2 * width < NARROW and plan["out_step"] == width and not (factors or stream)
-    for row in range(first // size, (last - 1) // size + 1 if first < last else 0):
+    stream = plan["stream"] and out % LINE == 0
+    foresee = x != out and width >= 4 * LINE and (last - first) * width >= PREFETCH_BYTES
+    together = plan["kind"] != COPY and width < TOGETHER and plan["out_step"] == width and not (factors or stream)
+    for row in range(first // size, (last - 1) // size + 1):
         valid = view(draw["lengths"] + 8 * row, 1, np.int64)[0] if draw["lengths"] else size
         key = view(draw["keys"] + 8 * row, 1, np.uint64)[0] if draw["keys"] else np.uint64(row)
         source = view(draw["sources"] + 8 * row, 1, np.int64)[0] if draw["sources"] else x + row * plan["x_row"]
-        small = plan["words"] and (source | out) & (min(width, 8) - 1) == 0 and (width <= 8 or fill == 0)
+        as_words = plan["words"] and (source | out) & (min(width, 8) - 1) == 0 and (width <= 8 or fill == 0)
         if draw["per_row"]:
             thresholds, factors = draw["thresholds"] + 8 * size * row, draw["factors"] + 8 * size * row
         factor = _row_factor(plan, valid)
@@ -309,18 +324,11 @@ def drop_range(
                     copy_bytes(there, drawn, count)
             if out:
                 to = out + row * plan["out_row"] + position * plan["out_step"]
-                from_ = source + position * plan["x_step"]
-                kind, other = (COPY, 0) if together else (plan["kind"], fill)
-                if small and kind == COPY:
-                    _write_small(to, from_, keep[:inside], width, other, list_)
-                else:
-                    by = factors + 8 * position if draw["factors"] else 0
-                    _write_block(
-                        to, from_, keep[:inside], plan, kind, factor, by, other, stream, foresee, list_, scratch
-                    )
-                if together:
-                    _scale(to, to, inside * width, plan["kind"], factor)
-                    _fill_dropped(to, width, keep[: inside if fill else 0], fill, width, False, list_)
+                from_, by = source + position * plan["x_step"], factors + 8 * position if draw["factors"] else 0
+                _write_part(
+                    to, from_, keep[:inside], plan, factor, by, fill, stream, foresee, together, as_words,
+                    found, scratch,
+                )  # fmt: skip
                 to, from_ = to + inside * plan["out_step"], from_ + inside * plan["x_step"]
                 _write_padding(to, from_, count - inside, plan, draw, stream)
     memory[0] = 0  # used until here: views don't keep it
@@ -328,35 +336,15 @@ def drop_range(
 
 @lru_cache(maxsize=1)
 def range_address() -> int:
-    """Where the compiled `drop_range` begins, as a function of C; 0 without the compiler."""
-    if config.DISABLE_JIT:  # type: ignore[attr-defined]
-        return 0
+    """Where the compiled `drop_range` begins, as a function of C that `memory.call` calls."""
     kernel: Any = drop_range
-    kernel.compile(_RANGE.args)
-    compiled = kernel.overloads[_RANGE.args]
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]
+        return id(kernel)
+    signature = (types.int64,) * 8
+    kernel.compile(signature)
+    compiled = kernel.overloads[signature]
     address: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
     return address
-
-
-_RANGE = types.void(*(types.int64,) * 8)
-
-
-def _call(address: int, *arguments: int) -> None:
-    drop_range(*arguments)
-
-
-def _calling(typingctx: Any, address: Any, arguments: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        kind = ir.FunctionType(cgutils.voidptr_t, [cgutils.intp_t] * len(_RANGE.args))
-        function = builder.inttoptr(values[0], kind.as_pointer())
-        builder.call(function, cgutils.unpack_tuple(builder, values[1]))
-        return context.get_dummy_value()
-
-    return types.void(address, arguments), codegen
-
-
-_call_address: Any = intrinsic(_calling)
-overload(_call)(lambda address, *arguments: lambda address, *arguments: _call_address(address, arguments))
 
 
 @parallel_jit
@@ -369,4 +357,4 @@ def drop_parallel(
     """
     for c in prange(chunks):
         start, stop = messages * c // chunks, messages * (c + 1) // chunks
-        _call(kernel, start, stop, plan, draw, x, out, mask, seed)
+        call(kernel, start, stop, plan, draw, x, out, mask, seed)

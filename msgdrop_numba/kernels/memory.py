@@ -57,6 +57,11 @@ def prefetch(source: int) -> None:
     """Ask for a cache line that will be read soon."""
 
 
+def call(function: int, *arguments: int) -> None:
+    """Call a function of C with int64 arguments by its address; with the compiler off, an object by its id."""
+    ctypes.cast(function, ctypes.py_object).value(*arguments)
+
+
 def half_to_float(value: Any) -> Any:
     """The float32 of float16 bits (uint16)."""
     return np.float32(np.uint16(value).view(np.float16))
@@ -150,6 +155,15 @@ def _emit_to_brain(builder: Any, value: Any) -> Any:
     return builder.trunc(chosen, _I16)
 
 
+def _calling(typingctx: Any, function: Any, arguments: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        kind = ir.FunctionType(BYTES, [cgutils.intp_t] * len(arguments))  # numba's None, in C
+        builder.call(builder.inttoptr(values[0], kind.as_pointer()), cgutils.unpack_tuple(builder, values[1]))
+        return context.get_dummy_value()
+
+    return types.void(function, arguments), codegen
+
+
 _LINE = ir.VectorType(ir.IntType(64), 8)
 _FLOAT, _HALF, _I16, _I32 = ir.FloatType(), ir.HalfType(), ir.IntType(16), ir.IntType(32)
 _pointer = _instruction(types.voidptr, (types.intp,), lambda b, v: b.inttoptr(v, BYTES))
@@ -159,6 +173,7 @@ _copy_line = _instruction(types.void, (types.intp,) * 2, _emit_copy_line)
 _zero_line = _instruction(types.void, (types.intp,), _emit_zero_line)
 _stream = _instruction(types.void, (types.intp,) * 2, _emit_stream)
 _prefetch = _instruction(types.void, (types.intp,), _emit_prefetch)
+_call: Any = intrinsic(_calling)
 _half_to_float = _instruction(types.float32, (types.uint16,), lambda b, v: b.fpext(b.bitcast(v, _HALF), _FLOAT))
 _float_to_half = _instruction(types.uint16, (types.float32,), lambda b, v: b.bitcast(b.fptrunc(v, _HALF), _I16))
 _brain_to_float = _instruction(types.float32, (types.uint16,), _emit_from_brain)
@@ -171,6 +186,7 @@ overload(copy_line)(lambda target, source: lambda target, source: _copy_line(tar
 overload(zero_line)(lambda target: lambda target: _zero_line(target))
 overload(stream_line)(lambda target, source: lambda target, source: _stream(target, source))
 overload(prefetch)(lambda source: lambda source: _prefetch(source))
+overload(call)(lambda function, *arguments: lambda function, *arguments: _call(function, arguments))
 overload(half_to_float)(lambda value: lambda value: _half_to_float(value))
 overload(float_to_half)(lambda value: lambda value: _float_to_half(value))
 overload(brain_to_float)(lambda value: lambda value: _brain_to_float(value))

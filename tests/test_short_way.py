@@ -1,0 +1,150 @@
+"""The usual call, of numbers alone, takes fewer steps than the others: the same results, and only where it may."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from msgdrop_numba import MessageDropout, keep_mask, message_dropout, torch_ops, torch_state
+
+USUAL = [
+    {},
+    {"scale": True},
+    {"exact": True},
+    {"span": 3},
+    {"min_keep": 4},
+    {"message_dims": 1},
+    {"scale": True, "exact": True},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.int16, torch.bool])
+@pytest.mark.parametrize("options", USUAL)
+def test_the_short_way_is_the_long_one(options, dtype):
+    """A call without arrays, seed or target takes fewer steps; with the seed that it drew, it takes them all."""
+    x = torch.randn(4, 6, 3).to(dtype)
+    if options.get("scale") and not (dtype.is_floating_point or dtype.is_complex):
+        with pytest.raises(TypeError, match="scale=True needs a floating or complex dtype"):
+            message_dropout(x, **options)
+        return
+    for tensor in (x, x.transpose(0, 1), x[:, ::2], x[:0], *([x.conj()] if dtype.is_complex else [])):
+        torch.manual_seed(5)
+        y = message_dropout(tensor, 0.4, **options)
+        torch.manual_seed(5)
+        seed = int(torch.randint(0, 2**63 - 1, ()))
+        want = message_dropout(tensor, 0.4, seed=seed, **options)
+        assert torch.equal(y, want)
+        assert y.stride() == want.stride()
+        if dtype.is_floating_point:
+            ones, leaf = torch.ones_like(tensor), tensor.detach().requires_grad_()
+            torch.manual_seed(5)
+            (grad,) = torch.autograd.grad(message_dropout(leaf, 0.4, **options), leaf, ones)
+            assert torch.equal(grad, message_dropout(ones, 0.4, seed=seed, **options))
+
+
+@pytest.mark.parametrize("options", [{"span": 0}, {"span": [1]}, {"span": True}, {"min_keep": -1}, {"exact": "no"},
+                                     {"message_dims": 3}, {"p": 1.5}, {"p": float("nan")}, {"exact": True, "span": 2}])  # fmt: skip
+def test_the_short_way_refuses_what_the_long_one_does(options):
+    x = torch.randn(4, 6, 3)
+    message_dropout(x)  # the same shape is known
+    errors = []
+    for more in ({}, {"seed": 3}):
+        with pytest.raises((TypeError, ValueError)) as raised:
+            message_dropout(x, **options, **more)
+        errors.append((raised.type, str(raised.value)))
+    assert errors[0] == errors[1]
+
+
+def test_tensors_that_only_look_plain():
+    """What torch.func leaves behind, and what has no memory of its own, takes the long way."""
+    kept = []
+    torch.vmap(lambda x: kept.append(x) or x)(torch.randn(2, 4, 6, 3))
+    torch.func.grad(lambda x: kept.append(x) or x.sum())(torch.randn(4, 6, 3))
+    kept += [torch._neg_view(torch.randn(4, 6, 3)), torch._efficientzerotensor((4, 6, 3))]
+    kept += [torch.randn(4, 6, 3, dtype=torch.complex64).conj()]
+    for x in kept:
+        assert torch_state.dense_address(x) == 0
+    assert torch_state.dense_address(torch.randn(4, 6, 3).to_mkldnn()) == 0
+    assert torch_state.dense_address(torch.randn(4, 6, 3).to_sparse()) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype, says torch, once in a process
+        nested = torch.nested.nested_tensor([torch.randn(4, 3), torch.randn(2, 3)])
+    assert torch_state.dense_address(nested) == 0
+    x = torch.randn(4, 6, 3)
+    assert torch_state.dense_address(x) == x.data_ptr()
+    assert torch_state.dense_address(x[1:]) == x.data_ptr() + 4 * 18
+    assert torch_state.dense_address(x[:, 1:]) == 0
+
+
+@pytest.mark.parametrize("state", ["mode", "trace", "dual level", "vmap", "grad"])
+def test_no_address_where_operations_are_not_eager(state):
+    x, told = torch.randn(4, 6, 3), []
+
+    def ask(x):
+        told.append((torch_state.is_eager(), torch_state.dense_address(x)))
+        return x.sum()
+
+    if state == "mode":
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            ask(x)
+    elif state == "trace":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of tracing itself
+            torch.jit.trace(ask, (x,), check_trace=False)
+    elif state == "dual level":
+        with torch.autograd.forward_ad.dual_level():
+            ask(x)
+    else:
+        {"vmap": torch.vmap, "grad": torch.func.grad}[state](lambda t: ask(x) + t.sum())(x)  # x itself looks plain
+    assert told == [(False, 0)]
+
+
+def test_the_gradient_of_a_conjugate():
+    w = torch.randn(4, 6, 3, dtype=torch.complex64)
+    for seed in (3, None):
+        x = torch.randn(4, 6, 3, dtype=torch.complex64, requires_grad=True)
+        y = message_dropout(x, seed=seed)
+        (y.conj() * w).sum().real.backward()
+        assert torch.equal(x.grad, torch.where((y != 0).any(-1, keepdim=True), w, 0))
+
+
+def test_quantized_tensors_are_refused():
+    x = torch.zeros(4, 6, 3, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they are deprecated
+        x = torch._make_per_tensor_quantized_tensor(x, 0.1, 7)
+        for seed in (3, None):
+            with pytest.raises(NotImplementedError):
+                message_dropout(x, seed=seed)
+
+
+def test_one_compiled_version_serves_all_seeds():
+    x = torch.randn(4, 6, 3, requires_grad=True)
+    message_dropout(x.detach())
+    for seed in (0, 2**63 - 1, 2**63, 2**64 - 1):
+        message_dropout(x, seed=seed).backward(torch.ones(4, 6, 3))
+    assert len(torch_ops.drop_range.signatures) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": True}, {"lengths": [250] * 64}], ids=lambda options: "".join(options)
+)
+@pytest.mark.parametrize("width", [66, 90, 128])
+def test_more_than_the_cache_holds(width, options):
+    """Where what comes next is asked for beforehand; 66 and 90 floats aren't whole cache lines."""
+    x = torch.randn(64, 300, width)
+    keep = torch.from_numpy(keep_mask((64, 300), seed=3, lengths=options.get("lengths")))
+    x[~keep] = float("nan")
+    y = message_dropout(x, seed=3, **options)
+    assert torch.equal(y, torch.where(keep[..., None], x * (2.0 if "scale" in options else 1.0), 0))
+
+
+def test_a_layer_that_was_pickled_takes_the_short_way(monkeypatch):
+    layer = pickle.loads(pickle.dumps(MessageDropout(0.4)))
+    monkeypatch.setattr(torch_ops, "_in_full", None)
+    assert layer(torch.randn(4, 6, 3)).shape == (4, 6, 3)
+    assert message_dropout(torch.randn(4, 6, 3), fill=0).shape == (4, 6, 3)
