@@ -204,7 +204,7 @@ def message_dropout(
         and training and not inplace and not return_mask and (address := dense_address(x))
     ):  # fmt: skip
         try:
-            plan = _usual_plan(x.shape, x.dtype, p, scale, exact, span, min_keep, message_dims)
+            plan = _usual_plan(x.shape, x.dtype, p, bool(scale), exact, span, min_keep, message_dims)
         except TypeError:  # _in_full says what is wrong
             plan = None
         if plan is not None:
@@ -301,9 +301,13 @@ GIVEN = Draw(given=True)
 class _SeedBuffer(threading.local):
     """A tensor to draw seeds into, each thread its own: one shared would be a race."""
 
-    def __init__(self) -> None:
+    def __getattr__(self, name: str) -> Tensor:
+        if name != "drawn":
+            raise AttributeError(name)
+        # Made at a thread's first draw, which is eager; an import may happen where all new tensors are fake ones.
         with torch.inference_mode(False):
             self.drawn = torch.empty((), dtype=torch.int64, device="cpu")
+        return self.drawn
 
 
 _own = _SeedBuffer()

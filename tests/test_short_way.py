@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -141,6 +143,26 @@ def test_more_than_the_cache_holds(width, options):
     x[~keep] = float("nan")
     y = message_dropout(x, seed=3, **options)
     assert torch.equal(y, torch.where(keep[..., None], x * (2.0 if "scale" in options else 1.0), 0))
+
+
+def test_a_first_call_among_fake_tensors():
+    code = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from msgdrop_numba import message_dropout
+with FakeTensorMode():
+    message_dropout(torch.empty(4, 6, 3), seed=1)
+print(type(message_dropout(torch.randn(4, 6, 3))).__name__)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout == "Tensor\n", run.stderr
+
+
+def test_a_scale_that_changes():
+    x, scale = torch.ones(4, 6, 3), torch.tensor(True)
+    assert message_dropout(x, scale=scale).max() == 2
+    scale.fill_(False)
+    assert message_dropout(x, scale=scale).max() == 1
 
 
 def test_a_layer_that_was_pickled_takes_the_short_way(monkeypatch):
