@@ -257,7 +257,7 @@ def _row_factor(plan: Any, valid: int) -> float:
     return valid / float(max(1, valid - dropped_exactly(plan, valid)))
 
 
-@inlined_jit
+@inner_jit
 def _write_part(
     to: int, from_: int, keep: Array, plan: Any, factor: float, factors: int, fill: int, stream: bool, foresee: bool,
     together: bool, as_words: bool, found: int, scratch: int,

@@ -181,7 +181,7 @@ def _after_ties(
     return valid
 
 
-@inlined_jit
+@inner_jit
 def row_rule(
     memory: int, words: int, plan: Any, seed: Any, key: Any, valid: int, thresholds: int
 ) -> tuple[int, Any, int]:
