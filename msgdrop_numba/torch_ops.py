@@ -208,7 +208,7 @@ def message_dropout(
         except TypeError:  # _in_full says what is wrong
             plan = None
         if plan is not None:
-            seed = _own.drawn.random_(_SEED_COUNT).item()
+            seed = fresh_seed(None)
             if x.requires_grad and torch.is_grad_enabled():
                 return _drop_messages(x, None, (plan, PLAIN, seed, None, False))
             return _write_new(plan, PLAIN, seed, x, address)

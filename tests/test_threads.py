@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
+import pytest
 import torch
 
 from msgdrop_numba import threads
@@ -36,3 +38,11 @@ def test_the_budget(monkeypatch):
     monkeypatch.setattr(threads._layer, "usable", True)
     monkeypatch.setattr(threads._layer, "forked", True)
     assert threads.chunks(big) == 1
+
+
+@pytest.mark.kernels
+def test_loading_warns_of_nothing():
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        threads.load()
+    assert not told
