@@ -20,10 +20,10 @@ from pyarrow import parquet
 
 from benchmarks import copying
 from benchmarks.measure import machine, markdown
-from msgdrop_numba import apply, engines, inputs
-from msgdrop_numba.bench import medians
-from msgdrop_numba.shards import Settings, Task, Written
-from msgdrop_numba.shards import run as run_task
+from msgdrop_numba.command import apply, engines, inputs
+from msgdrop_numba.command.bench import medians
+from msgdrop_numba.command.shards import Settings, Task, Written
+from msgdrop_numba.command.shards import run as run_task
 
 PLACES = {"disk": None, "tmpfs": "/dev/shm"}
 SHARDS, ROWS, MESSAGES, FEATURES = 8, 1024, 64, 512  # 128 MiB each

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import machine, markdown
-from msgdrop_numba.bench import medians
+from msgdrop_numba.command.bench import medians
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks import peers
 from benchmarks.measure import machine, markdown
 from msgdrop_numba import message_dropout
-from msgdrop_numba.bench import seconds
+from msgdrop_numba.command.bench import seconds
 
 P = 0.3
 SHAPES = [(3, 5, 20), (8, 16, 128), (32, 64, 256), (64, 256, 512), (64, 512, 1024), (64, 4096, 4), (64, 4096, 1)]

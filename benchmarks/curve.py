@@ -9,7 +9,7 @@ import torch
 from benchmarks import peers
 from benchmarks.measure import machine, markdown
 from msgdrop_numba import message_dropout
-from msgdrop_numba.bench import seconds
+from msgdrop_numba.command.bench import seconds
 
 P = 0.3
 FEATURES = [4, 64, 512]

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.measure import machine, markdown
 from msgdrop_numba import MessageDropoutCollate, message_dropout
-from msgdrop_numba.bench import medians
+from msgdrop_numba.command.bench import medians
 
 SECONDS = 0.5
 BATCH = (64, 256, 512)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.measure import machine, markdown
-from msgdrop_numba import message_dropout, torch_cuda
-from msgdrop_numba.bench import medians
+from msgdrop_numba import message_dropout
+from msgdrop_numba.command.bench import medians
+from msgdrop_numba.tensors import cuda as torch_cuda
 
 DEVICE = "cuda"
 # Megabytes, features, dtype, p.

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, default_collate
 from benchmarks import peers
 from benchmarks.measure import machine, markdown
 from msgdrop_numba import KeyedDataset, MessageDropoutCollate
-from msgdrop_numba.bench import medians
+from msgdrop_numba.command.bench import medians
 
 P = 0.5
 SIZES = {"64 × (256, 512)": (64, 256, 512, 12), "32 × (16, 128)": (32, 16, 128, 300)}  # and batches an epoch

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.measure import machine, markdown
 from msgdrop_numba import message_dropout
-from msgdrop_numba.bench import seconds
+from msgdrop_numba.command.bench import seconds
 
 P = 0.3
 SHAPES = [(3, 5, 20), (8, 16, 128), (32, 64, 256), (64, 256, 512)]

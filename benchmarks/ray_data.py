@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.measure import machine, markdown
 from msgdrop_numba import MessageDropoutBatch
-from msgdrop_numba.bench import medians
+from msgdrop_numba.command.bench import medians
 
 BLOCKS, ROWS, MESSAGES, FEATURES, P = 16, 128, 256, 512, 0.3  # 64 MiB each
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.measure import machine, markdown
 from msgdrop_numba import message_dropout
-from msgdrop_numba.bench import seconds
+from msgdrop_numba.command.bench import seconds
 from msgdrop_numba.kernels.memory import stream_line
 
 P = 0.3

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import machine, markdown
 from msgdrop_numba import MessageDropout
-from msgdrop_numba.bench import medians
+from msgdrop_numba.command.bench import medians
 
 P = 0.3
 BATCH = (64, 128, 64)  # small models, so that the layer's part isn't lost in the noise of the rest

@@ -5,17 +5,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from msgdrop_numba.batches import MessageDropoutBatch
 from msgdrop_numba.functional import fold_in, keep_mask, message_dropout
+from msgdrop_numba.pipelines.batches import MessageDropoutBatch
 from msgdrop_numba.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from msgdrop_numba.collate import MessageDropoutCollate
-    from msgdrop_numba.datasets import Keyed, KeyedDataset
     from msgdrop_numba.nn import MessageDropout
+    from msgdrop_numba.pipelines.collate import MessageDropoutCollate
+    from msgdrop_numba.pipelines.datasets import Keyed, KeyedDataset
 
 # These need torch, which NumPy users needn't have: loaded on first use (PEP 562).
-_LAZY = {"MessageDropout": "nn", "MessageDropoutCollate": "collate", "KeyedDataset": "datasets", "Keyed": "datasets"}
+_LAZY = {
+    "MessageDropout": "nn",
+    "MessageDropoutCollate": "pipelines.collate",
+    "KeyedDataset": "pipelines.datasets",
+    "Keyed": "pipelines.datasets",
+}
 
 __all__ = [
     "Keyed",

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from msgdrop_numba import arguments, numpy_ops, philox
-from msgdrop_numba.plan import mask_shape
+from msgdrop_numba import arrays as numpy_ops
+from msgdrop_numba.call import arguments
+from msgdrop_numba.call.plan import mask_shape
+from msgdrop_numba.kernels import philox
 
 
 def message_dropout(
@@ -88,7 +90,7 @@ _libraries: dict[type, Any] = {np.ndarray: numpy_ops}  # of exact types; torch's
 def _library(x: Any) -> Any:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
-        from msgdrop_numba import torch_ops
+        from msgdrop_numba.tensors import dropout as torch_ops
 
         _libraries[torch.Tensor] = _libraries[torch.nn.Parameter] = torch_ops
         return torch_ops
@@ -97,7 +99,7 @@ def _library(x: Any) -> Any:
     if isinstance(x, np.ndarray):
         return numpy_ops
     if hasattr(x, "__cuda_array_interface__"):
-        from msgdrop_numba import device_arrays
+        from msgdrop_numba.tensors import device_arrays
 
         return device_arrays
     raise TypeError(
@@ -143,7 +145,7 @@ def keep_mask(
     dims = mask_shape(shape)
     if device is None:
         return numpy_ops.keep_mask(dims, p, exact, span, min_keep, lengths, seed, keys)
-    from msgdrop_numba import torch_ops
+    from msgdrop_numba.tensors import dropout as torch_ops
 
     return torch_ops.keep_mask(dims, p, exact, span, min_keep, lengths, seed, keys, device)
 

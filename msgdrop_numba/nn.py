@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.arguments import ZERO, check_is_number, check_message_dims, probabilities, split_p
+from msgdrop_numba.call.arguments import ZERO, check_is_number, check_message_dims, probabilities, split_p
+from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.functional import message_dropout
-from msgdrop_numba.rule import DropRule
 
 
 class MessageDropout(torch.nn.Module):

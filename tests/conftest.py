@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from msgdrop_numba import threads
+from msgdrop_numba.call import threads
 
 
 @pytest.fixture(params=[1, 2, 3, 8], ids="{} chunks".format)

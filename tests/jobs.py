@@ -9,8 +9,8 @@ import naive
 import numpy as np
 from click.testing import CliRunner
 
-from msgdrop_numba import apply, inputs, shards
-from msgdrop_numba.cli import main
+from msgdrop_numba.command import apply, inputs, shards
+from msgdrop_numba.command.cli import main
 
 rng = np.random.default_rng(5)
 

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from msgdrop_numba import torch_cuda, torch_ops, torch_state
+from msgdrop_numba import torch_private as torch_state
 from msgdrop_numba.kernels import cpu, rules
 from msgdrop_numba.kernels.memory import view
+from msgdrop_numba.tensors import cuda as torch_cuda
+from msgdrop_numba.tensors import dropout as torch_ops
 
 
 class Kernels:

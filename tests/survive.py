@@ -176,7 +176,7 @@ def while_another_thread_compiles() -> None:
 
 
 def chunks_are(expected: str) -> None:
-    from msgdrop_numba import threads
+    from msgdrop_numba.call import threads
 
     assert threads.chunks(10**7) == int(expected)
 
@@ -194,8 +194,8 @@ def nothing_global_changes() -> None:
         )  # fmt: skip
 
     before = state()
-    import msgdrop_numba.collate
     import msgdrop_numba.nn
+    import msgdrop_numba.pipelines.collate
 
     try:
         raise AssertionError(f"importing started the layer {numba.threading_layer()}")

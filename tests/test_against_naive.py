@@ -14,7 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msgdrop_numba import keep_mask, message_dropout, outputs, threads, torch_ops
+from msgdrop_numba import keep_mask, message_dropout, outputs
+from msgdrop_numba.call import threads
+from msgdrop_numba.tensors import dropout as torch_ops
 
 DTYPES = [
     "float32", "float64", "float16", "complex64", "complex128",
@@ -149,7 +151,7 @@ def test_ten_thousand_cases(seed, monkeypatch):
 @pytest.mark.kernels
 def test_words_and_streaming_stores(monkeypatch):
     """Messages that are words, and those that are written past the cache, which large outputs alone are."""
-    from msgdrop_numba import plan
+    from msgdrop_numba.call import plan
 
     monkeypatch.setattr(plan, "STREAM_BYTES", 0)
     plan._cached.cache_clear()

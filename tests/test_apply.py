@@ -15,8 +15,8 @@ import pytest
 from jobs import X, files, job, made, path_keys, rng, run, save, two_folders
 from pyarrow import parquet
 
-from msgdrop_numba import shards
-from msgdrop_numba.errors import JobError
+from msgdrop_numba.command import shards
+from msgdrop_numba.command.errors import JobError
 
 
 @pytest.fixture
@@ -161,7 +161,10 @@ def test_torch_is_not_imported(source, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from msgdrop_numba import apply, cli, inputs, shards
+from msgdrop_numba.command import apply
+from msgdrop_numba.command import cli
+from msgdrop_numba.command import inputs
+from msgdrop_numba.command import shards
 settings = shards.Settings(0.5, 7, False, 1, 0, None, None, None)
 source, output = Path({str(source)!r}), Path({str(tmp_path / "out")!r})
 serial = lambda tasks: ((task, shards.run(task)) for task in tasks)

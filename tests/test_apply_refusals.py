@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from jobs import X, files, invoke, job, run, save, two_folders
 from pyarrow import parquet
 
-from msgdrop_numba import apply, journal
-from msgdrop_numba.cli import main
-from msgdrop_numba.errors import JobError
+from msgdrop_numba.command import apply, journal
+from msgdrop_numba.command.cli import main
+from msgdrop_numba.command.errors import JobError
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ import psutil
 import pytest
 from jobs import files, invoke, job, rng, run, save, serial, two_folders
 
-from msgdrop_numba import apply, engines, journal, shards
-from msgdrop_numba.errors import JobError
+from msgdrop_numba.command import apply, engines, journal, shards
+from msgdrop_numba.command.errors import JobError
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from msgdrop_numba import keep_mask, message_dropout, torch_ops
+from msgdrop_numba import keep_mask, message_dropout
+from msgdrop_numba.tensors import dropout as torch_ops
 
 OPTIONS = [
     {},

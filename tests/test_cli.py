@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 import msgdrop_numba
-from msgdrop_numba import demo
-from msgdrop_numba.cli import main
+from msgdrop_numba.command import demo
+from msgdrop_numba.command.cli import main
 
 
 def test_demo(tmp_path):
@@ -164,7 +164,11 @@ def test_the_paths_that_info_names_are_those_taken(monkeypatch):
     import stand_in
     import torch
 
-    from msgdrop_numba import info, message_dropout, numpy_ops, torch_cuda, torch_ops
+    from msgdrop_numba import arrays as numpy_ops
+    from msgdrop_numba import message_dropout
+    from msgdrop_numba.command import info
+    from msgdrop_numba.tensors import cuda as torch_cuda
+    from msgdrop_numba.tensors import dropout as torch_ops
 
     said = {kind: path for kind, path, _ in info.PATHS}
     launched = []

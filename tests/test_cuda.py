@@ -23,8 +23,8 @@ import naive
 import numpy as np
 import pytest
 
-from msgdrop_numba import arguments
-from msgdrop_numba import plan as plans
+from msgdrop_numba.call import arguments
+from msgdrop_numba.call import plan as plans
 from msgdrop_numba.kernels import cpu
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"

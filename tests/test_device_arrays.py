@@ -14,7 +14,9 @@ import pytest
 import stand_in
 import torch
 
-from msgdrop_numba import device_arrays, message_dropout, torch_ops
+from msgdrop_numba import message_dropout
+from msgdrop_numba.tensors import device_arrays
+from msgdrop_numba.tensors import dropout as torch_ops
 
 SHAPE = (3, 7, 4)
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none")

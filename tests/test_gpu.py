@@ -12,7 +12,8 @@ import torch
 from test_torch_cuda import OPTIONS, SHAPE, equal, on, want
 from torch._dynamo.testing import EagerAndRecordGraphs
 
-from msgdrop_numba import keep_mask, message_dropout, torch_cuda
+from msgdrop_numba import keep_mask, message_dropout
+from msgdrop_numba.tensors import cuda as torch_cuda
 
 pytestmark = [
     pytest.mark.gpu,

@@ -67,7 +67,7 @@ def test_nothing_is_compiled_at_import():
 from numba.core import event
 seen = []
 with event.install_recorder("numba:compile") as recorder:
-    import msgdrop_numba, msgdrop_numba.nn, msgdrop_numba.collate
+    import msgdrop_numba, msgdrop_numba.nn, msgdrop_numba.pipelines.collate
 print(len(recorder.buffer))
 """
     done = run(code)

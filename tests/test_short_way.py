@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from msgdrop_numba import MessageDropout, keep_mask, message_dropout, torch_ops, torch_state
+from msgdrop_numba import MessageDropout, keep_mask, message_dropout
+from msgdrop_numba import torch_private as torch_state
+from msgdrop_numba.tensors import dropout as torch_ops
 
 USUAL = [
     {},

@@ -8,8 +8,8 @@ import warnings
 import pytest
 import torch
 
-from msgdrop_numba import threads
-from msgdrop_numba.plan import PARALLEL_BYTES
+from msgdrop_numba.call import threads
+from msgdrop_numba.call.plan import PARALLEL_BYTES
 
 
 def test_the_budget(monkeypatch):

@@ -18,7 +18,10 @@ from test_cuda import SIMULATED, of_itself
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from msgdrop_numba import MessageDropout, keep_mask, message_dropout, tensors, torch_cuda, torch_ops
+from msgdrop_numba import MessageDropout, keep_mask, message_dropout
+from msgdrop_numba.tensors import arguments as tensors
+from msgdrop_numba.tensors import cuda as torch_cuda
+from msgdrop_numba.tensors import dropout as torch_ops
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none")
 SHAPE = (3, 7, 4)

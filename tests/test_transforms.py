@@ -15,8 +15,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msgdrop_numba import MessageDropout, keep_mask, message_dropout
-from msgdrop_numba.kernels import tensor
-from msgdrop_numba.rule import DropRule
+from msgdrop_numba.call.rule import DropRule
+from msgdrop_numba.tensors import operations as tensor
 
 OPTIONS = [
     {},

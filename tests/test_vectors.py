@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from msgdrop_numba import fold_in, keep_mask, message_dropout, philox
-from msgdrop_numba.keys import sample_key
+from msgdrop_numba import fold_in, keep_mask, message_dropout
+from msgdrop_numba.call.keys import sample_key
+from msgdrop_numba.kernels import philox
 
 VECTORS = json.loads((Path(__file__).parent / "mask_vectors.json").read_text())
 pytestmark = pytest.mark.kernels

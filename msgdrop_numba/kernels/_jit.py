@@ -39,7 +39,7 @@ def parallel_jit(function: F) -> F:
 def _sources() -> str:
     """A digest of all compiled sources: numba looks at the file of a kernel alone, not at those that it calls."""
     folder = Path(__file__).parent
-    files = [folder.parent / "philox.py", *sorted(folder.glob("*.py"))]
+    files = sorted(folder.glob("*.py"))
     try:
         return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=8).hexdigest()
     except OSError:  # no files, as in a zip: no cache either

@@ -14,8 +14,7 @@ from typing import Any
 import numba.cuda
 import numpy as np
 
-from msgdrop_numba import philox
-from msgdrop_numba.kernels import rules
+from msgdrop_numba.kernels import philox, rules
 from msgdrop_numba.kernels.cpu import COPY
 from msgdrop_numba.kernels.cuda_memory import SIMULATOR, number, scaler
 from msgdrop_numba.kernels.rules import EVERYTHING, STREAM_DRAW, STREAM_LIMIT, STREAM_PHASE

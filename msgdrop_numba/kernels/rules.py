@@ -13,7 +13,7 @@ import numpy as np
 
 from msgdrop_numba.kernels._jit import inlined_jit, inner_jit, jit
 from msgdrop_numba.kernels.memory import view
-from msgdrop_numba.philox import draw_block, fold_in
+from msgdrop_numba.kernels.philox import draw_block, fold_in
 
 Array = np.ndarray[Any, Any]
 

@@ -10,11 +10,11 @@ from typing import Any
 import filelock
 import xxhash
 
-from msgdrop_numba import journal
-from msgdrop_numba.engines import Engine
-from msgdrop_numba.errors import JobError, one_line
-from msgdrop_numba.inputs import File, Input, look
-from msgdrop_numba.shards import PARTIAL, Settings, Task, Written, pieces, sync_folder
+from msgdrop_numba.command import journal
+from msgdrop_numba.command.engines import Engine
+from msgdrop_numba.command.errors import JobError, one_line
+from msgdrop_numba.command.inputs import File, Input, look
+from msgdrop_numba.command.shards import PARTIAL, Settings, Task, Written, pieces, sync_folder
 from msgdrop_numba.version import __version__
 
 CONTRACT = 1

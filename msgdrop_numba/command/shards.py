@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from msgdrop_numba.errors import JobError, one_line
+from msgdrop_numba.call.keys import hash64, sample_keys
+from msgdrop_numba.command.errors import JobError, one_line
 from msgdrop_numba.functional import fold_in, message_dropout
 from msgdrop_numba.kernels.rules import fold_rows
-from msgdrop_numba.keys import hash64, sample_keys
 
 # Bytes read, dropped in and written at a time: they stay in the cache, where 16 MiB took up to 1.7 times as long.
 CHUNK = 2 * 2**20
@@ -224,7 +224,7 @@ def _parquet(task: Task, out: _Hashed) -> None:
 
 def batch_of(settings: Settings, epoch: int) -> Any:
     """What drops in the tables of a Parquet file."""
-    from msgdrop_numba.batches import MessageDropoutBatch
+    from msgdrop_numba.pipelines.batches import MessageDropoutBatch
 
     return MessageDropoutBatch(
         settings.p, columns=settings.columns or (), key=settings.key or "", seed=settings.seed, epoch=epoch,

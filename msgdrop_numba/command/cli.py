@@ -23,8 +23,8 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from msgdrop_numba.__main__ import install_line
-from msgdrop_numba.errors import JobError, one_line
+from msgdrop_numba.command.errors import JobError, one_line
+from msgdrop_numba.command.install import install_line
 
 
 class _Group(click.Group):
@@ -143,9 +143,9 @@ def apply(
 
     Run the same command again to go on after an interruption: what is done stays. An OUTPUT holds one job.
     """
-    from msgdrop_numba import apply as job
-    from msgdrop_numba import engines, inputs
-    from msgdrop_numba.shards import Settings
+    from msgdrop_numba.command import apply as job
+    from msgdrop_numba.command import engines, inputs
+    from msgdrop_numba.command.shards import Settings
 
     if ray_address is not None and engine != "ray":
         raise click.UsageError("--ray-address needs --engine ray")
@@ -169,7 +169,7 @@ def _cpus() -> int:
 @click.argument("output", type=_PATH)
 def verify(output: Path) -> None:
     """Check every byte of an OUTPUT of `msgdrop apply` against its journal."""
-    from msgdrop_numba import apply as job
+    from msgdrop_numba.command import apply as job
 
     with _bytes_bar("reading", job.size(output)) as tick:
         wrong = job.verify(output, tick)
@@ -227,7 +227,7 @@ def show(
 @main.command()
 def info() -> None:
     """Say what is installed, how kernels run here, and which path each kind of array takes."""
-    from msgdrop_numba import info as facts
+    from msgdrop_numba.command import info as facts
 
     console = Console()
     for name, value in {**facts.versions(), **facts.kernels(), "GPU": facts.gpu()}.items():
@@ -244,7 +244,7 @@ def info() -> None:
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=1), help="Interleaved rounds.")
 def bench(shape: tuple[int, ...], p: float, rounds: int) -> None:
     """Time `message_dropout` against F.dropout1d and masked_fill on this machine: float32 tensors, medians."""
-    from msgdrop_numba import bench as timing
+    from msgdrop_numba.command import bench as timing
 
     if len(shape) != 3:
         raise click.BadParameter(
@@ -280,7 +280,7 @@ def demo(epochs: int, p: float, seeds: int, output: Path) -> None:
     import matplotlib  # noqa: F401
     import sktime  # noqa: F401
 
-    from msgdrop_numba import demo as experiment
+    from msgdrop_numba.command import demo as experiment
 
     console = Console()
     with Progress(

@@ -14,15 +14,26 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from msgdrop_numba import arguments, numpy_ops, outputs, torch_cuda, traced
-from msgdrop_numba.arguments import ZERO
-from msgdrop_numba.kernels import tensor
+from msgdrop_numba import arrays as numpy_ops
+from msgdrop_numba import outputs
+from msgdrop_numba.call import arguments
+from msgdrop_numba.call.arguments import ZERO
+from msgdrop_numba.call.plan import PLAIN, Draw, Plan, follow, row_arguments
+from msgdrop_numba.call.plan import plan as make_plan
+from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.cpu import COPY, drop_range
-from msgdrop_numba.plan import PLAIN, Draw, Plan, follow, row_arguments
-from msgdrop_numba.plan import plan as make_plan
-from msgdrop_numba.tensors import WITHOUT_ZERO, check_generator, check_target, fill_message, scaled_kind, seed_on
-from msgdrop_numba.threads import launch
-from msgdrop_numba.torch_state import dense_address, is_eager, is_plain, is_plain_cuda
+from msgdrop_numba.tensors import cuda as torch_cuda
+from msgdrop_numba.tensors import operations as tensor
+from msgdrop_numba.tensors import traced
+from msgdrop_numba.tensors.arguments import (
+    WITHOUT_ZERO,
+    check_generator,
+    check_target,
+    fill_message,
+    scaled_kind,
+    seed_on,
+)
+from msgdrop_numba.torch_private import dense_address, is_eager, is_plain, is_plain_cuda
 
 
 def _write(

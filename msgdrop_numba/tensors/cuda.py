@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.arguments import address, split_p
-from msgdrop_numba.kernels import tensor
-from msgdrop_numba.plan import PLAIN, Draw, Plan
-from msgdrop_numba.tensors import keys_on, lengths_on, probabilities_on
-from msgdrop_numba.torch_state import is_plain, is_plain_cuda, raw_stream
+from msgdrop_numba.call.arguments import address, split_p
+from msgdrop_numba.call.plan import PLAIN, Draw, Plan
+from msgdrop_numba.tensors import operations as tensor
+from msgdrop_numba.tensors.arguments import keys_on, lengths_on, probabilities_on
+from msgdrop_numba.torch_private import is_plain, is_plain_cuda, raw_stream
 
 _INSTALL = 'pip install "msgdrop_numba[cuda]"'
 _broken: set[int] = set()  # devices that a kernel couldn't be brought to

@@ -16,8 +16,8 @@ import numba
 from numba import config
 from numba.core.compiler_lock import global_compiler_lock
 
+from msgdrop_numba.call.plan import PARALLEL_BYTES, PLAIN, Draw, Plan, plan
 from msgdrop_numba.kernels.cpu import COPY, drop_parallel, drop_range, range_address
-from msgdrop_numba.plan import PARALLEL_BYTES, PLAIN, Draw, Plan, plan
 
 
 class _Layer:

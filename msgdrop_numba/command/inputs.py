@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from msgdrop_numba.errors import JobError, one_line
+from msgdrop_numba.command.errors import JobError, one_line
+from msgdrop_numba.command.shards import Npy, Settings, batch_of, read_header
 from msgdrop_numba.functional import message_dropout
-from msgdrop_numba.shards import Npy, Settings, batch_of, read_header
 
 
 class File(NamedTuple):
@@ -148,7 +148,7 @@ def _with_ids(files: list[File], headers: dict[str, Npy], name: str) -> list[Fil
 def _check_parquet(files: list[File], settings: Settings) -> None:
     from pyarrow import parquet
 
-    from msgdrop_numba import arrow
+    from msgdrop_numba.pipelines import arrow
 
     drop, kinds = batch_of(settings, 0), []
     for file in files:
@@ -165,7 +165,7 @@ def _check_parquet(files: list[File], settings: Settings) -> None:
 
 def _kind(table: Any, field: Any, columns: tuple[str, ...]) -> Any:
     """The type of a column; of one of messages the dtype alone: their number and size may differ from file to file."""
-    from msgdrop_numba import arrow
+    from msgdrop_numba.pipelines import arrow
 
     if field.name not in columns:
         return field.type

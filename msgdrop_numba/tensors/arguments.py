@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba import arguments
+from msgdrop_numba.call import arguments
 from msgdrop_numba.kernels.cpu import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, OTHER
-from msgdrop_numba.torch_state import is_eager, is_plain
+from msgdrop_numba.torch_private import is_eager, is_plain
 
 _SCALED = {
     torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float32: FLOAT32, torch.float64: FLOAT64,

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import numpy as np
 
-from msgdrop_numba.arguments import check_key
+from msgdrop_numba.call.arguments import check_key
 
 
 def sample_key(sample_id: Any) -> int:

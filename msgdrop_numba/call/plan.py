@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msgdrop_numba import arguments
-from msgdrop_numba.arguments import address
+from msgdrop_numba.call import arguments
+from msgdrop_numba.call.arguments import address
+from msgdrop_numba.call.rule import MAX_ROW, DropRule
 from msgdrop_numba.kernels.cpu import LINE, OTHER
 from msgdrop_numba.kernels.rules import PLAN
-from msgdrop_numba.rule import MAX_ROW, DropRule
 
 # Below this many bytes written, waking threads costs more than it saves.
 PARALLEL_BYTES = 256 * 1024

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba import arguments, numpy_ops, torch_cuda
-from msgdrop_numba.kernels import tensor
+from msgdrop_numba import arrays as numpy_ops
+from msgdrop_numba.call import arguments
+from msgdrop_numba.call.plan import plan as make_plan
+from msgdrop_numba.call.plan import row_arguments
+from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.kernels.cpu import COPY
-from msgdrop_numba.plan import plan as make_plan
-from msgdrop_numba.plan import row_arguments
-from msgdrop_numba.rule import DropRule
-from msgdrop_numba.tensors import (
+from msgdrop_numba.tensors import cuda as torch_cuda
+from msgdrop_numba.tensors import operations as tensor
+from msgdrop_numba.tensors.arguments import (
     check_target,
     fill_message,
     keys_on,
@@ -26,7 +28,7 @@ from msgdrop_numba.tensors import (
     scaled_kind,
     seed_on,
 )
-from msgdrop_numba.torch_state import in_transform
+from msgdrop_numba.torch_private import in_transform
 
 
 def message_dropout(

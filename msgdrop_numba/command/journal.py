@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from msgdrop_numba.errors import JobError
-from msgdrop_numba.shards import PARTIAL, Written, sync_folder
+from msgdrop_numba.command.errors import JobError
+from msgdrop_numba.command.shards import PARTIAL, Written, sync_folder
 
 NAME = "journal.jsonl"
 

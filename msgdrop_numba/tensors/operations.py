@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.rule import DropRule
+from msgdrop_numba.call.rule import DropRule
 
 _M32 = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32

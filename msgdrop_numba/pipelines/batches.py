@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msgdrop_numba.arguments import check_is_number, check_key, check_seed, position_p
+from msgdrop_numba.call.arguments import check_is_number, check_key, check_seed, position_p
+from msgdrop_numba.call.keys import sample_keys
+from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.functional import fold_in, message_dropout
-from msgdrop_numba.keys import sample_keys
-from msgdrop_numba.rule import DropRule
 
 MASK = "keep_mask"
 
@@ -238,7 +238,7 @@ def _read_arrow(column: Any, field: Any) -> _Rows:
     """An Arrow column: a copy of its numbers to drop in, and blocks of rows that lie evenly among them."""
     import pyarrow
 
-    from msgdrop_numba import arrow
+    from msgdrop_numba.pipelines import arrow
 
     whole = not hasattr(column, "chunks")
     chunks = [arrow.own(chunk) for chunk in ([column] if whole else column.chunks)]

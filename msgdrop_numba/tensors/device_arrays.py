@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba import torch_ops
+from msgdrop_numba.tensors import dropout as torch_ops
 
 
 def message_dropout(

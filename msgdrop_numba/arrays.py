@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from msgdrop_numba import arguments
-from msgdrop_numba.arguments import address
+from msgdrop_numba.call import arguments
+from msgdrop_numba.call.arguments import address
+from msgdrop_numba.call.plan import Draw, Plan, follow, kept_factors, row_arguments
+from msgdrop_numba.call.plan import plan as make_plan
+from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.cpu import COPY, FLOAT16, FLOAT32, FLOAT64
-from msgdrop_numba.plan import Draw, Plan, follow, kept_factors, row_arguments
-from msgdrop_numba.plan import plan as make_plan
-from msgdrop_numba.threads import launch
 
 _SCALED = {"f2": FLOAT16, "f4": FLOAT32, "c8": FLOAT32, "f8": FLOAT64, "c16": FLOAT64}
 

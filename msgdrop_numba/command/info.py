@@ -8,9 +8,9 @@ from importlib import metadata
 
 import numba
 
-from msgdrop_numba import threads
+from msgdrop_numba.call import threads
+from msgdrop_numba.call.plan import PARALLEL_BYTES
 from msgdrop_numba.kernels.cpu import drop_range
-from msgdrop_numba.plan import PARALLEL_BYTES
 from msgdrop_numba.version import __version__
 
 PACKAGES = ("numpy", "numba", "torch", "numba-cuda", "pyarrow", "ray", "xxhash")
@@ -51,7 +51,7 @@ def gpu() -> str:
         return "unknown: torch isn't installed"
     if not torch.cuda.is_available():
         return f"none that torch {torch.__version__} can use"
-    from msgdrop_numba import torch_cuda
+    from msgdrop_numba.tensors import cuda as torch_cuda
 
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     usable = torch_cuda.usable(torch.device("cuda", 0))

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msgdrop_numba.arguments import address, check_is_number, check_seed, position_p
-from msgdrop_numba.datasets import Keyed
-from msgdrop_numba.fields import at, collate, extend, find, requested
+from msgdrop_numba.call.arguments import address, check_is_number, check_seed, position_p
+from msgdrop_numba.call.keys import hash64, sample_key
+from msgdrop_numba.call.rule import DropRule
+from msgdrop_numba.call.threads import load
 from msgdrop_numba.functional import fold_in, message_dropout
-from msgdrop_numba.keys import hash64, sample_key
-from msgdrop_numba.rule import DropRule
-from msgdrop_numba.stack import Options, Stack
-from msgdrop_numba.threads import load
-from msgdrop_numba.torch_ops import fresh_seed
+from msgdrop_numba.pipelines.datasets import Keyed
+from msgdrop_numba.pipelines.fields import at, collate, extend, find, requested
+from msgdrop_numba.pipelines.stack import Options, Stack
+from msgdrop_numba.tensors.dropout import fresh_seed
 
 
 class MessageDropoutCollate:

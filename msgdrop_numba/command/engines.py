@@ -16,9 +16,9 @@ from multiprocessing.connection import wait
 from typing import Any
 from urllib.parse import urlsplit
 
-from msgdrop_numba import threads
-from msgdrop_numba.errors import JobError, one_line
-from msgdrop_numba.shards import Task, Written, run
+from msgdrop_numba.call import threads
+from msgdrop_numba.command.errors import JobError, one_line
+from msgdrop_numba.command.shards import Task, Written, run
 
 Results = Generator[tuple[Task, Written], None, None]
 Engine = Callable[[list[Task]], Results]

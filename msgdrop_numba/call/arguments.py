@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from msgdrop_numba.call.rule import check_p
 from msgdrop_numba.kernels.rules import fold_rows
-from msgdrop_numba.rule import check_p
 
 _U64 = 2**64 - 1
 _MAX_WORK: Any = 100_000  # steps of the exact search for shared memory; past them it counts as shared

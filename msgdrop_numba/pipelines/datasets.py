@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from msgdrop_numba.keys import sample_key
+from msgdrop_numba.call.keys import sample_key
 
 
 class Keyed(NamedTuple):

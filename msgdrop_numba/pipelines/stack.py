@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from msgdrop_numba import outputs, torch_ops
-from msgdrop_numba.arguments import address, factors, thresholds
+from msgdrop_numba import outputs
+from msgdrop_numba.call.arguments import address, factors, thresholds
+from msgdrop_numba.call.plan import Draw, Plan
+from msgdrop_numba.call.plan import plan as make_plan
+from msgdrop_numba.call.rule import DropRule
+from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.cpu import COPY
-from msgdrop_numba.plan import Draw, Plan
-from msgdrop_numba.plan import plan as make_plan
-from msgdrop_numba.rule import DropRule
-from msgdrop_numba.tensors import check_number, fill_message, scaled_kind
-from msgdrop_numba.threads import launch
-from msgdrop_numba.torch_state import all_dense, is_eager, is_plain
+from msgdrop_numba.tensors import dropout as torch_ops
+from msgdrop_numba.tensors.arguments import check_number, fill_message, scaled_kind
+from msgdrop_numba.torch_private import all_dense, is_eager, is_plain
 
 # One call for a whole batch: an expression in a loop of Python's would cost more than a small sample's copy.
 _start, _shape, _dtype = Tensor.data_ptr, attrgetter("shape"), attrgetter("dtype")

@@ -1,0 +1,1 @@
+"""The `msgdrop` command and what it runs."""

@@ -1,0 +1,1 @@
+"""Message dropout where batches are made: the DataLoader's collate, keyed datasets, batches of columns."""
