@@ -8,7 +8,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from test_vectors import MASKS, arguments, expected, probability
+from helpers.vectors import MASKS, arguments, expected, probability
 from torch._dynamo.testing import EagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad

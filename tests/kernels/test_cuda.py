@@ -5,30 +5,23 @@ The simulator is chosen when numba is imported: this file runs itself again in a
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
 import mmap
-import os
 import random
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import naive
 import numpy as np
 import pytest
+from helpers.simulator import compiled, in_the_simulator, needs_numba_cuda, simulated
+from helpers.vectors import MASKS
 
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call import plan as plans
 from msgdrop_numba.kernels import cpu
 
-SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
-VECTORS = json.loads((Path(__file__).parent / "mask_vectors.json").read_text())["keep_masks"]
 RULES: list[dict[str, Any]] = [
     {}, {"exact": True}, {"span": 3}, {"min_keep": 4}, {"exact": True, "min_keep": 7}, {"span": 2, "min_keep": 5},
 ]  # fmt: skip
@@ -38,44 +31,11 @@ KINDS = {
     "complex64": cpu.FLOAT32,
 }  # fmt: skip
 
-needs_numba_cuda = pytest.mark.skipif(
-    importlib.util.find_spec("numba_cuda") is None, reason='numba-cuda isn\'t installed: pip install "numba-cuda[cu13]"'
-)
-simulated = pytest.mark.skipif(not SIMULATED, reason="runs in the process that test_in_the_simulator starts")
-compiled = pytest.mark.skipif(SIMULATED, reason="the simulator has no compiler")
-
-
-def of_itself(*arguments: str, simulator: bool) -> str:
-    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": str(int(simulator))}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
-
 
 @needs_numba_cuda
 @compiled
-def test_in_the_simulator():
-    out = of_itself("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__, simulator=True)
-    assert int(re.search(r"(\d+) passed", out).group(1)) > 50, out[-4000:]  # type: ignore[union-attr]
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The kernels with so small a launch geometry that a handful of messages crosses threads, tiles and blocks."""
-    from msgdrop_numba.kernels import cuda, cuda_launch
-
-    monkeypatch.setattr(cuda_launch, "_loaded", cuda_launch._Loaded())
-    cuda_launch.geometry.cache_clear()
-    for module, name, value in [
-        (cuda, "THREADS", 8), (cuda_launch, "THREADS", 8), (cuda_launch, "SELECT_THREADS", 3),
-        (cuda_launch, "BLOCKS", 4), (cuda_launch, "MAX_GRID", (3, 2)), (cuda, "BITS", 4), (cuda, "BINS", 16),
-    ]:  # fmt: skip
-        monkeypatch.setattr(module, name, value)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)  # the simulator's threads are Python's, and its manager polls them
-    yield cuda
-    sys.setswitchinterval(interval)
-    cuda_launch.geometry.cache_clear()
+def test_in_the_simulator(tmp_path):
+    assert in_the_simulator(__file__, tmp_path) > 50
 
 
 def launch(*arguments: Any) -> None:
@@ -204,7 +164,7 @@ def random_call(cuda: Any, rng: random.Random, rule: dict[str, Any], positions: 
 
 
 @simulated
-@pytest.mark.parametrize("vector", VECTORS)
+@pytest.mark.parametrize("vector", MASKS)
 def test_mask_vectors(vector, small):
     options = {name: value for name, value in vector.items() if name not in ("shape", "p", "keep", "seed")}
     if "keys" in options:

@@ -11,8 +11,8 @@ from typing import Any
 import naive
 import numpy as np
 import pytest
-import stand_in
 import torch
+from helpers import stand_in
 
 from msgdrop_numba import message_dropout
 from msgdrop_numba.tensors import device_arrays

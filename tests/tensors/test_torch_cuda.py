@@ -12,9 +12,9 @@ from typing import Any
 import naive
 import numpy as np
 import pytest
-import stand_in
 import torch
-from test_cuda import SIMULATED, of_itself
+from helpers import stand_in
+from helpers.simulator import SIMULATED, in_the_simulator, needs_numba_cuda
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -52,10 +52,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         from msgdrop_numba.kernels import cuda_launch as kernels
     stand_in.install(monkeypatch, kernels)
     return torch.device("cpu")
-
-
-if SIMULATED:
-    from test_cuda import small  # noqa: F401
 
 
 def want(x: torch.Tensor, seed: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -469,11 +465,9 @@ def test_host_arrays_are_refused_while_a_graph_is_captured(monkeypatch):
 # ---- in numba's simulator
 
 
+@needs_numba_cuda
 @pytest.mark.skipif(SIMULATED, reason="this is the process that it starts")
-def test_the_kernels_behind_it_in_the_simulator():
-    pytest.importorskip("numba_cuda", reason='numba-cuda isn\'t installed: pip install "numba-cuda[cu13]"')
+def test_the_kernels_behind_it_in_the_simulator(tmp_path):
     names = "values or keys_that or missing_dims or gradient_of or a_seed_tensor or strides or simulator_is_never"
-    told = ["-q", "-n0", "-p", "no:cacheprovider", "-m", "not gpu", "-k", names, __file__]
-    out = of_itself("-m", "pytest", *told, simulator=True)
-    assert int(out.split(" passed")[0].split()[-1]) > 30, out[-4000:]
+    assert in_the_simulator(__file__, tmp_path, "-m", "not gpu", "-k", names) > 30
     assert torch_ops.is_plain(torch.ones(1))

@@ -1,0 +1,6 @@
+"""What test files share."""
+
+import sys
+
+if "pytest" in sys.modules:  # programs that tests start have no use for it
+    sys.modules["pytest"].register_assert_rewrite(__name__)
