@@ -13,6 +13,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from helpers import internals
+
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 needs_numba_cuda = pytest.mark.skipif(
@@ -48,8 +50,7 @@ def small_geometry(patch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The kernels with so small a launch geometry that a handful of messages crosses threads, tiles and blocks."""
     from msgdrop_numba.kernels import cuda, cuda_launch
 
-    patch.setattr(cuda_launch, "_loaded", cuda_launch._Loaded())
-    cuda_launch.geometry.cache_clear()
+    internals.reset_launches(patch)
     for module, name, value in [
         (cuda, "THREADS", 8), (cuda_launch, "THREADS", 8), (cuda_launch, "SELECT_THREADS", 3),
         (cuda_launch, "BLOCKS", 4), (cuda_launch, "MAX_GRID", (3, 2)), (cuda, "BITS", 4), (cuda, "BINS", 16),
@@ -59,4 +60,4 @@ def small_geometry(patch: pytest.MonkeyPatch) -> Iterator[Any]:
     sys.setswitchinterval(1e-4)  # the simulator's threads are Python's, and its manager polls them
     yield cuda
     sys.setswitchinterval(interval)
-    cuda_launch.geometry.cache_clear()
+    internals.reset_launches(patch)
