@@ -35,11 +35,16 @@ TORCHS_OWN = ["-W", "ignore:`torch.jit.script:DeprecationWarning"]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
+def marked(block):
+    return pytest.param(block, marks=pytest.mark.ray) if "import ray" in block else block
+
+
 def test_there_is_code_to_run():
     assert len(BLOCKS) == README.count("```python") == 10
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+@pytest.mark.processes
+@pytest.mark.parametrize("block", [marked(block) for block in BLOCKS], ids=range(len(BLOCKS)))
 def test_code(block, tmp_path):
     script = tmp_path / "block.py"
     script.write_text(block)
@@ -80,6 +85,7 @@ def test_the_tables_are_those_of_the_committed_runs():
         assert with_tables(changed) == README != changed
 
 
+@pytest.mark.processes
 def test_the_benchmarks_run(monkeypatch):
     monkeypatch.setattr(cpu, "SHAPES", [(3, 5, 20)])
     monkeypatch.setattr(peers, "TENSORS", [peer for peer in peers.TENSORS if "compiled" not in peer.__name__])
@@ -96,6 +102,7 @@ def test_the_benchmarks_run(monkeypatch):
     assert "two threads collating" in gil.table(results)
 
 
+@pytest.mark.processes
 def test_the_other_benchmarks_run(monkeypatch, tmp_path):
     monkeypatch.setattr(curve, "KILOBYTES", [1, 4])
     monkeypatch.setattr(overhead, "SHAPES", [(3, 5, 20)])
@@ -112,6 +119,7 @@ def test_the_other_benchmarks_run(monkeypatch, tmp_path):
         assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.processes
 def test_the_cluster_benchmarks_run(monkeypatch, tmp_path):
     monkeypatch.setattr(apply, "PLACES", {"disk": str(tmp_path)})
     monkeypatch.setattr(apply, "SHARDS", 2)
@@ -122,6 +130,7 @@ def test_the_cluster_benchmarks_run(monkeypatch, tmp_path):
     assert all(seconds > 0 for seconds in results["seconds"]["disk"].values())
 
 
+@pytest.mark.ray
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_the_benchmark_on_ray_runs(monkeypatch):
     for name in ("BLOCKS", "ROWS", "MESSAGES", "FEATURES"):
