@@ -159,9 +159,7 @@ def test_a_forked_child_starts_with_none():
 
 
 def test_huge_pages_are_asked_for_whole_ones_inside(monkeypatch):
-    asked = []
-    monkeypatch.setattr(outputs, "_madvise", lambda *wish: asked.append(wish))
-    monkeypatch.setattr(outputs, "_ADVICE", 14)
+    asked = internals.watch_advice(monkeypatch, 14)
     page = outputs._PAGE
     outputs.advise(page + 1, 3 * page)
     outputs.advise(page + 1, page)  # holds no whole one

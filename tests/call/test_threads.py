@@ -7,20 +7,22 @@ import warnings
 
 import pytest
 import torch
+from helpers import internals
 
 from msgdrop_numba.call import threads
 from msgdrop_numba.call.plan import PARALLEL_BYTES
 
 
 def test_the_budget(monkeypatch):
-    monkeypatch.setattr(threads._layer, "forked", False)
-    monkeypatch.setattr(threads._layer, "usable", True)
-    monkeypatch.setattr(threads.config, "NUMBA_NUM_THREADS", 4)
+    def layer(numba, usable=True, forked=False):
+        internals.thread_layer(monkeypatch, usable=usable, forked=forked, threads=numba)
+
+    layer(numba=4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     big = PARALLEL_BYTES
     assert threads.chunks(big) == 3
     assert threads.chunks(big - 1) == 1
-    monkeypatch.setattr(threads.config, "NUMBA_NUM_THREADS", 2)
+    layer(numba=2)
     assert threads.chunks(big) == 2
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert threads.chunks(big) == 1
@@ -33,10 +35,9 @@ def test_the_budget(monkeypatch):
         assert threads.chunks(big) == parts
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert threads.chunks(big) == 2
-    monkeypatch.setattr(threads._layer, "usable", False)
+    layer(numba=2, usable=False)
     assert threads.chunks(big) == 1
-    monkeypatch.setattr(threads._layer, "usable", True)
-    monkeypatch.setattr(threads._layer, "forked", True)
+    layer(numba=2, forked=True)
     assert threads.chunks(big) == 1
 
 

@@ -23,6 +23,22 @@ def cut_into(patch: pytest.MonkeyPatch, parts: int | Callable[[], int]) -> None:
     patch.setattr(threads, "chunks", lambda *_: parts() if callable(parts) else parts)
 
 
+def thread_layer(patch: pytest.MonkeyPatch, *, usable: bool, forked: bool, threads: int) -> None:
+    """What the process knows of its threading layer, and how many threads numba has."""
+    from msgdrop_numba.call import threads as module
+
+    patch.setattr(module._layer, "usable", usable)
+    patch.setattr(module._layer, "forked", forked)
+    patch.setattr(module.config, "NUMBA_NUM_THREADS", threads)
+
+
+def unchecked_lengths(patch: pytest.MonkeyPatch, lengths: Any) -> None:
+    """Lengths reach the kernels as nobody who looks at them would let them."""
+    from msgdrop_numba.call import arguments
+
+    patch.setattr(arguments, "row_lengths", lambda *_: lengths)
+
+
 def stream_everything(patch: pytest.MonkeyPatch) -> None:
     """Write all outputs past the cache; with `reset_plans`."""
     from msgdrop_numba.call import plan
@@ -74,6 +90,13 @@ def unseen_values(patch: pytest.MonkeyPatch) -> None:
     from msgdrop_numba.tensors import arguments
 
     patch.setattr(arguments, "is_plain", lambda _: False)
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether a tensor counts as an ordinary one of the CPU's: whether `no_plain_tensors` is over."""
+    from msgdrop_numba.tensors import dropout
+
+    return dropout.is_plain(tensor)
 
 
 def no_long_way(patch: pytest.MonkeyPatch) -> None:
@@ -153,6 +176,51 @@ def reset_launches(patch: pytest.MonkeyPatch) -> None:
     cuda_launch.geometry.cache_clear()
 
 
+def watch_stores(patch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows with each address that a kernel in the simulator writes features to."""
+    from msgdrop_numba.kernels import cuda
+
+    stored, number = [], cuda.number
+
+    def watched(dtype: Any) -> Any:
+        load, store = number(dtype)
+        return load, lambda address, value: (stored.append(address), store(address, value))[1]
+
+    patch.setattr(cuda, "number", watched)
+    return stored
+
+
+def coarse_draws(patch: pytest.MonkeyPatch, bits: int) -> None:
+    """The simulator's kernels, and naive.py, see only so many leading bits of a draw: nearly all are tied."""
+    import naive
+
+    from msgdrop_numba.kernels import cuda
+
+    fine, ours, rest = naive.draw, cuda._draw, 32 - bits
+    patch.setattr(naive, "draw", lambda *arguments, **stream: fine(*arguments, **stream) >> rest << rest)
+    patch.setattr(cuda, "_draw", lambda *arguments: ours(*arguments) >> np.uint64(rest) << np.uint64(rest))
+
+
+def device_arrays(patch: pytest.MonkeyPatch, as_tensor: Callable[[Any], Any]) -> None:
+    """How objects with `__cuda_array_interface__` become tensors."""
+    from msgdrop_numba.tensors import device_arrays
+
+    patch.setattr(device_arrays, "_import", as_tensor)
+
+
+def before_tensor_calls(patch: pytest.MonkeyPatch, note: Callable[[], Any]) -> None:
+    """Called before each call on a tensor, those that stand for device arrays among them."""
+    from msgdrop_numba.tensors import dropout
+
+    dropped = dropout.message_dropout
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        note()
+        return dropped(*arguments, **options)
+
+    patch.setattr(dropout, "message_dropout", noted)
+
+
 def plan_fields(plan: Any) -> dict[str, Any]:
     """By name, what a kernel launch is told as its plan."""
     from msgdrop_numba.kernels import rules
@@ -176,11 +244,12 @@ def _by_name(record: np.dtype[Any], values: Any) -> dict[str, Any]:
 # ---- memory for outputs
 
 
-def large_outputs(patch: pytest.MonkeyPatch, huge: int, reused: int | None = None) -> None:
-    """Outputs of `huge` bytes get huge pages; of `reused`, the memory of earlier ones."""
+def large_outputs(patch: pytest.MonkeyPatch, huge: int | None = None, reused: int | None = None) -> None:
+    """Outputs of `huge` bytes get huge pages; of `reused`, the memory of earlier ones. None: as it is."""
     from msgdrop_numba import outputs
 
-    patch.setattr(outputs, "HUGE_BYTES", huge)
+    if huge is not None:
+        patch.setattr(outputs, "HUGE_BYTES", huge)
     if reused is not None:
         patch.setattr(outputs, "REUSED_BYTES", reused)
 
@@ -197,6 +266,16 @@ def reset_outputs() -> None:
     from msgdrop_numba import outputs
 
     outputs._kept.clear()
+
+
+def watch_advice(patch: pytest.MonkeyPatch, advice: int) -> list[tuple[int, int, int]]:
+    """A list that grows with each wish for huge pages: address, bytes and this advice."""
+    from msgdrop_numba import outputs
+
+    asked: list[tuple[int, int, int]] = []
+    patch.setattr(outputs, "_madvise", lambda *wish: asked.append(wish))
+    patch.setattr(outputs, "_ADVICE", advice)
+    return asked
 
 
 # ---- the command

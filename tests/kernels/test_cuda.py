@@ -17,7 +17,6 @@ from helpers import internals, oracle
 from helpers.simulator import compiled, in_the_simulator, needs_numba_cuda, simulated
 from helpers.vectors import MASKS, arguments, probability
 
-from msgdrop_numba.call import arguments as call_arguments
 from msgdrop_numba.call import plan as plans
 from msgdrop_numba.kernels import cpu, rules
 
@@ -198,14 +197,7 @@ def test_bytes_at_any_address(width, start, small):
 
 @simulated
 def test_nothing_but_what_drops_is_written_in_place(small, monkeypatch):
-    stored = []
-    number = small.number
-
-    def watched(dtype: Any) -> Any:
-        load, store = number(dtype)
-        return load, lambda address, value: (stored.append(address), store(address, value))[1]
-
-    monkeypatch.setattr(small, "number", watched)
+    stored = internals.watch_stores(monkeypatch)
     call = Call(small, (3, 11), 0.4, 5)
     x = placed(np.ones((3, 11, 16), np.float32), 0, 0)
     call.launch(x, x, "float32")
@@ -218,9 +210,7 @@ def test_nothing_but_what_drops_is_written_in_place(small, monkeypatch):
 @pytest.mark.parametrize("rule", [{"exact": True}, {"min_keep": 9}, {"min_keep": 8, "span": 2}], ids=str)
 def test_equal_draws_drop_in_order_of_position(rule, small, monkeypatch):
     """Draws with two bits left: nearly all are tied."""
-    fine, coarse = naive.draw, small._draw
-    monkeypatch.setattr(naive, "draw", lambda *arguments, **stream: fine(*arguments, **stream) >> 30 << 30)
-    monkeypatch.setattr(small, "_draw", lambda *arguments: coarse(*arguments) >> np.uint64(30) << np.uint64(30))
+    internals.coarse_draws(monkeypatch, bits=2)
     for p in (0.3, 0.5, 0.9, 1.0):
         call = Call(small, (3, 23), p, 3, lengths=np.array([23, 14, 5]), **rule)
         assert np.array_equal(call.launch(), call.keep)
@@ -246,7 +236,7 @@ def test_rows_that_lie_billions_of_bytes_apart(small):
 def test_what_lies_on_the_device_is_clamped(small):
     call = Call(small, (3, 9), 0.5, 3, lengths=np.array([9, 0, 4]), exact=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(call_arguments, "row_lengths", lambda *_: np.array([11, -5, 4]))
+        internals.unchecked_lengths(patch, np.array([11, -5, 4]))
         assert np.array_equal(call.launch(), call.keep)
 
 

@@ -12,12 +12,11 @@ import naive
 import numpy as np
 import pytest
 import torch
-from helpers import oracle, stand_in
+from helpers import internals, oracle, stand_in
 from helpers.cases import SHAPE, no_gpu
 
 from msgdrop_numba import message_dropout
 from msgdrop_numba.tensors import device_arrays
-from msgdrop_numba.tensors import dropout as torch_ops
 
 
 class Host:
@@ -47,7 +46,7 @@ def import_host(described: Any) -> torch.Tensor:
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> type[Host]:
     stand_in.install(monkeypatch, stand_in.Kernels())
-    monkeypatch.setattr(device_arrays, "_import", import_host)
+    internals.device_arrays(monkeypatch, import_host)
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(asarray=lambda tensor: Host(tensor.numpy())))
     return Host
 
@@ -143,8 +142,7 @@ def log(host, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         yield
         entered.pop()
 
-    dropped = torch_ops.message_dropout
-    monkeypatch.setattr(torch_ops, "message_dropout", lambda *a: Stream.log.append("work") or dropped(*a))
+    internals.before_tensor_calls(monkeypatch, lambda: Stream.log.append("work"))
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream("default"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: entered[-1])
     monkeypatch.setattr(torch.cuda, "ExternalStream", Stream)
