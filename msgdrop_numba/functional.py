@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from msgdrop_numba import arrays as numpy_ops
+from msgdrop_numba import arrays
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.plan import mask_shape
+from msgdrop_numba.call.request import Options, Request
 from msgdrop_numba.kernels import philox
 
 
@@ -76,28 +77,42 @@ def message_dropout(
         array([[False,  True,  True,  True],
                [ True,  True, False,  True]])
 
-    Source: the mask contract, version 1 (README), on Philox4x32-10 (Salmon et al., SC'11).
+    Source: the mask contract, version 1 (CONTRACT.md), on Philox4x32-10 (Salmon et al., SC'11).
     """
-    return (_libraries.get(type(x)) or _library(x)).message_dropout(
-        x, p, training, inplace, scale, exact, span, min_keep, lengths, fill, message_dims,
-        seed, keys, generator, out, return_mask,
-    )  # fmt: skip
+    library, rule = _libraries.get(type(x)) or _library(x), (exact, span, min_keep)
+    if (
+        lengths is None and keys is None and seed is None and generator is None and out is None
+        and type(p) is float and p and (fill is arguments.ZERO or arguments.is_zero(fill))
+        and training and not inplace and not return_mask and library.plain is not None
+    ):  # fmt: skip
+        y = library.plain(x, p, scale, message_dims, rule)
+        if y is not None:
+            return y
+    options = Options(p, rule, scale, fill, message_dims)
+    return library.message_dropout(
+        x, Request(options, training, inplace, lengths, seed, keys, generator, out, return_mask)
+    )
 
 
-_libraries: dict[type, Any] = {np.ndarray: numpy_ops}  # of exact types; torch's once a tensor has come
+def drop_messages(x: Any, request: Request) -> Any:
+    """`message_dropout` of a request."""
+    return (_libraries.get(type(x)) or _library(x)).message_dropout(x, request)
+
+
+_libraries: dict[type, Any] = {np.ndarray: arrays}  # of exact types; torch's once a tensor has come
 
 
 def _library(x: Any) -> Any:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
-        from msgdrop_numba.tensors import dropout as torch_ops
+        from msgdrop_numba.tensors import dropout
 
-        _libraries[torch.Tensor] = _libraries[torch.nn.Parameter] = torch_ops
-        return torch_ops
+        _libraries[torch.Tensor] = _libraries[torch.nn.Parameter] = dropout
+        return dropout
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError("x must be a plain NumPy array, but got a masked one, whose mask would be lost: give filled()")
     if isinstance(x, np.ndarray):
-        return numpy_ops
+        return arrays
     if hasattr(x, "__cuda_array_interface__"):
         from msgdrop_numba.tensors import device_arrays
 
@@ -140,14 +155,15 @@ def keep_mask(
         array([[False, False, False,  True, False, False],
                [ True, False, False,  True, False,  True]])
 
-    Source: the mask contract, version 1 (README).
+    Source: the mask contract, version 1 (CONTRACT.md).
     """
     dims = mask_shape(shape)
+    request = Request(Options(p, (exact, span, min_keep)), lengths=lengths, seed=seed, keys=keys)
     if device is None:
-        return numpy_ops.keep_mask(dims, p, exact, span, min_keep, lengths, seed, keys)
-    from msgdrop_numba.tensors import dropout as torch_ops
+        return arrays.keep_mask(dims, request)
+    from msgdrop_numba.tensors import dropout
 
-    return torch_ops.keep_mask(dims, p, exact, span, min_keep, lengths, seed, keys, device)
+    return dropout.keep_mask(dims, request, device)
 
 
 def fold_in(seed: Any, data: Any) -> int:
@@ -167,6 +183,6 @@ def fold_in(seed: Any, data: Any) -> int:
         >>> fold_in(7, 3)
         10612791744428350474
 
-    Source: the mask contract, version 1 (README); the name is JAX's.
+    Source: the mask contract, version 1 (CONTRACT.md); the name is JAX's.
     """
     return int(philox.fold_in(np.uint64(arguments.check_seed(seed)), np.uint64(arguments.check_key("data", data))))

@@ -39,7 +39,7 @@ class MessageDropout(torch.nn.Module):
         >>> layer(x).shape
         torch.Size([8, 16, 128])
 
-    Source: the mask contract, version 1 (README).
+    Source: the mask contract, version 1 (CONTRACT.md).
     """
 
     def __init__(

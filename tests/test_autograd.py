@@ -200,8 +200,8 @@ def test_dtypes_that_numpy_has_not(dtype, permute):
     y = message_dropout(words.view(dtype).permute(permute), 0.5, seed=1)
     assert torch.equal(y.view(integers), message_dropout(x, 0.5, seed=1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("msgdrop_numba.torch_ops.is_plain", lambda t: False)
-        patch.setattr("msgdrop_numba.torch_ops.dense_address", lambda t: 0)
+        patch.setattr("msgdrop_numba.tensors.dropout.is_plain", lambda t: False)
+        patch.setattr("msgdrop_numba.tensors.dropout.dense_address", lambda t: 0)
         y = message_dropout(words.view(dtype).permute(permute), 0.5, seed=1)
     assert torch.equal(y.contiguous().view(integers), message_dropout(x, 0.5, seed=1).contiguous())
 

@@ -72,7 +72,7 @@ def load() -> None:
     launch(_NOTHING, PLAIN, 0, 0, 0, 0)
 
 
-_NOTHING = plan((1, 1), 1, COPY, 1, 0.0, False, 1, 0)
+_NOTHING = plan((1, 1), 1, COPY, 1, (0.0,))
 
 
 def _after_fork_in_child() -> None:

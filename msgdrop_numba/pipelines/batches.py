@@ -11,8 +11,9 @@ import numpy as np
 
 from msgdrop_numba.call.arguments import check_is_number, check_key, check_seed, position_p
 from msgdrop_numba.call.keys import sample_keys
+from msgdrop_numba.call.request import Options, Request
 from msgdrop_numba.call.rule import DropRule
-from msgdrop_numba.functional import fold_in, message_dropout
+from msgdrop_numba.functional import drop_messages, fold_in
 
 MASK = "keep_mask"
 
@@ -72,7 +73,7 @@ class MessageDropoutBatch:
         fill: Any = 0.0,
         return_mask: bool = False,
     ) -> None:
-        number, self.p = position_p(p)
+        number, array = position_p(p)
         names = (columns,) if isinstance(columns, str) else columns
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"columns must be a name or a list of names, but got {columns!r}")
@@ -85,11 +86,12 @@ class MessageDropoutBatch:
             )
         self.key, self.lengths = key, lengths
         self.seed = fold_in(check_seed(seed), check_key("epoch", epoch))
-        self.rule = DropRule(number, exact, span, min_keep)
-        self.scale, self.return_mask, self.passthrough = scale, return_mask, passthrough
+        rule = DropRule(number, exact, span, min_keep)
+        self.return_mask, self.passthrough = return_mask, passthrough
         if not isinstance(fill, np.ndarray):
             check_is_number("fill", fill)
-        self.fill = fill.copy() if isinstance(fill, np.ndarray) else fill
+        fill = fill.copy() if isinstance(fill, np.ndarray) else fill
+        self.options = Options(rule.p if array is None else array, rule.rest, scale, fill, message_dims=2)
 
     def __call__(self, batch: Any) -> Any:
         there = _names(batch)
@@ -124,16 +126,18 @@ class MessageDropoutBatch:
         for what, array in (("key", keys), ("lengths", lengths)):
             if array is not None and len(array) != count:
                 raise ValueError(f"it has {count} rows, but the {what} column has {len(array)}")
+        p, fill = self.options.p, self.options.fill
         done, masks, first = [], [], 0
         for block in rows.blocks:
-            own = slice(first, first + len(block))
-            first = own.stop
-            y, mask = message_dropout(
-                block, self.rule.p if self.p is None else self.p[: block.shape[1]], inplace=rows.writable,
-                scale=self.scale, exact=self.rule.exact, span=self.rule.span, min_keep=self.rule.min_keep,
-                lengths=None if lengths is None else lengths[own], fill=_like(self.fill, block), message_dims=2,
-                seed=self.seed, keys=keys[own], return_mask=True,
-            )  # fmt: skip
+            here = slice(first, first + len(block))
+            first = here.stop
+            options = self.options._replace(
+                p=p[: block.shape[1]] if isinstance(p, np.ndarray) else p, fill=_like(fill, block)
+            )
+            lengths_here = None if lengths is None else lengths[here]
+            y, mask = drop_messages(
+                block, Request(options, True, rows.writable, lengths_here, self.seed, keys[here], return_mask=True)
+            )
             done.append(y)
             masks.append(mask)
         sizes = [block.shape[1] for block in rows.blocks for _ in range(len(block))]
@@ -241,7 +245,7 @@ def _read_arrow(column: Any, field: Any) -> _Rows:
     from msgdrop_numba.pipelines import arrow
 
     whole = not hasattr(column, "chunks")
-    chunks = [arrow.own(chunk) for chunk in ([column] if whole else column.chunks)]
+    chunks = [arrow.unsliced(chunk) for chunk in ([column] if whole else column.chunks)]
     blocks: list[np.ndarray] = []
     copies = []
     for chunk in chunks:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from msgdrop_numba.call.arguments import address, check_is_number, check_seed, position_p
 from msgdrop_numba.call.keys import hash64, sample_key
+from msgdrop_numba.call.request import Options, Request
 from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.call.threads import load
-from msgdrop_numba.functional import fold_in, message_dropout
+from msgdrop_numba.functional import drop_messages, fold_in
 from msgdrop_numba.pipelines.datasets import Keyed
 from msgdrop_numba.pipelines.fields import at, collate, extend, find, requested
-from msgdrop_numba.pipelines.stack import Options, Stack
-from msgdrop_numba.tensors.dropout import fresh_seed
+from msgdrop_numba.pipelines.stack import Padding, Stack
+from msgdrop_numba.tensors.seeds import fresh_seed
 
 
 class MessageDropoutCollate:
@@ -93,10 +94,10 @@ class MessageDropoutCollate:
         check_is_number("pad_value", pad_value)
         if isinstance(fill, np.ndarray):
             fill = torch.from_numpy(fill.copy())
-        self._options = Options(
-            DropRule(number, exact, span, min_keep),
-            array, scale, fill.detach() if isinstance(fill, Tensor) else fill, pad, pad_value,
-        )  # fmt: skip
+        rule = DropRule(number, exact, span, min_keep)
+        fill = fill.detach() if isinstance(fill, Tensor) else fill
+        self._options = Options(rule.p if array is None else array, rule.rest, scale, fill, message_dims=2)
+        self._padding = Padding(pad, pad_value)
         load()  # workers made by fork inherit the compiled kernel
         # Shared memory: persistent workers keep the collate that they were started with, and must see a new epoch.
         with torch.inference_mode(False):
@@ -139,11 +140,11 @@ class MessageDropoutCollate:
         if self.collate_fn is None:
             fields = find(self._masks, samples[0], "a sample")
             masks = [field.mask for field in fields.values()]
-            stacks = {mask: Stack(self._options, _mask_seed(seed, mask), ids, keys) for mask in masks}
+            stacks = {mask: Stack(self._options, self._padding, _mask_seed(seed, mask), ids, keys) for mask in masks}
             batch = collate(
                 samples, fields, lambda path, leaves: stacks[fields[path].mask].build(fields[path].label, leaves)
             )
-            if self._options.pad:
+            if self._padding.wanted:
                 extras["lengths"] = {mask: torch.tensor(stack.lengths, device="cpu") for mask, stack in stacks.items()}
             if self.return_mask:
                 extras["keep_mask"] = {mask: stack.mask() for mask, stack in stacks.items()}
@@ -152,15 +153,16 @@ class MessageDropoutCollate:
             keys = np.arange(len(samples), dtype=np.uint64) if keys is None else keys
             fields = find(self._masks, batch, "what collate_fn returned")
             for mask in dict.fromkeys(field.mask for field in fields.values()):
-                own = {field.label: at(batch, path) for path, field in fields.items() if field.mask == mask}
-                keep[mask] = self._drop_in(own, _mask_seed(seed, mask), keys)
+                sharing = {field.label: at(batch, path) for path, field in fields.items() if field.mask == mask}
+                keep[mask] = self._drop_in(sharing, _mask_seed(seed, mask), keys)
             if self.return_mask:
                 extras["keep_mask"] = keep
         return extend(batch, {name: by_mask.get(None, by_mask) for name, by_mask in extras.items()})
 
     def _seed(self, keyed: bool) -> int:
         if self.seed is None:
-            return 0 if self._options.rule.p == 0 else fresh_seed(None)  # p = 0 draws nothing, in a batch as elsewhere
+            p = self._options.p
+            return 0 if isinstance(p, float) and p == 0 else fresh_seed(None)  # p = 0 draws nothing, as elsewhere
         if not keyed:
             raise ValueError(
                 f"seed={self.seed} needs the samples' ids, or every batch would repeat the masks of the one before: "
@@ -184,15 +186,14 @@ class MessageDropoutCollate:
                 f"{', '.join(fields)} must have as many messages each, but got {sorted(sizes)}: they share one mask; "
                 "give them their own with fields={name: mask name, ...}"
             )
-        rule, p, scale, fill, _, _ = self._options
-        probability = rule.p if p is None else p[: max(sizes)]
+        options = self._options
+        p, fill = options.p, options.fill
+        request = Request(options, inplace=True, seed=seed, keys=keys, return_mask=True)
         once = {_memory(x): x for x in fields.values()}  # memory that has two names is dropped in once
         for x in once.values():
-            own_fill = fill.numpy() if isinstance(fill, Tensor) and isinstance(x, np.ndarray) else fill
-            _, mask = message_dropout(
-                x, probability, inplace=True, scale=scale, exact=rule.exact, span=rule.span, min_keep=rule.min_keep,
-                fill=own_fill, message_dims=2, seed=seed, keys=keys, return_mask=True,
-            )  # fmt: skip
+            like_x = fill.numpy() if isinstance(fill, Tensor) and isinstance(x, np.ndarray) else fill
+            first = p[: max(sizes)] if isinstance(p, np.ndarray) else p
+            _, mask = drop_messages(x, request._replace(options=options._replace(p=first, fill=like_x)))
         return mask
 
 
