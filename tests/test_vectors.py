@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import naive
 import numpy as np
 import pytest
 import torch
+from helpers.vectors import MASKS, VECTORS, arguments, expected, probability
 
 from msgdrop_numba import fold_in, keep_mask, message_dropout
 from msgdrop_numba.call.keys import sample_key
 from msgdrop_numba.kernels import philox
 
-VECTORS = json.loads((Path(__file__).parent / "mask_vectors.json").read_text())
 pytestmark = pytest.mark.kernels
-
-MASKS = VECTORS["keep_masks"]
-
-
-def expected(vector: dict) -> np.ndarray:
-    return np.array([[c == "1" for c in row] for row in vector["keep"]])
-
-
-def probability(vector: dict) -> Any:
-    return np.array(vector["p"]) if isinstance(vector["p"], list) else vector["p"]
-
-
-def arguments(vector: dict) -> dict:
-    return {name: value for name, value in vector.items() if name not in ("shape", "p", "keep")}
 
 
 def test_version():

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-PROGRAMS = Path(__file__).with_name("survive.py")
+TESTS = Path(__file__).parents[1]
+PROGRAMS = TESTS / "helpers" / "survive.py"
 
 
 def tbb_folder() -> str | None:
@@ -28,6 +29,8 @@ def tbb_folder() -> str | None:
 def environment(layer: str, **more: str) -> dict[str, str]:
     # two threads on any machine, so that kernels are parallel where they may be
     variables = {**os.environ, "NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    path = [str(TESTS), os.environ.get("PYTHONPATH", "")]  # for naive.py
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     if layer == "tbb":
         folder = tbb_folder()
         if folder is None:
@@ -150,7 +153,7 @@ def test_many_processes_on_an_empty_cache(tmp_path):
 @pytest.mark.long
 def test_xdist():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "2", "tests/test_vectors.py", "tests/test_collate.py"],
-        capture_output=True, text=True, timeout=400, check=False, cwd=PROGRAMS.parents[1],
+        [sys.executable, "-m", "pytest", "-q", "-n", "2", "tests/test_vectors.py", "tests/pipelines/test_collate.py"],
+        capture_output=True, text=True, timeout=400, check=False, cwd=TESTS.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""Programs that `test_survival.py` runs, each a process of its own: `python survive.py NAME ARGUMENTS`, prints "ok"."""
+"""Programs that `call/test_survival.py` runs, each a process of its own: `python survive.py NAME ARGUMENTS`, prints "ok"."""
 
 from __future__ import annotations
 

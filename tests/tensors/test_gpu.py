@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_torch_cuda import OPTIONS, SHAPE, equal, on, want
+from helpers import internals, oracle
+from helpers.cases import OPTIONS, SHAPE, equal, moved, no_gpu
 from torch._dynamo.testing import EagerAndRecordGraphs
 
 from msgdrop_numba import keep_mask, message_dropout
@@ -17,7 +18,7 @@ from msgdrop_numba.tensors import cuda as torch_cuda
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none"),
+    no_gpu,
 ]
 
 
@@ -26,15 +27,16 @@ def kernels() -> Any:
     """Without them all would pass on torch's own operations."""
     assert torch_cuda.usable(torch.device("cuda:0"))
     yield
-    assert not torch_cuda._broken
-    assert torch_cuda._kernels()._loaded
+    broken, loaded = internals.cuda_state()
+    assert not broken
+    assert loaded
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_nothing_waits_for_the_device(options):
     device = torch.device("cuda:0")
-    x, told = torch.randn(SHAPE, device=device, requires_grad=True), on(device, options)
+    x, told = torch.randn(SHAPE, device=device, requires_grad=True), moved(device, options)
     fill = torch.zeros(x.shape[told.get("message_dims", 2) :], device=device, requires_grad=True)
     lengths = torch.tensor([3, 7, 0]).pin_memory()
     calls = [{}, {"seed": 3}, {"seed": torch.full((), 3, device=device)}, {"fill": fill}]
@@ -133,7 +135,7 @@ def test_the_tensor_s_own_device():
     with torch.cuda.device(0):
         y = message_dropout(x, seed=1)
         y.sum().backward()
-    equal(y.detach(), want(torch.ones(64, 64, 4), 1)[0])
+    equal(y.detach(), oracle.dropout(torch.ones(64, 64, 4), seed=1)[0])
     assert torch.equal(x.grad, y)
     with pytest.raises(ValueError, match="cuda:0"):
         message_dropout(x, lengths=torch.ones(64, dtype=torch.int64, device="cuda:0"))
@@ -159,11 +161,10 @@ def test_more_than_32_bits_count():
         assert torch.equal(y.amin(-1), y.amax(-1))
 
 
-def test_compiled_on_the_device():
-    torch._dynamo.reset()
+def test_compiled_on_the_device(compiled):
     x, recorded = torch.ones(64, 64, 4, device="cuda", requires_grad=True), EagerAndRecordGraphs()
     drop = lambda x: message_dropout(x, seed=7) * 2  # noqa: E731
     expected = drop(x)
-    assert torch.equal(torch.compile(drop, fullgraph=True)(x), expected)
-    assert torch.equal(torch.compile(drop, fullgraph=True, backend=recorded)(x), expected)
+    assert torch.equal(compiled(drop)(x), expected)
+    assert torch.equal(compiled(drop, backend=recorded)(x), expected)
     assert "msgdrop_numba.keep_mask" in recorded.graphs[0].code

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
-from jobs import X, files, invoke, job, run, save, two_folders
+from helpers.jobs import X, files, invoke, job, run, save, two_folders
 from pyarrow import parquet
 
 from msgdrop_numba.command import apply, journal

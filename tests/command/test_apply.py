@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
-from jobs import X, files, job, made, path_keys, rng, run, save, two_folders
+from helpers.jobs import X, files, job, made, path_keys, rng, run, save, two_folders
 from pyarrow import parquet
 
 from msgdrop_numba.command import shards

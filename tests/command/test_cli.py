@@ -161,8 +161,8 @@ def test_info():
 
 def test_the_paths_that_info_names_are_those_taken(monkeypatch):
     """What info says of arrays and tensors, seen from which kernel is launched."""
-    import stand_in
     import torch
+    from helpers import stand_in
 
     from msgdrop_numba import arrays as numpy_ops
     from msgdrop_numba import message_dropout

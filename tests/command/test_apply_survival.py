@@ -15,7 +15,7 @@ import uuid
 import numpy as np
 import psutil
 import pytest
-from jobs import files, invoke, job, rng, run, save, serial, two_folders
+from helpers.jobs import files, invoke, job, rng, run, save, serial, two_folders
 
 from msgdrop_numba.command import apply, engines, journal, shards
 from msgdrop_numba.command.errors import JobError

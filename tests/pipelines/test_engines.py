@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pyarrow as pa
 import pytest
-from jobs import files, job, run
+from helpers.jobs import files, job, run
 from pyarrow import parquet
 
 from msgdrop_numba import MessageDropoutBatch

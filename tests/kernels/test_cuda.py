@@ -1,105 +1,57 @@
-"""The CUDA kernels without a GPU: bit for bit against naive.py in numba's simulator, and as PTX.
+"""The CUDA kernels without a GPU: bit for bit against naive.py in numba's simulator.
 
 The simulator is chosen when numba is imported: this file runs itself again in a process of its own.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
 import mmap
-import os
 import random
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import naive
 import numpy as np
 import pytest
+from helpers import internals, oracle
+from helpers.simulator import compiled, in_the_simulator, needs_numba_cuda, simulated
+from helpers.vectors import MASKS, arguments, probability
 
-from msgdrop_numba.call import arguments
+from msgdrop_numba.call import arguments as call_arguments
 from msgdrop_numba.call import plan as plans
-from msgdrop_numba.kernels import cpu
+from msgdrop_numba.kernels import cpu, rules
 
-SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
-VECTORS = json.loads((Path(__file__).parent / "mask_vectors.json").read_text())["keep_masks"]
 RULES: list[dict[str, Any]] = [
     {}, {"exact": True}, {"span": 3}, {"min_keep": 4}, {"exact": True, "min_keep": 7}, {"span": 2, "min_keep": 5},
 ]  # fmt: skip
-ARCHITECTURES = [(7, 5), (8, 0), (9, 0), (10, 0)]
 KINDS = {
     "float32": cpu.FLOAT32, "float64": cpu.FLOAT64, "float16": cpu.FLOAT16, "bfloat16": cpu.BFLOAT16,
     "complex64": cpu.FLOAT32,
 }  # fmt: skip
 
-needs_numba_cuda = pytest.mark.skipif(
-    importlib.util.find_spec("numba_cuda") is None, reason='numba-cuda isn\'t installed: pip install "numba-cuda[cu13]"'
-)
-simulated = pytest.mark.skipif(not SIMULATED, reason="runs in the process that test_in_the_simulator starts")
-compiled = pytest.mark.skipif(SIMULATED, reason="the simulator has no compiler")
-
-
-def of_itself(*arguments: str, simulator: bool) -> str:
-    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": str(int(simulator))}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
-
 
 @needs_numba_cuda
 @compiled
-def test_in_the_simulator():
-    out = of_itself("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__, simulator=True)
-    assert int(re.search(r"(\d+) passed", out).group(1)) > 50, out[-4000:]  # type: ignore[union-attr]
+def test_in_the_simulator(tmp_path):
+    assert in_the_simulator(__file__, tmp_path) > 50
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The kernels with so small a launch geometry that a handful of messages crosses threads, tiles and blocks."""
-    from msgdrop_numba.kernels import cuda, cuda_launch
-
-    monkeypatch.setattr(cuda_launch, "_loaded", cuda_launch._Loaded())
-    cuda_launch.geometry.cache_clear()
-    for module, name, value in [
-        (cuda, "THREADS", 8), (cuda_launch, "THREADS", 8), (cuda_launch, "SELECT_THREADS", 3),
-        (cuda_launch, "BLOCKS", 4), (cuda_launch, "MAX_GRID", (3, 2)), (cuda, "BITS", 4), (cuda, "BINS", 16),
-    ]:  # fmt: skip
-        monkeypatch.setattr(module, name, value)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)  # the simulator's threads are Python's, and its manager polls them
-    yield cuda
-    sys.setswitchinterval(interval)
-    cuda_launch.geometry.cache_clear()
-
-
-def launch(*arguments: Any) -> None:
-    """As the caller of `cuda_launch.launch` does."""
+def launch(plan: dict[str, Any], draw: dict[str, int], **arguments: int) -> None:
+    """As the caller of `cuda_launch.launch` does, on the only stream of the only device."""
     from msgdrop_numba.kernels import cuda_launch
 
     try:
-        cuda_launch.launch(*arguments)
+        cuda_launch.launch(tuple(plan.values()), tuple(draw.values()), stream=0, device=0, **arguments)
     except cuda_launch.NotLoadedError as needed:
         cuda_launch.load(*needed.args, (9, 0))
-        launch(*arguments)
-
-
-def bfloat16(x: np.ndarray) -> np.ndarray:
-    """The bits nearest to float32 numbers, ties to even, worked out with exact fractions of two."""
-    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+        launch(plan, draw, **arguments)
 
 
 def numbers(rng: random.Random, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     draws = np.random.default_rng(rng.getrandbits(32))
     values = draws.standard_normal(shape) * 10.0 ** draws.integers(-6, 4, shape)
     if dtype == "bfloat16":
-        return bfloat16(values)
+        return oracle.bfloat16(values)
     if dtype == "uint8":
         return draws.integers(0, 256, shape, np.uint8)
     return (values + 1j * draws.standard_normal(shape) if dtype[0] == "c" else values).astype(dtype)
@@ -120,26 +72,22 @@ def placed(x: np.ndarray, start: int, gap: int, far: bool = False) -> np.ndarray
     return y
 
 
-def expected(x: np.ndarray, keep: np.ndarray, dtype: str, fill: Any, **options: Any) -> np.ndarray:
-    if dtype != "bfloat16" or not options["scale"]:
-        return naive.drop(x, keep, fill=fill, **options)
-    wide = (x.astype(np.uint32) << 16).view(np.float32)
-    s = naive.scales(keep, *(options[name] for name in ("p", "lengths")), options.get("exact", False),
-                     options.get("min_keep", 0))[..., None]  # fmt: skip
-    n = keep.shape[-1] if options["lengths"] is None else options["lengths"][:, None, None]
-    inside = np.arange(keep.shape[-1])[:, None] < n
-    y = np.where(inside, bfloat16(wide * s.astype(np.float32)), x)
-    return np.where(keep[..., None], y, fill)
-
-
 class Call:
-    """One launch on NumPy memory, and what naive.py makes of it."""
+    """One launch on NumPy memory, and what naive.py makes of it.
 
-    def __init__(self, cuda: Any, shape: tuple[int, int], p: Any, seed: int, **rule: Any) -> None:
-        self.cuda, self.shape, self.p, self.seed = cuda, shape, p, seed
-        self.lengths, self.keys, self.inner = rule.pop("lengths", None), rule.pop("keys", None), 0
-        self.rule = rule
-        self.keep = naive.keep_mask(shape, p, seed=seed, keys=self.keys, lengths=self.lengths, **rule)
+    Args:
+        shape: of the mask; the kernels see its rows one after another.
+        keys: one for each row, or fewer: then each stands for all rows that share its place.
+    """
+
+    def __init__(
+        self, cuda: Any, shape: tuple[int, ...], p: Any, seed: int, *, lengths: Any = None, keys: Any = None,
+        **rule: Any,
+    ) -> None:  # fmt: skip
+        self.cuda, self.shape, self.p, self.seed, self.rule = cuda, shape, p, seed, rule
+        self.lengths, self.keys = lengths, keys
+        self.rows, self.size = math.prod(shape[:-1]), shape[-1]
+        self.keep = naive.keep_mask(shape, p, seed=seed, keys=keys, lengths=lengths, **rule)
 
     def launch(
         self, x: Any = None, out: Any = None, dtype: str = "uint8", scale: bool = False, fill: Any = None,
@@ -147,45 +95,52 @@ class Call:
     ) -> np.ndarray:  # fmt: skip
         number = self.p if isinstance(self.p, float) else None
         kind = KINDS[dtype] if scale else cpu.COPY
-        like = np.empty((*self.shape, 1), np.uint8) if x is None else x
+        like = np.empty((self.rows, self.size, 1), np.uint8) if x is None else x
         target = like if out is None else out
         numbers = [self.rule.get(name, default) for name, default in (("exact", False), ("span", 1), ("min_keep", 0))]
         plan = plans._make(like.shape, like.itemsize, kind, 2, number, *numbers, like.strides, target.strides)
         assert plan.followed
-        draw = plans.row_arguments(plan, None if number is not None else self.p, scale, fill, self.lengths, None)
+        lengths = None if self.lengths is None else self.lengths.ravel()
+        draw = plans.row_arguments(plan, None if number is not None else self.p, scale, fill, lengths, None)
+        inner = 0
         if self.keys is not None:
             draw = plans.Draw(fill, draw.lengths, self.keys, draw.thresholds, draw.factors)
+            inner = self.rows // self.keys.size if self.keys.ndim < len(self.shape) - 1 else 0
         mask = np.full(self.shape, 7, np.uint8) if given is None else given.astype(np.uint8)
-        record = [*draw.record]
-        record[1] = given is not None
-        seed, limits = np.array([self.seed], np.uint64), np.empty((self.shape[0], 2), np.int64)
+        told = internals.draw_fields(draw.record) | {"given": int(given is not None)}
+        seed, limits = np.array([self.seed], np.uint64), np.empty((self.rows, 2), np.int64)
         launch(
-            plan.record[0].item(), record, plan.messages, self.inner, 0 if x is None else x.ctypes.data,
-            0 if out is None else out.ctypes.data, mask.ctypes.data, 0 if given is not None else seed.ctypes.data,
-            limits.ctypes.data, 0, 0,
+            internals.plan_fields(plan.numbers), told, messages=plan.messages, inner=inner,
+            x=0 if x is None else x.ctypes.data, out=0 if out is None else out.ctypes.data, mask=mask.ctypes.data,
+            seed=0 if given is not None else seed.ctypes.data, limits=limits.ctypes.data,
         )  # fmt: skip
         return mask
 
     def check(
         self, x: np.ndarray, dtype: str, scale: bool, fill: Any, start: int, gap: int, far: bool, given: bool
     ) -> None:
-        want = expected(x, self.keep, dtype, 0 if fill is None else fill, p=self.p, scale=scale, lengths=self.lengths,
-                        **self.rule)  # fmt: skip
+        x = x.reshape(self.rows, self.size, -1)
+        want, keep = oracle.dropout(
+            x.reshape(*self.shape, -1), self.p, seed=self.seed, keys=self.keys, lengths=self.lengths,
+            message_dims=len(self.shape), fill=0 if fill is None else fill, scale=scale, dtype=dtype, **self.rule,
+        )  # fmt: skip
+        assert np.array_equal(keep, self.keep)
+        keep = keep.reshape(self.rows, self.size)
         source, out = placed(x, start, gap, far), placed(np.zeros_like(x), 0, gap // 2)
         told = (self.shape, self.p, self.seed, self.lengths, self.rule, dtype, scale, start, gap, far, given)
         before = source.base.tobytes()
-        unread = source[~self.keep].copy()
-        source[~self.keep] = np.frombuffer(b"\xff" * x.itemsize, x.dtype)[0]
+        unread = source[~keep].copy()
+        source[~keep] = np.frombuffer(b"\xff" * x.itemsize, x.dtype)[0]
         poisoned = source.base.tobytes()
         mask = self.launch(source, out, dtype, scale, fill, self.keep if given else None)
         assert np.array_equal(mask, self.keep), told
         assert np.ascontiguousarray(out).tobytes() == want.tobytes(), told
         assert source.base.tobytes() == poisoned, told
-        source[~self.keep] = unread
+        source[~keep] = unread
         assert source.base.tobytes() == before
         self.launch(source, source, dtype, scale, fill, self.keep if given else None)
         assert np.ascontiguousarray(source).tobytes() == want.tobytes(), told
-        source[:] = x.reshape(source.shape)
+        source[:] = x
         assert source.base.tobytes() == before, told  # nothing between the messages was written
 
 
@@ -204,15 +159,14 @@ def random_call(cuda: Any, rng: random.Random, rule: dict[str, Any], positions: 
 
 
 @simulated
-@pytest.mark.parametrize("vector", VECTORS)
+@pytest.mark.parametrize("vector", MASKS)
 def test_mask_vectors(vector, small):
-    options = {name: value for name, value in vector.items() if name not in ("shape", "p", "keep", "seed")}
+    options = arguments(vector)
     if "keys" in options:
         options["keys"] = np.array([key % 2**64 for key in options["keys"]], np.uint64)
     if "lengths" in options:
         options["lengths"] = np.array(options["lengths"])
-    p = np.array(vector["p"]) if isinstance(vector["p"], list) else vector["p"]
-    mask = Call(small, tuple(vector["shape"]), p, vector["seed"], **options).launch()
+    mask = Call(small, tuple(vector["shape"]), probability(vector), **options).launch()
     assert ["".join(map(str, row)) for row in mask.tolist()] == vector["keep"]
 
 
@@ -291,7 +245,7 @@ def test_rows_that_lie_billions_of_bytes_apart(small):
 def test_what_lies_on_the_device_is_clamped(small):
     call = Call(small, (3, 9), 0.5, 3, lengths=np.array([9, 0, 4]), exact=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arguments, "row_lengths", lambda *_: np.array([11, -5, 4]))
+        patch.setattr(call_arguments, "row_lengths", lambda *_: np.array([11, -5, 4]))
         assert np.array_equal(call.launch(), call.keep)
 
 
@@ -338,105 +292,22 @@ def test_alignment_and_missing_memory():
     assert [cuda_launch.piece_size(cpu.FLOAT32, n) for n in (32, 8, 4)] == [16, 4, 4]
     with pytest.raises(ValueError, match="off by 2"):
         cuda_launch.piece_size(cpu.FLOAT32, 6)
-    plan = (4, 1, cpu.COPY, 1.0, 4, 1, 4, 1, 0, 0, 2**31, 0, 1, 1, 0)
+    plan = dict.fromkeys(rules.PLAN.names, 0) | {
+        "size": 4, "width": 1, "kind": cpu.COPY, "factor": 1.0, "x_row": 4, "x_step": 1, "out_row": 4, "out_step": 1,
+        "threshold": 2**31, "exact": 1, "span": 1,
+    }  # fmt: skip
+    draw = dict.fromkeys(rules.DRAW.names, 0)
+    addresses = {"inner": 0, "x": 0, "out": 0, "mask": 1, "seed": 1, "limits": 0}
     with pytest.raises(ValueError, match="limits"):
-        launch(plan, [0] * 9, 4, 0, 0, 0, 1, 1, 0, 0, 0)
-    assert cuda_launch.launch(plan, [0] * 9, 0, 0, 0, 0, 1, 1, 0, 0, 0) is None
+        launch(plan, draw, messages=4, **addresses)
+    launch(plan, draw, messages=0, **addresses)  # nothing to do
 
 
 @simulated
 @pytest.mark.parametrize("rule", [{}, {"exact": True}, {"span": 2, "min_keep": 3}], ids=str)
 @pytest.mark.parametrize("inner", [1, 3])
 def test_keys_that_stand_for_several_rows(rule, inner, small):
-    keys, lengths = np.array([-7, 2**62 + 1]), np.array([5, 3, 4, 0, 5, 2])[: 2 * inner]
-    keep = naive.keep_mask((2, inner, 5), 0.4, seed=11, keys=keys, lengths=lengths.reshape(2, inner), **rule)
-    call = Call(small, (2 * inner, 5), 0.4, 11, lengths=lengths, **rule)
-    call.keys, call.inner, call.keep = keys, inner, keep.reshape(-1, 5)
+    keys, lengths = np.array([-7, 2**62 + 1]), np.array([5, 3, 4, 0, 5, 2])[: 2 * inner].reshape(2, inner)
+    call = Call(small, (2, inner, 5), 0.4, 11, lengths=lengths, keys=keys, **rule)
     x = numbers(random.Random(3), (2 * inner, 5, 3), "float32")
     call.check(x, "float32", False, None, 0, 0, False, False)
-
-
-def ptx_of(function: Any, signature: Any) -> dict[tuple[int, int], str]:
-    """PTX for every architecture. Numba's part, which they share, takes 20 times as long as NVVM's."""
-    from numba import cuda
-    from numba.cuda.cudadrv import nvvm
-
-    made, compile_ir = {}, nvvm.compile_ir
-
-    def for_all(ir: Any, arch: str, **options: Any) -> Any:
-        for major, minor in ARCHITECTURES:
-            made[major, minor] = compile_ir(ir, arch=f"compute_{major}{minor}", **options).decode()
-        return compile_ir(ir, arch=arch, **options)
-
-    with mock.patch.object(nvvm, "compile_ir", for_all):
-        plain, _ = cuda.compile_ptx(function, signature, cc=(9, 0))
-    assert plain.strip("\0").strip() == made[9, 0].strip("\0").strip()
-    return made
-
-
-def registers(ptx: str, major: int, minor: int) -> int:
-    """Registers of a thread in the machine code, which must spill none."""
-    from cuda import core
-
-    options = core.LinkerOptions(arch=f"sm_{major}{minor}", verbose=True, ptxas_options=["-v"])
-    linker = core.Linker(core.ObjectCode.from_ptx(ptx.strip("\0").encode()), options=options)
-    linker.link("cubin")
-    told = linker.get_info_log()
-    assert re.findall(r"(\d+) bytes spill", told) == ["0", "0"]
-    return int(re.search(r"Used (\d+) registers", told)[1])  # type: ignore[index]
-
-
-def copy_loop(ptx: str, store: str) -> list[str]:
-    """The smallest loop with all four stores of a thread: from a label to the branch back to it."""
-    lines = ptx.splitlines()
-    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if re.match(r"\s*\$L\w+:", line)}
-    back = [(labels[m[1]], i) for i, line in enumerate(lines) if (m := re.search(r"bra(?:\.uni)?\s+(\$L\w+);", line))]
-    loops = [lines[first:last] for first, last in back if first < last]
-    return min((loop for loop in loops if sum(bool(re.search(store, line)) for line in loop) >= 4), key=len)
-
-
-@needs_numba_cuda
-@compiled
-@pytest.mark.parametrize(
-    ("unit", "kind"),
-    [(unit, cpu.COPY) for unit in (16, 8, 4, 2, 1)]
-    + [(16, kind) for kind in (cpu.FLOAT32, cpu.FLOAT64, cpu.FLOAT16, cpu.BFLOAT16)]
-    + [(4, cpu.FLOAT32), (8, cpu.FLOAT64), (2, cpu.FLOAT16), (2, cpu.BFLOAT16)],
-)
-def test_ptx_of_drop(unit, kind):
-    from msgdrop_numba.kernels import cuda
-
-    word = r"(v4\.[bu]32|v2\.[bu]64)" if unit == 16 else rf"[bu]{8 * unit}"  # sm_100 multiplies two floats at once
-    for (major, minor), ptx in ptx_of(cuda._make_drop(unit, kind), cuda.signature(True)).items():
-        assert f".target sm_{major}{minor}" in ptx
-        assert ".local" not in ptx
-        assert "fma." not in ptx
-        loop = copy_loop(ptx, rf"st\.global\.{word}\b")
-        moves = "".join(m[1] for line in loop if (m := re.search(rf"(ld|st)\.global\.{word}\b", line)))
-        assert re.fullmatch(f"({'ld' * 4}{'st' * 4})+", moves)  # four in flight together
-        assert not re.search(r"\b(div|rem|call)\b", "\n".join(loop))
-        assert any("mul" in line and ".f" in line for line in loop) == (kind != cpu.COPY)
-        assert registers(ptx, major, minor) <= (80 if major == 7 else 64)  # 3 and 4 blocks on a multiprocessor
-
-
-@needs_numba_cuda
-@compiled
-def test_ptx_of_select():
-    from msgdrop_numba.kernels import cuda
-
-    for (major, minor), ptx in ptx_of(cuda.select, cuda.signature(False)).items():
-        assert f".target sm_{major}{minor}" in ptx
-        assert ".local" not in ptx
-        assert registers(ptx, major, minor) <= 85  # three blocks of 512 threads
-        assert re.search(r"atom\.\S*shared", ptx)
-
-
-@needs_numba_cuda
-@compiled
-@pytest.mark.parametrize("unit", [0, 16])
-def test_machine_code_is_linked_under_its_name(unit):
-    from msgdrop_numba.kernels import cuda_launch
-
-    name, code = cuda_launch._machine_code(unit, cpu.COPY, (9, 0))
-    assert code.code.startswith(b"\x7fELF")
-    assert name.encode() in code.code

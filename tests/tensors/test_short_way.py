@@ -9,11 +9,12 @@ import warnings
 
 import pytest
 import torch
+from helpers import internals
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from msgdrop_numba import MessageDropout, keep_mask, message_dropout
 from msgdrop_numba import torch_private as torch_state
-from msgdrop_numba.tensors import dropout as torch_ops
+from msgdrop_numba.kernels.cpu import drop_range
 
 USUAL = [
     {},
@@ -131,7 +132,7 @@ def test_one_compiled_version_serves_all_seeds():
     message_dropout(x.detach())
     for seed in (0, 2**63 - 1, 2**63, 2**64 - 1):
         message_dropout(x, seed=seed).backward(torch.ones(4, 6, 3))
-    assert len(torch_ops.drop_range.signatures) == 1
+    assert len(drop_range.signatures) == 1
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,6 @@ def test_a_scale_that_changes():
 
 def test_a_layer_that_was_pickled_takes_the_short_way(monkeypatch):
     layer = pickle.loads(pickle.dumps(MessageDropout(0.4)))
-    monkeypatch.setattr(torch_ops, "_in_full", None)
+    internals.no_long_way(monkeypatch)
     assert layer(torch.randn(4, 6, 3)).shape == (4, 6, 3)
     assert message_dropout(torch.randn(4, 6, 3), fill=0).shape == (4, 6, 3)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import naive
 import numpy as np
 import pytest
-import stand_in
 import torch
-from test_cuda import SIMULATED, of_itself
+from helpers import internals, oracle, stand_in
+from helpers.cases import OPTIONS, SHAPE, equal, mask_alone, moved
+from helpers.simulator import compiled, in_the_simulator, needs_numba_cuda, simulated
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -23,78 +21,13 @@ from msgdrop_numba.tensors import arguments as tensors
 from msgdrop_numba.tensors import cuda as torch_cuda
 from msgdrop_numba.tensors import dropout as torch_ops
 
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none")
-SHAPE = (3, 7, 4)
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"exact": True},
-    {"span": 3},
-    {"min_keep": 3},
-    {"exact": True, "min_keep": 5, "scale": True, "lengths": [7, 0, 4]},
-    {"span": 2, "min_keep": 2, "lengths": [1, 7, 5], "keys": [2**63 + 5, -1, 0]},
-    {"scale": True, "fill": -2.5},
-    {"scale": True, "lengths": [2, 7, 0]},
-    {"p": np.array([0.1, 0.9, 0.0, 1.0, 0.3, 0.5, 0.7]), "scale": True},
-    {"p": np.linspace(0, 1, 21).reshape(3, 7), "min_keep": 1},
-    {"p": 1.0, "min_keep": 2, "scale": True},
-    {"message_dims": 1},
-]
-
-
-@pytest.fixture(params=["stand-in", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    torch_cuda._say.cache_clear()
-    if request.param == "cuda":
-        return torch.device("cuda:0")
-    kernels: Any = stand_in.Kernels()
-    if SIMULATED:
-        request.getfixturevalue("small")
-        from msgdrop_numba.kernels import cuda_launch as kernels
-    stand_in.install(monkeypatch, kernels)
-    return torch.device("cpu")
-
-
-if SIMULATED:
-    from test_cuda import small  # noqa: F401
-
-
-def want(x: torch.Tensor, seed: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """What naive.py makes of a call, and its mask."""
-    options = {"p": 0.5, **options}
-    p = options["p"]
-    dims, fill, scale = options.pop("message_dims", 2), options.pop("fill", 0.0), options.pop("scale", False)
-    for name in ("lengths", "keys"):
-        if name in options:
-            options[name] = np.array([value % 2**64 for value in options[name]], np.uint64).astype(np.int64)
-    keep = naive.keep_mask(tuple(x.shape[:dims]), seed=seed, **options)
-    told = {name: options[name] for name in ("exact", "min_keep") if name in options}
-    flat = x.detach().numpy().reshape(*x.shape[:dims], -1)
-    y = naive.drop(flat, keep, p=p, scale=scale, fill=fill, lengths=options.get("lengths"), **told)
-    return y.reshape(x.shape), keep
-
-
-def on(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
-    """The same options with their arrays as tensors on the device."""
-    moved = dict(options)
-    for name in ("p", "lengths", "keys"):
-        if np.ndim(moved.get(name, 0)):
-            values = np.array([value % 2**64 for value in moved[name]], np.uint64) if name == "keys" else moved[name]
-            moved[name] = torch.from_numpy(np.array(values)).to(device)
-    return moved
-
-
-def equal(got: torch.Tensor, expected: np.ndarray) -> None:
-    host = got.cpu().numpy()
-    assert host.dtype == expected.dtype
-    assert np.ascontiguousarray(host).tobytes() == np.ascontiguousarray(expected).tobytes()
-
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("where", ["host", "device"])
 def test_values(options, where, device):
     x = torch.randn(SHAPE)
-    expected, keep = want(x, 5, **options)
-    told = {"p": 0.5, "seed": 5, **(on(device, options) if where == "device" else options)}
+    expected, keep = oracle.dropout(x, seed=5, **options)
+    told = {"p": 0.5, "seed": 5, **(moved(device, options) if where == "device" else options)}
     x[torch.from_numpy(~keep)] = float("nan")  # what drops is never read
     there = x.to(device)
     y, mask = message_dropout(there, return_mask=True, **told)
@@ -105,9 +38,8 @@ def test_values(options, where, device):
     equal(message_dropout(there, out=torch.empty_like(there), **told), expected)
     assert message_dropout(there, inplace=True, **told) is there
     equal(there, expected)
-    only = {name: value for name, value in told.items() if name not in ("scale", "fill", "message_dims")}
     if options.get("message_dims") is None:
-        equal(keep_mask(SHAPE[:2], device=device, **only), keep)
+        equal(keep_mask(SHAPE[:2], device=device, **mask_alone(told)), keep)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.float8_e5m2])
@@ -139,7 +71,7 @@ def test_strides(lay, scale, device):
     there = lay(x.contiguous().to(device))
     assert there.stride() == x.stride()
     for options in ({}, {"lengths": [5, 7, 0]}):
-        expected, _ = want(x.contiguous(), 3, scale=scale, **options)
+        expected, _ = oracle.dropout(x.contiguous(), seed=3, scale=scale, **options)
         equal(message_dropout(there, seed=3, scale=scale, **options), expected)
 
 
@@ -168,7 +100,7 @@ def test_clamped_on_the_device(device):
         pytest.skip("the stand-in's tensors are the host's, whose values are checked")
     lengths, p = torch.tensor([9, -3, 4], device=device), torch.tensor([2.0, -1, float("nan"), 0.5] * 2)[:7]
     x = torch.randn(SHAPE)
-    expected, _ = want(x, 2, lengths=[7, 0, 4], p=np.array([1.0, 0, 0, 0.5, 1, 0, 0]))
+    expected, _ = oracle.dropout(x, np.array([1.0, 0, 0, 0.5, 1, 0, 0]), seed=2, lengths=[7, 0, 4])
     equal(message_dropout(x.to(device), p.to(device), seed=2, lengths=lengths), expected)
     keep = naive.keep_mask(SHAPE[:2], 0.5, seed=2)
     equal(message_dropout(x.to(device), torch.tensor(0.5, device=device), seed=2, return_mask=True)[1], keep)
@@ -181,7 +113,7 @@ def test_gradients(options, device):
     there = x.to(device, copy=True).requires_grad_()
     y, mask = message_dropout(there, return_mask=True, **told)
     grad = torch.randn(SHAPE, dtype=torch.float64)
-    expected, keep = want(grad, 3, **{**options, "fill": 0.0})
+    expected, keep = oracle.dropout(grad, seed=3, **{**options, "fill": 0.0})
     grad[torch.from_numpy(~keep)] = float("nan")
     y.backward(grad.to(device))
     equal(there.grad, expected)
@@ -250,15 +182,13 @@ def test_what_is_written_may_hold_the_arguments(device):
 
 
 def test_transposed_arguments(device, monkeypatch):
-    monkeypatch.setattr(tensors, "is_plain", lambda _: False)  # those of the stand-in are the device's too
+    internals.unseen_values(monkeypatch)  # those of the stand-in are the device's too
     x, lengths = torch.ones(2, 3, 5, 4, device=device), torch.arange(6, device=device).clamp(max=5).reshape(3, 2).t()
     p = torch.linspace(0, 1, 30, dtype=torch.float64, device=device).reshape(5, 3, 2).permute(2, 1, 0)
-    keep = naive.keep_mask((2, 3, 5), p.cpu().numpy(), seed=1, lengths=lengths.cpu().numpy())
-    y, mask = message_dropout(x, p, scale=True, seed=1, lengths=lengths, message_dims=3, return_mask=True)
+    told = {"scale": True, "seed": 1, "lengths": lengths, "message_dims": 3}
+    expected, keep = oracle.dropout(x, p, **told)
+    y, mask = message_dropout(x, p, return_mask=True, **told)
     equal(mask, keep)
-    expected = naive.drop(
-        np.ones((2, 3, 5, 4), np.float32), keep, p=p.cpu().numpy(), scale=True, lengths=lengths.cpu().numpy()
-    )
     equal(y, expected)
 
 
@@ -283,25 +213,18 @@ def test_the_stream_and_the_device_that_are_told(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch_cuda, "raw_stream", lambda index: (4711, index, current[-1]))
+    internals.stream_of(monkeypatch, lambda index: (4711, index, current[-1]))
     message_dropout(torch.ones(SHAPE), seed=1)
     assert kernels.stream == (4711, None, None)
     assert current == [1]
 
 
 def test_values_on_the_device_are_clamped(monkeypatch):
-    monkeypatch.setattr(tensors, "is_plain", lambda _: False)  # as those of CUDA tensors
+    internals.unseen_values(monkeypatch)  # as those of CUDA tensors
     cpu = torch.device("cpu")
     assert tensors.lengths_on(torch.tensor([9, -3, 4]), (3, 7), cpu).tolist() == [7, 0, 4]
     assert tensors.probabilities_on(torch.tensor([2.0, -1, float("nan")]), (5, 3), cpu)[1].tolist() == [1, 0, 0]
     assert tensors.probabilities_on(torch.tensor(0.5), (5, 3), cpu)[1].tolist() == [0.5, 0.5, 0.5]
-
-
-def test_generators_of_another_device():
-    for other in ("cpu", "cuda:1"):
-        with pytest.raises(ValueError, match=f"generator must be on cuda:0, as x is, but it is on {other}"):
-            tensors.check_generator(SimpleNamespace(device=torch.device(other)), torch.device("cuda:0"))
-    tensors.check_generator(SimpleNamespace(device=torch.device("cuda:0")), torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -345,135 +268,19 @@ def test_an_array_p_stays_where_it_is_read():
         layer(torch.ones(3, 2, 4))
 
 
-# ---- where there are no kernels
+# ---- in numba's simulator
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("why", ["none", "load fails", "capturing"])
-def test_without_kernels_the_same(options, why, device, monkeypatch, caplog):
-    if why == "none":
-        monkeypatch.setattr(torch_cuda, "_kernels", lambda: None)
-    elif device.type != "cpu":
-        pytest.skip("the stand-in's kernels are told to fail")
-    elif why == "load fails":
-        kernels = stand_in.Kernels()
-        kernels.fails = RuntimeError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
-        monkeypatch.setattr(torch_cuda, "_kernels", lambda: kernels)
-    else:
-        kernels = stand_in.Kernels()
-        monkeypatch.setattr(torch_cuda, "_kernels", lambda: kernels)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    x = torch.randn(SHAPE)
-    expected, keep = want(x, 5, **options)
-    there = x.to(device, copy=True).requires_grad_()
-    with caplog.at_level(logging.WARNING, "msgdrop_numba"):
-        for _ in range(2):
-            there.grad = None
-            y, mask = message_dropout(there, return_mask=True, **{"p": 0.5, "seed": 5, **options})
-            equal(y.detach(), expected)
-            equal(mask, keep)
-            y.backward(x.to(device))
-            equal(there.grad, want(x, 5, **{**options, "fill": 0.0})[0])
-            told = {k: v for k, v in options.items() if k not in ("scale", "fill", "message_dims")}
-            if "message_dims" not in options:
-                equal(keep_mask(SHAPE[:2], seed=5, device=device, **{"p": 0.5, **told}), keep)
-    said = [record.getMessage() for record in caplog.records]
-    if why == "none":
-        assert said == []
-        return
-    (line,) = said
-    if why == "load fails":
-        assert "UNSUPPORTED_PTX" in line
-        assert 'update the driver, or pip install "msgdrop_numba[cuda]"' in line
-        assert kernels.loads == 1  # never tried again
-    else:
-        assert "make the same calls once before capturing" in line
-
-
-def test_the_log_line_without_numba_cuda(monkeypatch, caplog):
-    torch_cuda._kernels.cache_clear()
-    torch_cuda._say.cache_clear()
-    monkeypatch.setitem(sys.modules, "msgdrop_numba.kernels.cuda_launch", None)  # importing it fails
-    monkeypatch.delattr(sys.modules["msgdrop_numba.kernels"], "cuda_launch", raising=False)
-    with caplog.at_level(logging.WARNING, "msgdrop_numba"):
-        assert not torch_cuda.usable(torch.device("cuda:0"))
-        assert not torch_cuda.usable(torch.device("cuda:0"))
-    (record,) = caplog.records
-    assert "numba-cuda is missing or too old" in record.getMessage()
-    assert 'pip install "msgdrop_numba[cuda]"' in record.getMessage()
-    torch_cuda._kernels.cache_clear()
-
-
-@pytest.mark.skipif(not SIMULATED, reason="runs in the process that the last test here starts")
+@simulated
+@pytest.mark.usefixtures("reset_cuda")
 def test_the_simulator_is_never_given_addresses_of_a_device(caplog):
     assert not torch_cuda.usable(torch.device("cuda:0"))
     assert "NUMBA_ENABLE_CUDASIM" in caplog.records[0].getMessage()
 
 
-def test_no_log_line_on_rocm(monkeypatch, caplog):
-    monkeypatch.setattr(torch.version, "hip", "7.1")
-    torch_cuda._kernels.cache_clear()
-    assert not torch_cuda.usable(torch.device("cuda:0"))
-    assert not caplog.records
-    torch_cuda._kernels.cache_clear()
-
-
-# ---- bad input
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "match"),
-    [
-        ({"lengths": torch.ones(3, dtype=torch.int64, device="meta")}, ValueError, "lengths must be on .* meta"),
-        ({"keys": torch.ones(3, dtype=torch.int64, device="meta")}, ValueError, "keys must be on .* meta"),
-        ({"p": torch.ones(7, device="meta")}, ValueError, "p must be on .* meta"),
-        ({"seed": torch.tensor(3, device="meta")}, ValueError, "seed must be on .* meta"),
-        ({"fill": torch.ones(4, device="meta")}, ValueError, "fill must be .* meta"),
-        ({"out": torch.ones(SHAPE, device="meta")}, ValueError, "out must be like x.* meta"),
-        ({"lengths": [8, 1, 1]}, ValueError, "from 0 to 7"),
-        ({"lengths": torch.ones(3)}, TypeError, "lengths must be integers"),
-        ({"keys": torch.ones(4, dtype=torch.int64)}, ValueError, r"keys must have shape \(3,\)"),
-        ({"p": torch.ones(6)}, ValueError, "p must be a number or have shape"),
-        ({"seed": torch.tensor(3.0)}, TypeError, "0-d int64"),
-        ({"seed": 2**64}, ValueError, "seed must be"),
-        ({"seed": 1, "generator": torch.Generator()}, ValueError, "not both"),
-        ({"exact": True, "span": 2}, ValueError, "exact"),
-        ({"fill": "0"}, TypeError, "fill"),
-    ],
-    ids=[*"abcdefghijklmno"],
-)
-def test_bad_input_leaves_all_as_it_was(options, error, match, device):
-    x = torch.randn(SHAPE, device=device)
-    before = x.clone()
-    with pytest.raises(error, match=match):
-        message_dropout(x, **{"p": 0.5, "inplace": "out" not in options, **options})
-    assert torch.equal(x, before)
-
-
-def test_arguments_on_another_device():
-    x = torch.randn(SHAPE)
-    with pytest.raises(ValueError, match=r"lengths must be on cpu, as x is, or on the CPU, but it is on meta: move it"):
-        message_dropout(x, lengths=torch.ones(3, dtype=torch.int64, device="meta"))
-    with pytest.raises(ValueError, match="generator must be on meta"):
-        message_dropout(x.to("meta"), generator=torch.Generator())
-    with pytest.raises(ValueError, match="keys must be on cpu"):
-        keep_mask((3, 7), seed=1, keys=torch.ones(3, dtype=torch.int64, device="meta"), device="cpu")
-
-
-def test_host_arrays_are_refused_while_a_graph_is_captured(monkeypatch):
-    monkeypatch.setattr(tensors, "_is_capturing", lambda device: device.index == 0)
-    with pytest.raises(ValueError, match="lengths must be on cuda:0 while a CUDA graph is captured"):
-        tensors.lengths_on([1, 2, 3], (3, 7), torch.device("cuda:0"))
-
-
-# ---- in numba's simulator
-
-
-@pytest.mark.skipif(SIMULATED, reason="this is the process that it starts")
-def test_the_kernels_behind_it_in_the_simulator():
-    pytest.importorskip("numba_cuda", reason='numba-cuda isn\'t installed: pip install "numba-cuda[cu13]"')
+@needs_numba_cuda
+@compiled
+def test_the_kernels_behind_it_in_the_simulator(tmp_path):
     names = "values or keys_that or missing_dims or gradient_of or a_seed_tensor or strides or simulator_is_never"
-    told = ["-q", "-n0", "-p", "no:cacheprovider", "-m", "not gpu", "-k", names, __file__]
-    out = of_itself("-m", "pytest", *told, simulator=True)
-    assert int(out.split(" passed")[0].split()[-1]) > 30, out[-4000:]
+    assert in_the_simulator(__file__, tmp_path, "-m", "not gpu", "-k", names) > 30
     assert torch_ops.is_plain(torch.ones(1))

@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from msgdrop_numba import torch_private as torch_state
+from helpers import internals
 from msgdrop_numba.kernels import cpu, rules
 from msgdrop_numba.kernels.memory import view
-from msgdrop_numba.tensors import cuda as torch_cuda
-from msgdrop_numba.tensors import dropout as torch_ops
 
 
 class Kernels:
@@ -37,32 +35,39 @@ class Kernels:
             raise self.fails
         self.loaded.add(variant[:-1])
 
-    def refuse_overlap(self, plan: Any, draw: Any, messages: int, inner: int, out: int, seed: int) -> None:
+    def refuse_overlap(
+        self, plan: dict[str, Any], draw: dict[str, int], messages: int, inner: int, out: int, seed: int
+    ) -> None:
         """Blocks on a device read their arguments while others write."""
-        rows = messages // plan[0]
-        written = range(out, out + (rows - 1) * plan[6] + (plan[0] - 1) * plan[7] + plan[1] if out else out)
-        read = {seed: 8, draw[0]: plan[1], draw[2]: 8 * rows, draw[3]: 8 * rows // (inner or 1), draw[4]: 8, draw[6]: 8}
-        for start, size in read.items():
-            assert not start or start >= written.stop or start + size <= written.start
+        size, width = plan["size"], plan["width"]
+        rows = messages // size
+        end = out + (rows - 1) * plan["out_row"] + (size - 1) * plan["out_step"] + width if out else out
+        read = {
+            seed: 8, draw["fill"]: width, draw["lengths"]: 8 * rows, draw["keys"]: 8 * rows // (inner or 1),
+            draw["thresholds"]: 8, draw["factors"]: 8,
+        }  # fmt: skip
+        for start, nbytes in read.items():
+            assert not start or start >= end or start + nbytes <= out
 
     def launch(
         self, plan: Any, draw: Any, messages: int, inner: int, x: int, out: int, mask: int, seed: int, limits: int,
         stream: int, device: Any,
     ) -> None:  # fmt: skip
-        variant = (16, plan[2] if out else 0, device)
+        plan, draw = internals.plan_fields(plan), internals.draw_fields(draw)
+        variant = (16, plan["kind"] if out else 0, device)
         if variant not in self.loaded:
             raise self.NotLoadedError(*variant)
         self.launches += 1
         self.stream = stream
         self.refuse_overlap(plan, draw, messages, inner, out, seed)
         record, arguments = np.zeros(1, rules.PLAN), np.zeros(1, rules.DRAW)
-        record[0], arguments[0] = tuple(plan), tuple(draw)
-        rows = messages // plan[0]
-        if draw[3] and inner:
+        record[0], arguments[0] = tuple(plan.values()), tuple(draw.values())
+        rows = messages // plan["size"]
+        if draw["keys"] and inner:
             keys = np.empty(rows, np.uint64)
-            rules.fold_rows(view(draw[3], rows // inner, np.uint64), inner, 0, keys)
+            rules.fold_rows(view(draw["keys"], rows // inner, np.uint64), inner, 0, keys)
             arguments["keys"] = keys.ctypes.data
-        if (plan[12] or plan[14]) and not draw[1]:
+        if (plan["exact"] or plan["min_keep"]) and not draw["given"]:
             view(limits, 2 * rows, np.int64)[:] = -1  # memory that is there
         bits = int(view(seed, 1, np.int64)[0])
         addresses = record.ctypes.data, arguments.ctypes.data
@@ -71,14 +76,7 @@ class Kernels:
 
 def install(patch: pytest.MonkeyPatch, kernels: Any) -> None:
     """Let CPU tensors take the way of CUDA tensors, with these kernels."""
-    patch.setattr(torch_ops, "is_plain", lambda _: False)
-    patch.setattr(torch_ops, "dense_address", lambda _: 0)
-    patch.setattr(torch_ops, "is_plain_cuda", torch_state.is_plain)
-    patch.setattr(torch_cuda, "is_plain_cuda", torch_state.is_plain)
-    patch.setattr(torch_cuda, "usable", lambda device: device.index not in torch_cuda._broken)
-    patch.setattr(torch_cuda, "_kernels", lambda: kernels)
-    patch.setattr(torch_cuda, "raw_stream", lambda _: 0)
-    patch.setattr(torch_cuda, "_broken", set())
+    internals.cuda_tensors(patch, kernels)
     patch.setattr(torch.cuda, "current_device", lambda: None)
     patch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -8,10 +8,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from helpers import internals
 from torch.utils.checkpoint import checkpoint
 
 from msgdrop_numba import keep_mask, message_dropout
-from msgdrop_numba.tensors import dropout as torch_ops
 
 OPTIONS = [
     {},
@@ -57,12 +57,11 @@ def test_gradient_is_the_same_map(options, chunks):
 
 def test_the_gradient_of_a_sum_takes_the_kernel(monkeypatch):
     """Its strides are all 0, which no kernel follows: it is copied, and dropped in in place."""
-    x, launched = torch.randn(2, 4, 3, requires_grad=True), []
-    launch = torch_ops.launch
-    monkeypatch.setattr(torch_ops, "launch", lambda *a: (launched.append(a[3] == a[4] != 0), launch(*a)))
+    x, launches = torch.randn(2, 4, 3, requires_grad=True), internals.watch_launches(monkeypatch)
     y = message_dropout(x, seed=3, scale=True)
     y.sum().backward()
-    assert launched == [True]  # forward is too small for `launch`
+    assert [launch.x == launch.out != 0 for launch in launches] == [False, True]
+    assert [launch.usual for launch in launches] == [True, False]  # forward is too small for `launch`
     assert torch.equal(x.grad, message_dropout(torch.ones(2, 4, 3), seed=3, scale=True))
 
 
@@ -200,8 +199,7 @@ def test_dtypes_that_numpy_has_not(dtype, permute):
     y = message_dropout(words.view(dtype).permute(permute), 0.5, seed=1)
     assert torch.equal(y.view(integers), message_dropout(x, 0.5, seed=1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("msgdrop_numba.tensors.dropout.is_plain", lambda t: False)
-        patch.setattr("msgdrop_numba.tensors.dropout.dense_address", lambda t: 0)
+        internals.no_plain_tensors(patch)
         y = message_dropout(words.view(dtype).permute(permute), 0.5, seed=1)
     assert torch.equal(y.contiguous().view(integers), message_dropout(x, 0.5, seed=1).contiguous())
 
@@ -380,7 +378,7 @@ def test_checkpoint(use_reentrant):
 
 def test_large_tensors_in_another_order(monkeypatch):
     """As from an RNN with batch_first: what comes back lies like x, and is no view that autograd guards."""
-    monkeypatch.setattr(torch_ops.outputs, "HUGE_BYTES", 1)
+    internals.large_outputs(monkeypatch, 1)
     x = torch.randn(6, 4, 3).transpose(0, 1).requires_grad_()
     y, keep = message_dropout(x, seed=3, return_mask=True)
     assert y.stride() == x.stride()

@@ -1,0 +1,209 @@
+"""The package's inner names that tests patch, watch or clear, each in one place: what follows a change of theirs.
+
+Nothing of the package is imported before it is asked for: the simulator's tests need no torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+# ---- the CPU's kernels
+
+
+def cut_into(patch: pytest.MonkeyPatch, parts: int | Callable[[], int]) -> None:
+    """Every kernel call is cut into so many parts, however small it is."""
+    from msgdrop_numba.call import threads
+
+    patch.setattr(threads, "chunks", lambda *_: parts() if callable(parts) else parts)
+
+
+def stream_everything(patch: pytest.MonkeyPatch) -> None:
+    """Write all outputs past the cache; with `reset_plans`."""
+    from msgdrop_numba.call import plan
+
+    patch.setattr(plan, "STREAM_BYTES", 0)
+
+
+def reset_plans() -> None:
+    """Forget plans that were made."""
+    from msgdrop_numba.call import plan
+
+    plan._cached.cache_clear()
+
+
+def watch_launches(patch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that grows with each launch: its arguments by name, and whether it was `usual`, without `launch`."""
+    from msgdrop_numba import arrays
+    from msgdrop_numba.tensors import dropout
+
+    seen: list[Any] = []
+
+    def watched(function: Any, usual: bool) -> Any:
+        names = inspect.signature(getattr(function, "py_func", function))
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            seen.append(SimpleNamespace(usual=usual, **names.bind(*arguments, **named).arguments))
+            return function(*arguments, **named)
+
+        return call
+
+    for module, name in ((arrays, "launch"), (dropout, "launch"), (dropout, "drop_range")):
+        patch.setattr(module, name, watched(getattr(module, name), usual=name == "drop_range"))
+    return seen
+
+
+# ---- which way a tensor takes
+
+
+def no_plain_tensors(patch: pytest.MonkeyPatch) -> None:
+    """CPU tensors count as tensors that no kernel knows: they take torch's operations."""
+    from msgdrop_numba.tensors import dropout
+
+    patch.setattr(dropout, "is_plain", lambda _: False)
+    patch.setattr(dropout, "dense_address", lambda _: 0)
+
+
+def unseen_values(patch: pytest.MonkeyPatch) -> None:
+    """Values in CPU tensors aren't looked at, as those on a device aren't."""
+    from msgdrop_numba.tensors import arguments
+
+    patch.setattr(arguments, "is_plain", lambda _: False)
+
+
+def no_long_way(patch: pytest.MonkeyPatch) -> None:
+    """A call that the short way doesn't take fails."""
+    from msgdrop_numba.tensors import dropout
+
+    patch.setattr(dropout, "_in_full", None)
+
+
+# ---- CUDA
+
+
+def cuda_tensors(patch: pytest.MonkeyPatch, kernels: Any) -> None:
+    """CPU tensors take the way of CUDA tensors, with these kernels."""
+    from msgdrop_numba import torch_private
+    from msgdrop_numba.tensors import cuda, dropout
+
+    no_plain_tensors(patch)
+    patch.setattr(dropout, "is_plain_cuda", torch_private.is_plain)
+    patch.setattr(cuda, "is_plain_cuda", torch_private.is_plain)
+    patch.setattr(cuda, "_broken", set())
+    patch.setattr(cuda, "usable", lambda device: device.index not in cuda._broken)
+    cuda_kernels(patch, kernels)
+    stream_of(patch, lambda _: 0)
+
+
+def cuda_kernels(patch: pytest.MonkeyPatch, kernels: Any) -> None:
+    """These kernels in the place of numba-cuda's; None: they can't be had."""
+    from msgdrop_numba.tensors import cuda
+
+    patch.setattr(cuda, "_kernels", lambda: kernels)
+
+
+def unusable_devices(patch: pytest.MonkeyPatch) -> None:
+    """No device has kernels."""
+    from msgdrop_numba.tensors import cuda
+
+    cuda_kernels(patch, None)
+    patch.setattr(cuda, "usable", lambda _: False)
+
+
+def stream_of(patch: pytest.MonkeyPatch, handle: Callable[[Any], Any]) -> None:
+    """What a device's current stream is said to be."""
+    from msgdrop_numba.tensors import cuda
+
+    patch.setattr(cuda, "raw_stream", handle)
+
+
+def captured_device(patch: pytest.MonkeyPatch, index: int) -> None:
+    """A graph is captured on that device."""
+    from msgdrop_numba.tensors import arguments
+
+    patch.setattr(arguments, "_is_capturing", lambda device: device.index == index)
+
+
+def cuda_state() -> tuple[set[Any], Any]:
+    """The devices that a kernel couldn't be brought to, and the kernels that are loaded."""
+    from msgdrop_numba.tensors import cuda
+
+    return cuda._broken, cuda._kernels()._loaded
+
+
+def reset_cuda() -> None:
+    """Ask again whether there are kernels, say again why not."""
+    from msgdrop_numba.tensors import cuda
+
+    cuda._kernels.cache_clear()
+    cuda._say.cache_clear()
+    cuda._broken.clear()
+
+
+def reset_launches(patch: pytest.MonkeyPatch) -> None:
+    """No kernel is loaded, no geometry known."""
+    from msgdrop_numba.kernels import cuda_launch
+
+    patch.setattr(cuda_launch, "_loaded", cuda_launch._Loaded())
+    cuda_launch.geometry.cache_clear()
+
+
+def plan_fields(plan: Any) -> dict[str, Any]:
+    """By name, what a kernel launch is told as its plan."""
+    from msgdrop_numba.kernels import rules
+
+    return _by_name(rules.PLAN, plan)
+
+
+def draw_fields(draw: Any) -> dict[str, int]:
+    """By name, what a kernel launch is told as its draw."""
+    from msgdrop_numba.kernels import rules
+
+    return _by_name(rules.DRAW, draw)
+
+
+def _by_name(record: np.dtype[Any], values: Any) -> dict[str, Any]:
+    if isinstance(values, Mapping):
+        return dict(values)
+    return dict(zip(record.names or (), values, strict=True))
+
+
+# ---- memory for outputs
+
+
+def large_outputs(patch: pytest.MonkeyPatch, huge: int, reused: int | None = None) -> None:
+    """Outputs of `huge` bytes get huge pages; of `reused`, the memory of earlier ones."""
+    from msgdrop_numba import outputs
+
+    patch.setattr(outputs, "HUGE_BYTES", huge)
+    if reused is not None:
+        patch.setattr(outputs, "REUSED_BYTES", reused)
+
+
+def kept_outputs() -> Any:
+    """The storages of earlier outputs."""
+    from msgdrop_numba import outputs
+
+    return outputs._kept
+
+
+def reset_outputs() -> None:
+    """Hold no memory of earlier outputs."""
+    from msgdrop_numba import outputs
+
+    outputs._kept.clear()
+
+
+# ---- the command
+
+
+def small_reads(patch: pytest.MonkeyPatch, nbytes: int) -> None:
+    """A shard is read by so many bytes at a time."""
+    from msgdrop_numba.command import shards
+
+    patch.setattr(shards, "CHUNK", nbytes)

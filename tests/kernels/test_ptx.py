@@ -1,0 +1,95 @@
+"""The CUDA kernels compiled without a GPU: their PTX for every architecture, and their machine code."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from unittest import mock
+
+import pytest
+from helpers.simulator import compiled, needs_numba_cuda
+
+from msgdrop_numba.kernels import cpu
+
+ARCHITECTURES = [(7, 5), (8, 0), (9, 0), (10, 0)]
+pytestmark = [needs_numba_cuda, compiled]
+
+
+def ptx_of(function: Any, signature: Any) -> dict[tuple[int, int], str]:
+    """PTX for every architecture. Numba's part, which they share, takes 20 times as long as NVVM's."""
+    from numba import cuda
+    from numba.cuda.cudadrv import nvvm
+
+    made, compile_ir = {}, nvvm.compile_ir
+
+    def for_all(ir: Any, arch: str, **options: Any) -> Any:
+        for major, minor in ARCHITECTURES:
+            made[major, minor] = compile_ir(ir, arch=f"compute_{major}{minor}", **options).decode()
+        return compile_ir(ir, arch=arch, **options)
+
+    with mock.patch.object(nvvm, "compile_ir", for_all):
+        plain, _ = cuda.compile_ptx(function, signature, cc=(9, 0))
+    assert plain.strip("\0").strip() == made[9, 0].strip("\0").strip()
+    return made
+
+
+def registers(ptx: str, major: int, minor: int) -> int:
+    """Registers of a thread in the machine code, which must spill none."""
+    from cuda import core
+
+    options = core.LinkerOptions(arch=f"sm_{major}{minor}", verbose=True, ptxas_options=["-v"])
+    linker = core.Linker(core.ObjectCode.from_ptx(ptx.strip("\0").encode()), options=options)
+    linker.link("cubin")
+    told = linker.get_info_log()
+    assert re.findall(r"(\d+) bytes spill", told) == ["0", "0"]
+    return int(re.search(r"Used (\d+) registers", told)[1])  # type: ignore[index]
+
+
+def copy_loop(ptx: str, store: str) -> list[str]:
+    """The smallest loop with all four stores of a thread: from a label to the branch back to it."""
+    lines = ptx.splitlines()
+    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if re.match(r"\s*\$L\w+:", line)}
+    back = [(labels[m[1]], i) for i, line in enumerate(lines) if (m := re.search(r"bra(?:\.uni)?\s+(\$L\w+);", line))]
+    loops = [lines[first:last] for first, last in back if first < last]
+    return min((loop for loop in loops if sum(bool(re.search(store, line)) for line in loop) >= 4), key=len)
+
+
+@pytest.mark.parametrize(
+    ("unit", "kind"),
+    [(unit, cpu.COPY) for unit in (16, 8, 4, 2, 1)]
+    + [(16, kind) for kind in (cpu.FLOAT32, cpu.FLOAT64, cpu.FLOAT16, cpu.BFLOAT16)]
+    + [(4, cpu.FLOAT32), (8, cpu.FLOAT64), (2, cpu.FLOAT16), (2, cpu.BFLOAT16)],
+)
+def test_ptx_of_drop(unit, kind):
+    from msgdrop_numba.kernels import cuda
+
+    word = r"(v4\.[bu]32|v2\.[bu]64)" if unit == 16 else rf"[bu]{8 * unit}"  # sm_100 multiplies two floats at once
+    for (major, minor), ptx in ptx_of(cuda._make_drop(unit, kind), cuda.signature(True)).items():
+        assert f".target sm_{major}{minor}" in ptx
+        assert ".local" not in ptx
+        assert "fma." not in ptx
+        loop = copy_loop(ptx, rf"st\.global\.{word}\b")
+        moves = "".join(m[1] for line in loop if (m := re.search(rf"(ld|st)\.global\.{word}\b", line)))
+        assert re.fullmatch(f"({'ld' * 4}{'st' * 4})+", moves)  # four in flight together
+        assert not re.search(r"\b(div|rem|call)\b", "\n".join(loop))
+        assert any("mul" in line and ".f" in line for line in loop) == (kind != cpu.COPY)
+        assert registers(ptx, major, minor) <= (80 if major == 7 else 64)  # 3 and 4 blocks on a multiprocessor
+
+
+def test_ptx_of_select():
+    from msgdrop_numba.kernels import cuda
+
+    for (major, minor), ptx in ptx_of(cuda.select, cuda.signature(False)).items():
+        assert f".target sm_{major}{minor}" in ptx
+        assert ".local" not in ptx
+        assert registers(ptx, major, minor) <= 85  # three blocks of 512 threads
+        assert re.search(r"atom\.\S*shared", ptx)
+
+
+@pytest.mark.parametrize("unit", [0, 16])
+def test_machine_code_is_linked_under_its_name(unit):
+    from msgdrop_numba.kernels import cuda_launch
+
+    name, code = cuda_launch._machine_code(unit, cpu.COPY, (9, 0))
+    assert code.code.startswith(b"\x7fELF")
+    assert name.encode() in code.code
