@@ -12,7 +12,7 @@ from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.plan import Draw, Plan, follow, kept_factors, row_arguments
 from msgdrop_numba.call.plan import plan as make_plan
 from msgdrop_numba.call.threads import launch
-from msgdrop_numba.kernels.cpu import COPY, FLOAT16, FLOAT32, FLOAT64
+from msgdrop_numba.kernels.records import COPY, FLOAT16, FLOAT32, FLOAT64
 
 _SCALED = {"f2": FLOAT16, "f4": FLOAT32, "c8": FLOAT32, "f8": FLOAT64, "c16": FLOAT64}
 

@@ -25,7 +25,8 @@ import pytest
 
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call import plan as plans
-from msgdrop_numba.kernels import cpu
+from msgdrop_numba.kernels import records
+from msgdrop_numba.kernels.records import Addresses
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 VECTORS = json.loads((Path(__file__).parent / "mask_vectors.json").read_text())["keep_masks"]
@@ -34,8 +35,8 @@ RULES: list[dict[str, Any]] = [
 ]  # fmt: skip
 ARCHITECTURES = [(7, 5), (8, 0), (9, 0), (10, 0)]
 KINDS = {
-    "float32": cpu.FLOAT32, "float64": cpu.FLOAT64, "float16": cpu.FLOAT16, "bfloat16": cpu.BFLOAT16,
-    "complex64": cpu.FLOAT32,
+    "float32": records.FLOAT32, "float64": records.FLOAT64, "float16": records.FLOAT16, "bfloat16": records.BFLOAT16,
+    "complex64": records.FLOAT32,
 }  # fmt: skip
 
 needs_numba_cuda = pytest.mark.skipif(
@@ -146,7 +147,7 @@ class Call:
         given: Any = None,
     ) -> np.ndarray:  # fmt: skip
         number = self.p if isinstance(self.p, float) else None
-        kind = KINDS[dtype] if scale else cpu.COPY
+        kind = KINDS[dtype] if scale else records.COPY
         like = np.empty((*self.shape, 1), np.uint8) if x is None else x
         target = like if out is None else out
         numbers = [self.rule.get(name, default) for name, default in (("exact", False), ("span", 1), ("min_keep", 0))]
@@ -156,14 +157,13 @@ class Call:
         if self.keys is not None:
             draw = plans.Draw(fill, draw.lengths, self.keys, draw.thresholds, draw.factors)
         mask = np.full(self.shape, 7, np.uint8) if given is None else given.astype(np.uint8)
-        record = [*draw.record]
-        record[1] = given is not None
+        record = records.DrawNumbers._make(draw.record)._replace(given=given is not None)
         seed, limits = np.array([self.seed], np.uint64), np.empty((self.shape[0], 2), np.int64)
-        launch(
-            plan.record[0].item(), record, plan.messages, self.inner, 0 if x is None else x.ctypes.data,
-            0 if out is None else out.ctypes.data, mask.ctypes.data, 0 if given is not None else seed.ctypes.data,
-            limits.ctypes.data, 0, 0,
+        addresses = Addresses(
+            0 if x is None else x.ctypes.data, 0 if out is None else out.ctypes.data, mask.ctypes.data,
+            0 if given is not None else seed.ctypes.data, limits.ctypes.data,
         )  # fmt: skip
+        launch(plan.numbers, record, plan.messages, self.inner, addresses, 0, 0)
         return mask
 
     def check(
@@ -334,14 +334,14 @@ def test_large_geometry_is_what_the_device_takes():
 def test_alignment_and_missing_memory():
     from msgdrop_numba.kernels import cuda_launch
 
-    assert [cuda_launch.piece_size(cpu.COPY, n, 64) for n in (0, 8, 12, 6, 5)] == [16, 8, 4, 2, 1]
-    assert [cuda_launch.piece_size(cpu.FLOAT32, n) for n in (32, 8, 4)] == [16, 4, 4]
+    assert [cuda_launch.piece_size(records.COPY, n, 64) for n in (0, 8, 12, 6, 5)] == [16, 8, 4, 2, 1]
+    assert [cuda_launch.piece_size(records.FLOAT32, n) for n in (32, 8, 4)] == [16, 4, 4]
     with pytest.raises(ValueError, match="off by 2"):
-        cuda_launch.piece_size(cpu.FLOAT32, 6)
-    plan = (4, 1, cpu.COPY, 1.0, 4, 1, 4, 1, 0, 0, 2**31, 0, 1, 1, 0)
+        cuda_launch.piece_size(records.FLOAT32, 6)
+    plan, nowhere = plans.plan((1, 4, 1), 1, records.COPY, 2, 0.5, True, 1, 0).numbers, Addresses(0, 0, 1, 1, 0)
     with pytest.raises(ValueError, match="limits"):
-        launch(plan, [0] * 9, 4, 0, 0, 0, 1, 1, 0, 0, 0)
-    assert cuda_launch.launch(plan, [0] * 9, 0, 0, 0, 0, 1, 1, 0, 0, 0) is None
+        launch(plan, plans.PLAIN.record, 4, 0, nowhere, 0, 0)
+    assert cuda_launch.launch(plan, plans.PLAIN.record, 0, 0, nowhere, 0, 0) is None
 
 
 @simulated
@@ -399,15 +399,16 @@ def copy_loop(ptx: str, store: str) -> list[str]:
 @compiled
 @pytest.mark.parametrize(
     ("unit", "kind"),
-    [(unit, cpu.COPY) for unit in (16, 8, 4, 2, 1)]
-    + [(16, kind) for kind in (cpu.FLOAT32, cpu.FLOAT64, cpu.FLOAT16, cpu.BFLOAT16)]
-    + [(4, cpu.FLOAT32), (8, cpu.FLOAT64), (2, cpu.FLOAT16), (2, cpu.BFLOAT16)],
+    [(unit, records.COPY) for unit in (16, 8, 4, 2, 1)]
+    + [(16, kind) for kind in (records.FLOAT32, records.FLOAT64, records.FLOAT16, records.BFLOAT16)]
+    + [(4, records.FLOAT32), (8, records.FLOAT64), (2, records.FLOAT16), (2, records.BFLOAT16)],
 )
 def test_ptx_of_drop(unit, kind):
     from msgdrop_numba.kernels import cuda
 
     word = r"(v4\.[bu]32|v2\.[bu]64)" if unit == 16 else rf"[bu]{8 * unit}"  # sm_100 multiplies two floats at once
-    for (major, minor), ptx in ptx_of(cuda._make_drop(unit, kind), cuda.signature(True)).items():
+    drop = cuda.function(unit, kind)
+    for (major, minor), ptx in ptx_of(drop, cuda.signature(drop)).items():
         assert f".target sm_{major}{minor}" in ptx
         assert ".local" not in ptx
         assert "fma." not in ptx
@@ -415,7 +416,7 @@ def test_ptx_of_drop(unit, kind):
         moves = "".join(m[1] for line in loop if (m := re.search(rf"(ld|st)\.global\.{word}\b", line)))
         assert re.fullmatch(f"({'ld' * 4}{'st' * 4})+", moves)  # four in flight together
         assert not re.search(r"\b(div|rem|call)\b", "\n".join(loop))
-        assert any("mul" in line and ".f" in line for line in loop) == (kind != cpu.COPY)
+        assert any("mul" in line and ".f" in line for line in loop) == (kind != records.COPY)
         assert registers(ptx, major, minor) <= (80 if major == 7 else 64)  # 3 and 4 blocks on a multiprocessor
 
 
@@ -424,7 +425,7 @@ def test_ptx_of_drop(unit, kind):
 def test_ptx_of_select():
     from msgdrop_numba.kernels import cuda
 
-    for (major, minor), ptx in ptx_of(cuda.select, cuda.signature(False)).items():
+    for (major, minor), ptx in ptx_of(cuda.select, cuda.signature(cuda.select)).items():
         assert f".target sm_{major}{minor}" in ptx
         assert ".local" not in ptx
         assert registers(ptx, major, minor) <= 85  # three blocks of 512 threads
@@ -437,6 +438,6 @@ def test_ptx_of_select():
 def test_machine_code_is_linked_under_its_name(unit):
     from msgdrop_numba.kernels import cuda_launch
 
-    name, code = cuda_launch._machine_code(unit, cpu.COPY, (9, 0))
+    name, code = cuda_launch._machine_code(unit, records.COPY, (9, 0))
     assert code.code.startswith(b"\x7fELF")
     assert name.encode() in code.code

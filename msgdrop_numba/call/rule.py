@@ -58,6 +58,16 @@ class DropRule:
         return 0 if self.p is None else round(self.p * ONE)
 
     @property
+    def certain(self) -> bool:
+        """Whether p is 1: all drops, and nothing that is kept all the same is scaled."""
+        return self.p == 1
+
+    @property
+    def limited(self) -> bool:
+        """Whether fewer messages of a row may drop than the draws alone would say."""
+        return bool(self.exact or self.min_keep)
+
+    @property
     def scale(self) -> float:
         """What a kept message is multiplied by to keep the expectation: 1/(1-p), and 1 where p is 1 or an array."""
         return 1.0 if self.p is None or self.p == 1 else 1 / (1 - self.p)

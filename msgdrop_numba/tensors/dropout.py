@@ -21,7 +21,8 @@ from msgdrop_numba.call.arguments import ZERO
 from msgdrop_numba.call.plan import PLAIN, Draw, Plan, follow, row_arguments
 from msgdrop_numba.call.plan import plan as make_plan
 from msgdrop_numba.call.threads import launch
-from msgdrop_numba.kernels.cpu import COPY, drop_range
+from msgdrop_numba.kernels.cpu import drop_range
+from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import cuda as torch_cuda
 from msgdrop_numba.tensors import operations as tensor
 from msgdrop_numba.tensors import traced

@@ -16,7 +16,7 @@ from msgdrop_numba.call import arguments
 from msgdrop_numba.call.plan import plan as make_plan
 from msgdrop_numba.call.plan import row_arguments
 from msgdrop_numba.call.rule import DropRule
-from msgdrop_numba.kernels.cpu import COPY
+from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import cuda as torch_cuda
 from msgdrop_numba.tensors import operations as tensor
 from msgdrop_numba.tensors.arguments import (
