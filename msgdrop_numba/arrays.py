@@ -13,7 +13,7 @@ from msgdrop_numba.call.plan import Draw, Plan, follow, kept_scales, mask_plan, 
 from msgdrop_numba.call.plan import plan as make_plan
 from msgdrop_numba.call.request import Job, Request, perform, prepare_mask
 from msgdrop_numba.call.threads import launch
-from msgdrop_numba.kernels.cpu import COPY, FLOAT16, FLOAT32, FLOAT64
+from msgdrop_numba.kernels.records import COPY, FLOAT16, FLOAT32, FLOAT64
 
 _SCALED = {"f2": FLOAT16, "f4": FLOAT32, "c8": FLOAT32, "f8": FLOAT64, "c16": FLOAT64}
 FOREIGN = "its bytes aren't in this machine's order"

@@ -13,8 +13,7 @@ import numpy as np
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.rule import MAX_ROW, DropRule
-from msgdrop_numba.kernels.cpu import COPY, LINE, OTHER
-from msgdrop_numba.kernels.rules import PLAN
+from msgdrop_numba.kernels.records import COPY, LINE, OTHER, PLAN, RULE, PlanNumbers
 
 # Below this many bytes written, waking threads costs more than it saves.
 PARALLEL_BYTES = 256 * 1024
@@ -88,7 +87,7 @@ class Plan(NamedTuple):
     arguments: tuple[Any, ...]  # that it was made from, but for strides
     record: np.ndarray[Any, Any]  # one PLAN, what the kernels read
     address: int  # of the record
-    numbers: tuple[Any, ...]  # the record's fields
+    numbers: Any  # the record's fields, a PlanNumbers
 
 
 def plan(
@@ -131,13 +130,13 @@ def _make(
     record = np.zeros(1, PLAN)
     record[0] = (
         shape[dims - 1], width, kind, rule.scale, *(steps[0] or (0, 0)), *(steps[1] or (0, 0)),
-        words, stream, rule.threshold, rule.p == 1, rule.exact, rule.span, rule.min_keep,
+        words, stream, *(getattr(rule, name) for name, _ in RULE),
     )  # fmt: skip
     nbytes = messages * (width or 1)
     return Plan(
         tuple(shape[:dims]), messages, shape[dims - 1], nbytes, kind, obstacle, not obstacle,
         not obstacle and 0 < nbytes < PARALLEL_BYTES, rule, (shape, itemsize, kind, message_dims, told), record,
-        record.__array_interface__["data"][0], record[0].item(),
+        record.__array_interface__["data"][0], PlanNumbers._make(record[0].item()),
     )  # fmt: skip
 
 

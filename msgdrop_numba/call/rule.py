@@ -63,14 +63,19 @@ class DropRule:
         return [int(value) for value in self.rest]
 
     @property
-    def certain(self) -> bool:
-        """Whether every message drops that no limit saves."""
-        return self.p == 1
-
-    @property
     def threshold(self) -> int:
         """T(p) of the contract: a message drops where its draw lies below this; 0 where p is an array."""
         return 0 if self.p is None else round(self.p * ONE)
+
+    @property
+    def certain(self) -> bool:
+        """Whether p is 1: all drops, and nothing that is kept all the same is scaled."""
+        return self.p == 1
+
+    @property
+    def limited(self) -> bool:
+        """Whether fewer messages of a row may drop than the draws alone would say."""
+        return bool(self.exact or self.min_keep)
 
     @property
     def scale(self) -> float:

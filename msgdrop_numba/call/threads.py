@@ -17,7 +17,8 @@ from numba import config
 from numba.core.compiler_lock import global_compiler_lock
 
 from msgdrop_numba.call.plan import PARALLEL_BYTES, PLAIN, Draw, Plan, plan
-from msgdrop_numba.kernels.cpu import COPY, drop_parallel, drop_range, range_address
+from msgdrop_numba.kernels.cpu import drop_parallel, drop_range, range_address
+from msgdrop_numba.kernels.records import COPY
 
 
 class _Layer:
@@ -60,7 +61,8 @@ def chunks(nbytes: int) -> int:
 def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> None:
     """Run the kernel, serial or parallel, from address x to address out; without out, make the mask alone."""
     bits = seed if seed < 2**63 else seed - 2**64
-    parts = chunks(plan.nbytes if out else plan.messages)
+    mask_bytes = plan.messages  # a byte each
+    parts = chunks(plan.nbytes if out else mask_bytes)
     if parts == 1:
         drop_range(0, plan.messages, plan.address, draw.address, x, out, mask, bits)
     else:

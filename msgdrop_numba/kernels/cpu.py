@@ -26,11 +26,9 @@ from msgdrop_numba.kernels.memory import (
     zero_bytes,
     zero_line,
 )
-from msgdrop_numba.kernels.rules import BLOCK, DRAW, GROUP, PLAN, Array, dropped_exactly, keep_block, row_rule
+from msgdrop_numba.kernels.records import COPY, DRAW, FLOAT16, FLOAT32, FLOAT64, LINE, PLAN
+from msgdrop_numba.kernels.rules import BLOCK, GROUP, Array, keep_block, row_rule, row_scale
 
-# What is done to the elements of a kept message: nothing, or multiply as this type.
-COPY, FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(5)
-LINE = 64  # bytes that a streaming store writes at once
 AHEAD = 2048  # bytes of kept messages that are asked for before they are copied
 NARROW = 1024  # messages of fewer bytes are written without a branch
 TOGETHER = 512  # messages of fewer bytes are scaled many at once, which passes over them once more
@@ -38,29 +36,28 @@ PREFETCH_BYTES = 4 * 2**20  # ranges of fewer bytes are in the cache that the pr
 SCRATCH = 4096  # bytes scaled at a time on their way past the cache
 # One allocation for all of a call's own memory, since each costs as much as a small row: list, scratch, words, keep.
 MEMORY = 8 * BLOCK + SCRATCH + 4 * (BLOCK + GROUP) + BLOCK
-OTHER = -1  # multiply, as a type that the kernels don't know
 
 
 @inner_jit
-def _scale(target: int, source: int, count: int, kind: int, factor: float) -> None:
+def _multiply(target: int, source: int, count: int, kind: int, scale: float) -> None:
     """Multiply `count` bytes of elements in the accumulator type, rounding to nearest even."""
-    s = np.float32(factor)
+    single = np.float32(scale)
     if kind == FLOAT32:
         x4, y4 = view(source, count // 4, np.float32), view(target, count // 4, np.float32)
         for j in range(x4.size):
-            y4[j] = x4[j] * s
+            y4[j] = x4[j] * single
     elif kind == FLOAT64:
         x8, y8 = view(source, count // 8, np.float64), view(target, count // 8, np.float64)
         for j in range(x8.size):
-            y8[j] = x8[j] * factor
+            y8[j] = x8[j] * scale
     else:
         x2, y2 = view(source, count // 2, np.uint16), view(target, count // 2, np.uint16)
         if kind == FLOAT16:
             for j in range(x2.size):
-                y2[j] = float_to_half(half_to_float(x2[j]) * s)
+                y2[j] = float_to_half(half_to_float(x2[j]) * single)
         else:
             for j in range(x2.size):
-                y2[j] = float_to_brain(brain_to_float(x2[j]) * s)
+                y2[j] = float_to_brain(brain_to_float(x2[j]) * single)
 
 
 @inner_jit
@@ -120,11 +117,11 @@ def _zero(target: int, count: int, stream: bool) -> None:
 
 
 @inlined_jit
-def _scale_past(target: int, source: int, count: int, kind: int, factor: float, scratch: int) -> None:
-    """`_scale` past the cache, by way of a scratch memory that stays in it."""
+def _multiply_past(target: int, source: int, count: int, kind: int, scale: float, scratch: int) -> None:
+    """`_multiply` past the cache, by way of a scratch memory that stays in it."""
     for at in range(0, count, SCRATCH):
         part = min(SCRATCH, count - at)
-        _scale(scratch, source + at, part, kind, factor)
+        _multiply(scratch, source + at, part, kind, scale)
         _copy(target + at, scratch, part, True, 0)
 
 
@@ -155,7 +152,7 @@ def _fill_dropped(target: int, step: int, keep: Array, fill: int, width: int, st
 
 @inlined_jit
 def _write_block(
-    target: int, source: int, keep: Array, plan: Any, kind: int, factor: float, factors: int, fill: int, stream: bool,
+    target: int, source: int, keep: Array, plan: Any, kind: int, scale: float, scales: int, fill: int, stream: bool,
     foresee: bool, found: int, scratch: int,
 ) -> None:  # fmt: skip
     """Write the messages of `keep` one by one; what is dropped isn't read."""
@@ -169,7 +166,7 @@ def _write_block(
             # No branch, of which a third would be guessed wrong.
             _copy_narrow(target + j * target_step, other + keep[j] * (source + j * source_step - other), width)
         return
-    own = view(factors, keep.size if factors else 0, np.float64)
+    each = view(scales, keep.size if scales else 0, np.float64)
     # With gaps between them, the processor doesn't foresee which messages are read next.
     kept, passed = _listed(keep[: keep.size if foresee else 0], True, found), 0
     distance = AHEAD // width if foresee else 0
@@ -185,11 +182,11 @@ def _write_block(
             continue
         for at in range(0, width if ahead else 0, LINE):
             prefetch(ahead + at)
-        by = own[j] if factors else factor
+        message_scale = each[j] if scales else scale
         if stream:
-            _scale_past(to, from_, width, kind, by, scratch)
+            _multiply_past(to, from_, width, kind, message_scale, scratch)
         else:
-            _scale(to, from_, width, kind, by)
+            _multiply(to, from_, width, kind, message_scale)
 
 
 @inlined_jit
@@ -217,13 +214,13 @@ def _select(target: int, source: int, keep: Array, value: Any, word: Any) -> Non
 
 
 @inlined_jit
-def _spread(keep: Array, flags: int, times: int) -> Any:
-    """Every flag `times` times (2, 4 or 8), in the memory at `flags`."""
-    if times == 2:
+def _spread(keep: Array, flags: int, copies: int) -> Any:
+    """Every flag `copies` times (2, 4 or 8), in the memory at `flags`."""
+    if copies == 2:
         twos = view(flags, keep.size, np.uint16)
         for j in range(keep.size):
             twos[j] = np.uint16(0x0101) * keep[j]
-    elif times == 4:
+    elif copies == 4:
         fours = view(flags, keep.size, np.uint32)
         for j in range(keep.size):
             fours[j] = np.uint32(0x01010101) * keep[j]
@@ -231,7 +228,7 @@ def _spread(keep: Array, flags: int, times: int) -> Any:
         eights = view(flags, keep.size, np.uint64)
         for j in range(keep.size):
             eights[j] = np.uint64(0x0101010101010101) * keep[j]
-    return view(flags, keep.size * times, np.bool_)
+    return view(flags, keep.size * copies, np.bool_)
 
 
 @inlined_jit
@@ -249,17 +246,9 @@ def _write_words(target: int, source: int, keep: Array, width: int, fill: int, f
         _select(target, source, _spread(keep, flags, width // 8), np.uint64(0), np.uint64)
 
 
-@inlined_jit
-def _row_factor(plan: Any, valid: int) -> float:
-    """What the kept messages of a row are multiplied by: n / (n - d) where exactly d of n drop."""
-    if not plan["exact"] or plan["certain"]:
-        return float(plan["factor"])
-    return valid / float(max(1, valid - dropped_exactly(plan, valid)))
-
-
 @inner_jit
 def _write_part(
-    to: int, from_: int, keep: Array, plan: Any, factor: float, factors: int, fill: int, stream: bool, foresee: bool,
+    to: int, from_: int, keep: Array, plan: Any, scale: float, scales: int, fill: int, stream: bool, foresee: bool,
     together: bool, as_words: bool, found: int, scratch: int,
 ) -> None:  # fmt: skip
     """Write the messages of `keep` in the way that is quickest for their width."""
@@ -267,9 +256,9 @@ def _write_part(
     if as_words and kind == COPY:
         _write_words(to, from_, keep, plan["width"], other, found)
     else:
-        _write_block(to, from_, keep, plan, kind, factor, factors, other, stream, foresee, found, scratch)
+        _write_block(to, from_, keep, plan, kind, scale, scales, other, stream, foresee, found, scratch)
     if together:  # those that dropped as zeros: nothing that drops is read
-        _scale(to, to, keep.size * plan["width"], plan["kind"], factor)
+        _multiply(to, to, keep.size * plan["width"], plan["kind"], scale)
         _fill_dropped(to, plan["width"], keep[: keep.size if fill else 0], fill, plan["width"], False, found)
 
 
@@ -295,21 +284,23 @@ def drop_range(
     memory = np.empty(MEMORY, np.uint8)
     found = memory.ctypes.data
     scratch, words, drawn = found + 8 * BLOCK, found + 8 * BLOCK + SCRATCH, found + MEMORY - BLOCK
-    zero_bytes(scratch, NARROW)  # what narrow messages drop to; `_scale_past` alone writes here, where none is narrow
+    zero_bytes(
+        scratch, NARROW
+    )  # what narrow messages drop to; `_multiply_past` alone writes here, where none is narrow
     bits = np.uint64(np.int64(seed))
-    thresholds, factors = draw["thresholds"], draw["factors"]
+    thresholds, scales = draw["thresholds"], draw["scales"]
     phase, cutoff, ties_end = 0, np.uint64(0), 0
     stream = plan["stream"] and out % LINE == 0
     foresee = x != out and width >= 4 * LINE and (last - first) * width >= PREFETCH_BYTES
-    together = plan["kind"] != COPY and width < TOGETHER and plan["out_step"] == width and not (factors or stream)
+    together = plan["kind"] != COPY and width < TOGETHER and plan["out_step"] == width and not (scales or stream)
     for row in range(first // size, (last - 1) // size + 1):
         valid = view(draw["lengths"] + 8 * row, 1, np.int64)[0] if draw["lengths"] else size
         key = view(draw["keys"] + 8 * row, 1, np.uint64)[0] if draw["keys"] else np.uint64(row)
         source = view(draw["sources"] + 8 * row, 1, np.int64)[0] if draw["sources"] else x + row * plan["x_row"]
         as_words = plan["words"] and (source | out) & (min(width, 8) - 1) == 0 and (width <= 8 or fill == 0)
         if draw["per_row"]:
-            thresholds, factors = draw["thresholds"] + 8 * size * row, draw["factors"] + 8 * size * row
-        factor = _row_factor(plan, valid)
+            thresholds, scales = draw["thresholds"] + 8 * size * row, draw["scales"] + 8 * size * row
+        scale = row_scale(plan, valid)
         if not given:
             phase, cutoff, ties_end = row_rule(drawn, words, plan, bits, key, valid, thresholds)
         stop = min(size, last - row * size)
@@ -324,9 +315,10 @@ def drop_range(
                     copy_bytes(there, drawn, count)
             if out:
                 to = out + row * plan["out_row"] + position * plan["out_step"]
-                from_, by = source + position * plan["x_step"], factors + 8 * position if draw["factors"] else 0
+                from_ = source + position * plan["x_step"]
+                part_scales = scales + 8 * position if draw["scales"] else 0
                 _write_part(
-                    to, from_, keep[:inside], plan, factor, by, fill, stream, foresee, together, as_words,
+                    to, from_, keep[:inside], plan, scale, part_scales, fill, stream, foresee, together, as_words,
                     found, scratch,
                 )  # fmt: skip
                 to, from_ = to + inside * plan["out_step"], from_ + inside * plan["x_step"]

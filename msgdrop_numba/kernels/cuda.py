@@ -8,6 +8,7 @@ only these and cuda_memory.py know numba.cuda.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,8 @@ import numba.cuda
 import numpy as np
 
 from msgdrop_numba.kernels import philox, rules
-from msgdrop_numba.kernels.cpu import COPY
 from msgdrop_numba.kernels.cuda_memory import SIMULATOR, number, scaler
+from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.kernels.rules import EVERYTHING, STREAM_DRAW, STREAM_LIMIT, STREAM_PHASE
 
 cuda: Any = numba.cuda  # of which the simulator, the built-in target and numba-cuda each know other types
@@ -55,7 +56,7 @@ _PIECES = {16: None, 8: np.uint64, 4: np.uint32, 2: np.uint16, 1: np.uint8}
 
 @_device
 def _row_key(keys: int, inner: int, row: Any) -> Any:
-    """The key of a row, of keys that stand for `inner` rows each, into which its index is folded; 0: of its own."""
+    """The key of a row, of keys that stand for `inner` rows each, into which its index is folded; 0: one each."""
     if not keys:
         return np.uint64(row)
     if not inner:
@@ -167,15 +168,15 @@ def _next_tie(
 
 def select(
     rows: int, size: int, span: int, exact: int, min_keep: int, threshold: int, lengths: int, keys: int, inner: int,
-    thresholds: int, own_row: int, seed_address: int, limits: int,
+    thresholds: int, row_bytes: int, seed: int, limits: int,
 ) -> None:  # fmt: skip
     """Write each row's cutoff to `limits`, 16 bytes a row: the (draw, position) below which candidates drop."""
     counts = cuda.shared.array(BINS, np.int64)
     chosen = cuda.shared.array(3, np.int64)
-    seed, row = _load_word(seed_address), np.int64(cuda.blockIdx.x)
+    bits, row = _load_word(seed), np.int64(cuda.blockIdx.x)
     while row < rows:
         key = _row_key(keys, inner, row)
-        valid, phase, own = _valid(lengths, row, size), _phase(seed, key, span), thresholds + own_row * row
+        valid, phase, row_thresholds = _valid(lengths, row, size), _phase(bits, key, span), thresholds + row_bytes * row
         limit = _dropped_exactly(valid, threshold, min_keep) if exact else max(np.int64(0), valid - min_keep)
         prefix, shift, end, digit = np.uint64(0), np.uint64(32), np.int64(0), np.int64(0)
         while shift > np.uint64(0) and digit >= 0:
@@ -186,7 +187,7 @@ def select(
                 j += cuda.blockDim.x
             chosen[0] = -1
             cuda.syncthreads()
-            _count(counts, prefix, shift, valid, seed, key, phase, span, exact, threshold, own)
+            _count(counts, prefix, shift, valid, bits, key, phase, span, exact, threshold, row_thresholds)
             cuda.syncthreads()
             _choose(counts, chosen, limit)
             cuda.syncthreads()
@@ -196,7 +197,7 @@ def select(
                 prefix = (prefix << np.uint64(BITS)) | np.uint64(digit)
             cuda.syncthreads()
         while digit >= 0 and limit > 0:
-            end = _next_tie(chosen, end, prefix, valid, seed, key, phase, span, exact, threshold, own) + 1
+            end = _next_tie(chosen, end, prefix, valid, bits, key, phase, span, exact, threshold, row_thresholds) + 1
             limit -= 1
         if cuda.threadIdx.x == 0:
             _store_word(limits + 16 * row, prefix if digit >= 0 else EVERYTHING)
@@ -205,9 +206,9 @@ def select(
 
 
 def _make_copy(unit: int, kind: int) -> Device:
-    """`copy(source, target, by, width)`: all threads of a block write a tile's messages, UNROLL a line of them."""
+    """`copy(source, target, scales, width)`: all threads of a block write a tile's messages, UNROLL a line of them."""
     load, store = number(_PIECES[unit])
-    scale = None if kind == COPY else scaler(unit, kind)
+    multiply = None if kind == COPY else scaler(unit, kind)
     zero = (np.uint32(0),) * 4 if unit == 16 else _PIECES[unit](0)  # type: ignore[misc]
 
     @_device
@@ -218,36 +219,36 @@ def _make_copy(unit: int, kind: int) -> Device:
         return piece
 
     @_device
-    def put(target: Any, by: Any, j: Any, at: Any, piece: Any) -> None:
+    def put(target: Any, scales: Any, j: Any, at: Any, piece: Any) -> None:
         if target[j]:
-            if kind != COPY and by[j] != 0:
-                piece = scale(piece, by[j])  # type: ignore[misc]
+            if kind != COPY and scales[j] != 0:
+                piece = multiply(piece, scales[j])  # type: ignore[misc]
             store(target[j] + at, piece)
 
     @_device
-    def copy(source: Any, target: Any, by: Any, width: int) -> None:
+    def copy(source: Any, target: Any, scales: Any, width: int) -> None:
         j, lines = cuda.threadIdx.y, cuda.blockDim.y
         k, m, n = j + lines, j + 2 * lines, j + 3 * lines
         at = (np.int64(cuda.blockIdx.y) * cuda.blockDim.x + cuda.threadIdx.x) * unit
         while at < width:  # all loads before the first store: they are in flight together
             a, b, c, d = fetch(source, j, at), fetch(source, k, at), fetch(source, m, at), fetch(source, n, at)
-            put(target, by, j, at, a)
-            put(target, by, k, at, b)
-            put(target, by, m, at, c)
-            put(target, by, n, at, d)
+            put(target, scales, j, at, a)
+            put(target, scales, k, at, b)
+            put(target, scales, m, at, c)
+            put(target, scales, n, at, d)
             at += np.int64(cuda.gridDim.y) * cuda.blockDim.x * unit
 
     return copy
 
 
 @_device
-def _factor(
-    row: Any, i: Any, valid: Any, own_row: int, factors: int, factor: float, exactly: int, threshold: int,
+def _row_scale(
+    row: Any, i: Any, valid: Any, row_bytes: int, scales: int, scale: float, exactly: int, threshold: int,
     min_keep: int,
 ) -> float:  # fmt: skip
     if exactly:
         return float(valid) / float(max(np.int64(1), valid - _dropped_exactly(valid, threshold, min_keep)))
-    return _load_float(factors + own_row * row + 8 * i) if factors else factor
+    return _load_float(scales + row_bytes * row + 8 * i) if scales else scale
 
 
 def _make_drop(unit: int, kind: int) -> Device:
@@ -257,25 +258,27 @@ def _make_drop(unit: int, kind: int) -> Device:
 
     def drop(
         messages: int, size: int, width: int, x_row: int, x_step: int, out_row: int, out_step: int, span: int,
-        exact: int, exactly: int, min_keep: int, threshold: int, fill: int, given: int, lengths: int, keys: int,
-        inner: int, thresholds: int, own_row: int, factors: int, x: int, out: int, mask: int, seed_address: int,
-        limits: int, factor: float,
+        exact: int, certain: int, min_keep: int, threshold: int, fill: int, given: int, lengths: int, keys: int,
+        inner: int, thresholds: int, row_bytes: int, scales: int, x: int, out: int, mask: int, seed: int,
+        limits: int, scale: float,
     ) -> None:  # fmt: skip
-        source = cuda.shared.array(places, np.int64)
-        target = cuda.shared.array(places, np.int64)
-        by = cuda.shared.array(places if scaled else 1, np.float64)
+        tile_source = cuda.shared.array(places, np.int64)
+        tile_target = cuda.shared.array(places, np.int64)
+        tile_scale = cuda.shared.array(places if scaled else 1, np.float64)
         j, tile = cuda.threadIdx.x + cuda.blockDim.x * cuda.threadIdx.y, UNROLL * cuda.blockDim.y
-        seed = _load_word(seed_address) if seed_address else np.uint64(0)
+        bits = _load_word(seed) if seed else np.uint64(0)
         if j < tile:  # no loop: what it carries would take half of the registers
-            message, from_, to, times = np.int64(cuda.blockIdx.x) * tile + j, np.int64(0), np.int64(0), 0.0
+            message, from_, to, message_scale = np.int64(cuda.blockIdx.x) * tile + j, np.int64(0), np.int64(0), 0.0
             if message < messages:
                 row = np.int64(np.uint64(message) // np.uint64(size))
                 i, valid, keep = message - row * size, _valid(lengths, row, size), True
                 if given:
                     keep = i >= valid or _load_byte(mask + message) != 0
                 elif i < valid:
-                    own = thresholds + own_row * row if thresholds else np.int64(0)
-                    keep = _keeps(seed, _row_key(keys, inner, row), row, i, span, exact, threshold, own, limits)
+                    row_thresholds = thresholds + row_bytes * row if thresholds else np.int64(0)
+                    keep = _keeps(
+                        bits, _row_key(keys, inner, row), row, i, span, exact, threshold, row_thresholds, limits
+                    )
                 if mask and not given and cuda.blockIdx.y == 0:
                     _store_byte(mask + message, np.uint8(keep))
                 if out:
@@ -284,27 +287,25 @@ def _make_drop(unit: int, kind: int) -> Device:
                     if not keep:
                         from_ = np.int64(fill)
                     elif scaled and i < valid:
-                        times = _factor(row, i, valid, own_row, factors, factor, exactly, threshold, min_keep)
+                        message_scale = _row_scale(
+                            row, i, valid, row_bytes, scales, scale, exact and not certain, threshold, min_keep
+                        )
                     elif from_ == to:
                         to = np.int64(0)
-            source[j], target[j] = from_ if to else 0, to
+            tile_source[j], tile_target[j] = from_ if to else 0, to
             if scaled:
-                by[j] = times
+                tile_scale[j] = message_scale
         if out:
             cuda.syncthreads()
-            copy(source, target, by, width)
+            copy(tile_source, tile_target, tile_scale, width)
 
     return drop
 
 
-SELECT_ARGUMENTS, DROP_ARGUMENTS = 13, 25  # integers; `drop` takes a float behind them
-
-
-def signature(drop: bool) -> Any:
-    """What the kernels are compiled for, once: addresses and counts are int64."""
-    if drop:
-        return cuda.types.void(*(cuda.types.int64,) * DROP_ARGUMENTS, cuda.types.float64)
-    return cuda.types.void(*(cuda.types.int64,) * SELECT_ARGUMENTS)
+def signature(kernel: Device) -> Any:
+    """What a kernel is compiled for, once: addresses and counts are int64."""
+    types = {"int": cuda.types.int64, "float": cuda.types.float64}
+    return cuda.types.void(*(types[given.annotation] for given in inspect.signature(kernel).parameters.values()))
 
 
 def function(unit: int, kind: int) -> Callable[..., Any]:

@@ -17,42 +17,6 @@ from msgdrop_numba.kernels.philox import draw_block, fold_in
 
 Array = np.ndarray[Any, Any]
 
-# What of a call depends on the array's shape and the rule alone: the plan, read by the kernels through its address.
-PLAN = np.dtype(
-    [
-        ("size", np.int64),  # positions in a row
-        ("width", np.int64),  # bytes in a message
-        ("kind", np.int64),  # what is done to the elements of a kept message
-        ("factor", np.float64),  # what they are multiplied by, where kind says so
-        ("x_row", np.int64),  # bytes from row to row, and from position to position
-        ("x_step", np.int64),
-        ("out_row", np.int64),
-        ("out_step", np.int64),
-        ("words", np.int64),  # whether messages are words, side by side
-        ("stream", np.int64),  # whether to write past the cache
-        ("threshold", np.int64),  # T(p)
-        ("certain", np.int64),  # p = 1
-        ("exact", np.int64),
-        ("span", np.int64),
-        ("min_keep", np.int64),
-    ]
-)
-
-# What of a call its arguments decide beside: addresses, 0 where there is none, and a flag or two.
-DRAW = np.dtype(
-    [
-        ("fill", np.int64),  # one message; none: zeros
-        ("given", np.int64),  # whether the mask is there already, to be read
-        ("lengths", np.int64),  # int64, one a row
-        ("keys", np.int64),  # uint64, one a row; none: the row's index
-        ("thresholds", np.int64),  # uint64, one a position or, where per_row, one a message
-        ("per_row", np.int64),
-        ("factors", np.int64),  # float64 as the thresholds, where kept messages are scaled by them
-        ("sources", np.int64),  # int64, one a row: where its messages lie, each row in memory of its own
-        ("padding", np.int64),  # one message, for what lies behind a row that has a source; none: zeros
-    ]
-)
-
 # Positions drawn at a time: words and flags stay in the first-level cache.
 BLOCK = 1024
 # Draws are made and compared in whole groups, so that no vector loop leaves a rest to be done one by one.
@@ -100,6 +64,14 @@ def dropped_exactly(plan: Any, valid: int) -> Any:
     return min(wanted, max(0, valid - plan["min_keep"]))
 
 
+@inlined_jit
+def row_scale(plan: Any, valid: int) -> float:
+    """What the kept messages of a row are multiplied by: n / (n - d) where exactly d of n drop."""
+    if not plan["exact"] or plan["certain"]:
+        return float(plan["scale"])
+    return valid / float(max(1, valid - dropped_exactly(plan, valid)))
+
+
 @inner_jit
 def _candidates(
     memory: int, count: int, words: int, plan: Any, seed: Any, key: Any, phase: int, first: int, thresholds: int
@@ -118,10 +90,10 @@ def _candidates(
     group, inside = (first + phase) // span, (first + phase) % span
     groups = (first + phase + count - 1) // span - group + 1
     draws = view(_draw(words, seed, key, STREAM_DRAW, group, groups), groups, np.uint32)
-    own = view(thresholds + 8 * first, count if thresholds else 0, np.uint64)
+    row_thresholds = view(thresholds + 8 * first, count if thresholds else 0, np.uint64)
     group = 0
     for j in range(count):
-        drop[j] = np.uint64(draws[group]) < (own[j] if thresholds else threshold)
+        drop[j] = np.uint64(draws[group]) < (row_thresholds[j] if thresholds else threshold)
         inside += 1
         if inside == span:
             inside = 0
@@ -187,7 +159,7 @@ def row_rule(
 ) -> tuple[int, Any, int]:
     """What holds for a whole row: its phase, and the (draw, position) below which candidates drop."""
     phase = _phase(words, plan, seed, key)
-    if not (plan["exact"] or plan["min_keep"]):
+    if not plan["limited"]:
         return phase, EVERYTHING, 0
     draw, position = _cutoff(memory, words, plan, seed, key, phase, valid, thresholds)
     return phase, draw, position

@@ -18,7 +18,7 @@ from msgdrop_numba.call.plan import Draw, Plan, Rows
 from msgdrop_numba.call.plan import plan as make_plan
 from msgdrop_numba.call.request import Job, Options
 from msgdrop_numba.call.threads import launch
-from msgdrop_numba.kernels.cpu import COPY
+from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors.arguments import check_number, fill_message, scaled_kind
 from msgdrop_numba.tensors.write import draw_mask, where
 from msgdrop_numba.torch_private import all_dense, is_eager, is_plain

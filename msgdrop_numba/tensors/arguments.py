@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call import arguments
-from msgdrop_numba.kernels.cpu import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, OTHER
+from msgdrop_numba.kernels.records import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, OTHER
 from msgdrop_numba.tensors.placement import move
 from msgdrop_numba.torch_private import is_plain
 

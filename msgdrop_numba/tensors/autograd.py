@@ -12,7 +12,7 @@ from torch import Tensor
 
 from msgdrop_numba.call.plan import GIVEN, PLAIN, Draw
 from msgdrop_numba.call.request import Job
-from msgdrop_numba.kernels.cpu import COPY
+from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.write import draw_mask, where, write, write_new
 from msgdrop_numba.torch_private import dense_address, is_plain, is_plain_cuda, quick_apply

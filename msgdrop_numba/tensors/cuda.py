@@ -15,6 +15,7 @@ from torch import Tensor
 
 from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.plan import PLAIN, Draw, Plan
+from msgdrop_numba.kernels.records import Addresses
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.arguments import keys_on, lengths_on, probabilities_on
 from msgdrop_numba.torch_private import raw_stream
@@ -99,11 +100,11 @@ def launch(plan: Plan, draw: Draw, seed: Tensor, x: int, out: int, mask: int) ->
             return launch(plan, draw, seed, x, out, mask)
     rows = plan.messages // plan.size
     inner = 0 if draw.keys is None or draw.keys.ndim == len(plan.shape) - 1 else rows // draw.keys.numel()
-    limited = (plan.rule.exact or plan.rule.min_keep) and not draw.given
+    limited = plan.numbers.limited and not draw.given
     limits = torch.empty((rows, 2), dtype=torch.int64, device=seed.device) if limited else None
     try:
         kernels.launch(
-            plan.numbers, draw.record, plan.messages, inner, x, out, mask, seed.data_ptr(), address(limits),
+            plan.numbers, draw.record, plan.messages, inner, Addresses(x, out, mask, seed.data_ptr(), address(limits)),
             raw_stream(index), index,
         )  # fmt: skip
     except kernels.NotLoadedError as needed:

@@ -11,7 +11,7 @@ from torch import Tensor
 from msgdrop_numba.call.plan import PLAIN, Plan
 from msgdrop_numba.call.plan import plan as make_plan
 from msgdrop_numba.call.request import Request, perform, prepare_mask
-from msgdrop_numba.kernels.cpu import COPY
+from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import nested, traced, ways, write
 from msgdrop_numba.tensors.arguments import WITHOUT_ZERO, scaled_kind
 from msgdrop_numba.tensors.autograd import drop_messages

@@ -11,7 +11,7 @@ from msgdrop_numba.call import arguments
 from msgdrop_numba.call.plan import Draw, Plan, mask_plan, row_arguments
 from msgdrop_numba.call.plan import plan as make_plan
 from msgdrop_numba.call.request import Job, Request
-from msgdrop_numba.kernels.cpu import COPY
+from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import cuda
 from msgdrop_numba.tensors.arguments import check_target, fill_message, scaled_kind, split_p_of_device
 from msgdrop_numba.tensors.autograd import drop_messages

@@ -19,7 +19,8 @@ from msgdrop_numba.call.plan import Draw, Plan, follow
 from msgdrop_numba.call.plan import plan as make_plan
 from msgdrop_numba.call.request import Job
 from msgdrop_numba.call.threads import launch
-from msgdrop_numba.kernels.cpu import COPY, drop_range
+from msgdrop_numba.kernels.cpu import drop_range
+from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import cuda, operations
 
 
