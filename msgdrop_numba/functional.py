@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 
 import numpy as np
 
@@ -13,7 +13,60 @@ from msgdrop_numba.call.plan import mask_shape
 from msgdrop_numba.call.request import Options, Request
 from msgdrop_numba.kernels import philox
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from typing_extensions import Unpack
 
+Element = TypeVar("Element", bound=np.generic)
+
+
+class _Rule(TypedDict, total=False):
+    """What a type checker is told of the keywords that decide a mask."""
+
+    exact: bool
+    span: int
+    min_keep: int
+    lengths: Any
+    keys: Any
+
+
+class _Keywords(_Rule, total=False):
+    """The same of all others that don't change what comes back."""
+
+    scale: bool
+    fill: Any
+    message_dims: int | None
+    seed: Any
+    generator: Any
+    out: Any
+
+
+@overload
+def message_dropout(
+    x: NDArray[Element], p: Any = ..., training: bool = ..., inplace: bool = ..., *,
+    return_mask: Literal[False] = ..., **keywords: Unpack[_Keywords],
+) -> NDArray[Element]: ...  # fmt: skip
+@overload
+def message_dropout(
+    x: NDArray[Element], p: Any = ..., training: bool = ..., inplace: bool = ..., *,
+    return_mask: Literal[True], **keywords: Unpack[_Keywords],
+) -> tuple[NDArray[Element], NDArray[np.bool_]]: ...  # fmt: skip
+@overload
+def message_dropout(
+    x: Tensor, p: Any = ..., training: bool = ..., inplace: bool = ..., *,
+    return_mask: Literal[False] = ..., **keywords: Unpack[_Keywords],
+) -> Tensor: ...  # fmt: skip
+@overload
+def message_dropout(
+    x: Tensor, p: Any = ..., training: bool = ..., inplace: bool = ..., *,
+    return_mask: Literal[True], **keywords: Unpack[_Keywords],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def message_dropout(
+    x: Any, p: Any = ..., training: bool = ..., inplace: bool = ..., *,
+    return_mask: bool = ..., **keywords: Unpack[_Keywords],
+) -> Any: ...  # fmt: skip
 def message_dropout(
     x: Any,
     p: Any = 0.5,
@@ -123,6 +176,14 @@ def _library(x: Any) -> Any:
     )
 
 
+@overload
+def keep_mask(
+    shape: int | tuple[int, ...], p: Any = ..., *, seed: Any, device: None = ..., **rule: Unpack[_Rule]
+) -> NDArray[np.bool_]: ...
+@overload
+def keep_mask(
+    shape: int | tuple[int, ...], p: Any = ..., *, seed: Any, device: Any, **rule: Unpack[_Rule]
+) -> Tensor: ...
 def keep_mask(
     shape: int | tuple[int, ...],
     p: Any = 0.5,

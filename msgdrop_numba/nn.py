@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -78,6 +78,14 @@ class MessageDropout(torch.nn.Module):
             self.p = self.p.to(device if device.type == "cuda" else "cpu")
         return self
 
+    @overload
+    def forward(
+        self, x: Tensor, *, lengths: Any = ..., keys: Any = ..., seed: Any = ..., return_mask: Literal[False] = ...
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self, x: Tensor, *, lengths: Any = ..., keys: Any = ..., seed: Any = ..., return_mask: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
     def forward(
         self, x: Tensor, *, lengths: Any = None, keys: Any = None, seed: Any = None, return_mask: bool = False
     ) -> Any:
@@ -100,6 +108,9 @@ class MessageDropout(torch.nn.Module):
             min_keep=self.min_keep, lengths=lengths, fill=fill, message_dims=self.message_dims, seed=seed,
             keys=keys, return_mask=return_mask,
         )  # fmt: skip
+
+    if TYPE_CHECKING:  # torch says nothing of what a call gives back
+        __call__ = forward
 
     def extra_repr(self) -> str:
         usual = {"scale": False, "exact": False, "span": 1, "min_keep": 0, "fill": 0.0, "message_dims": None}
