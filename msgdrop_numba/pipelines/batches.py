@@ -21,14 +21,16 @@ MASK = "keep_mask"
 class MessageDropoutBatch:
     """Drop messages in the columns of a batch; the same sample gets the same mask in any batch, on any machine.
 
-    For `ray.data.Dataset.map_batches`, `datasets.Dataset.map(batched=True)` with a format, `dask.delayed`, or
-    by hand. A mask depends on seed, epoch and the sample's id alone, so partitions, order and retries don't matter.
+    For `ray.data.Dataset.map_batches` (functions, or actors by `fn_constructor_kwargs`), `dask.delayed`,
+    `datasets.Dataset.map(batched=True)` with a format, best Arrow's, or by hand. A mask depends on seed, epoch and the
+    sample's id alone, so partitions, order and retries don't matter.
 
     Args:
         p: probability that a message is **dropped**; a number, or an array with one for each position.
         columns: name or names of the columns that hold messages. They share one mask: as many messages in each row.
         key: name of the column of sample ids, integers or strings (bytes and UUIDs too). Needed: a position in a
-            block is no id. Rows with equal ids get equal masks.
+            block is no id. Rows with equal ids get equal masks. Floats, bools and nulls are refused (a null among
+            integers makes all of them floats).
         seed: integer in [0, 2**64).
         epoch: integer in [-2**63, 2**64); the masks are those of `fold_in(seed, epoch)`.
         lengths: name of a column with each row's count of valid messages. What lies behind is padding, left as it is.
@@ -40,8 +42,10 @@ class MessageDropoutBatch:
     dict (a DataFrame, a table) and never writes its input; with p = 0 the columns are the input's own. A column may be
 
     - an array or tensor `(rows, messages, *features)`;
-    - ragged: a list or object array of arrays or tensors `(messages, *features)`; comes back as a list;
-    - Arrow's: tensors or lists of lists, ragged or not; comes back with the same type.
+    - ragged: a list or object array of arrays or tensors `(messages, *features)`; taken row by row, comes back as a
+      list;
+    - Arrow's: tensors or lists of lists of numbers, ragged or not; comes back with the same type. Bools, nulls and
+      tensors with permuted dims are refused. A table that is a slice is copied twice, others once.
 
     Raises:
         TypeError, ValueError: an argument is wrong; at a call: a column is missing, or isn't what it must be.
@@ -53,7 +57,7 @@ class MessageDropoutBatch:
         array([[False, False,  True,  True],
                [False,  True,  True, False]])
 
-    Source: the mask contract, version 1 (README), on ids, keys and epochs.
+    Source: the mask contract, version 1 (CONTRACT.md), on ids, keys and epochs.
     """
 
     def __init__(

@@ -43,10 +43,15 @@ class MessageDropoutCollate:
         pad_value: number that padding holds.
         seed: integer in [0, 2**64); needs the samples' ids, without which every epoch would repeat its masks.
         collate_fn: a collate function of your own: it gets the bare samples and returns as many rows in the same
-            order, in which messages are then dropped in place, its own padding too. Not with `pad`.
-        scale, exact, span, min_keep, fill: as for `message_dropout`.
+            order, in which messages are then dropped in place, its own padding too, and the dataset itself if it
+            returns the samples' own memory. Not with `pad`.
+        scale, exact, span, min_keep, fill: as for `message_dropout`; a vector fill may be an array or a tensor.
         return_mask: add the keep mask after the lengths, or under `"keep_mask"`, as the lengths are: a tensor, or an
             array where `collate_fn` returned arrays.
+
+    Samples that aren't contiguous, or not in the machine's byte order, are copied before messages are dropped. In
+    workers the fields and the keep mask are made in shared memory; lengths and other leaves are what torch makes of
+    them.
 
     Raises:
         TypeError, ValueError: an argument is wrong; at a call: samples that don't fit together, naming the field, the
@@ -61,7 +66,18 @@ class MessageDropoutCollate:
         >>> batch.shape, lengths
         (torch.Size([3, 9, 12]), tensor([7, 9, 8]))
 
-    Source: the mask contract, version 1 (README).
+        Nested samples, two of whose fields share a mask:
+
+        >>> samples = [{"id": f"clip-{n}", "in": {"audio": torch.ones(n, 40), "video": torch.ones(n, 3, 8, 8)},
+        ...             "text": torch.ones(9, 16)} for n in (120, 80)]
+        >>> fields = {("in", "audio"): "av", ("in", "video"): "av", "text": "text"}  # each with the name of its mask
+        >>> collate = MessageDropoutCollate(0.3, fields=fields, pad=True, seed=1)
+        >>> dataset = KeyedDataset(samples, key=lambda sample: sample["id"])
+        >>> batch = next(iter(DataLoader(dataset, batch_size=2, collate_fn=collate)))
+        >>> batch["in"]["video"].shape, batch["lengths"], batch["id"]
+        (torch.Size([2, 120, 3, 8, 8]), {'av': tensor([120,  80]), 'text': tensor([9, 9])}, ['clip-120', 'clip-80'])
+
+    Source: the mask contract, version 1 (CONTRACT.md).
     """
 
     def __init__(
@@ -106,7 +122,8 @@ class MessageDropoutCollate:
     def set_epoch(self, epoch: int) -> None:
         """Draw other masks from the next batch on: call before each epoch, as with `DistributedSampler`.
 
-        A running persistent worker sees it too. Copies made by deepcopy or pickle keep the epoch that they had.
+        A running persistent worker sees it too: the workers of a DataLoader, however they are started, follow their
+        collate. Copies made by deepcopy or pickle keep the epoch that they had, and have one of their own from then on.
 
         Args:
             epoch: integer in [0, 2**63); 0 until it is set. No loader saves it: set it again when a run is resumed.

@@ -24,7 +24,7 @@ class Keyed(NamedTuple):
         >>> Keyed("clip-1", [2.5]).sample
         [2.5]
 
-    Source: the mask contract, version 1 (README), on ids and keys.
+    Source: the mask contract, version 1 (CONTRACT.md), on ids and keys.
     """
 
     key: Any
@@ -34,7 +34,8 @@ class Keyed(NamedTuple):
 class KeyedDataset(Dataset[Keyed]):
     """A dataset whose samples carry their ids, so that a sample's mask depends on nothing else.
 
-    Samples with equal ids get equal masks, in one batch too. A dataset whose state can be saved stays one.
+    Samples with equal ids get equal masks, in one batch too: wrap a concatenation of datasets, not its parts, whose
+    indices are the same. A dataset whose state can be saved stays one.
 
     Args:
         dataset: a map-style or iterable dataset.
@@ -53,7 +54,7 @@ class KeyedDataset(Dataset[Keyed]):
         >>> KeyedDataset([2.5, 3.5])[1]
         Keyed(key=1, sample=3.5)
 
-    Source: the mask contract, version 1 (README), on ids and keys.
+    Source: the mask contract, version 1 (CONTRACT.md), on ids and keys.
     """
 
     def __new__(cls, dataset: Any = None, key: Callable[[Any], Any] | None = None) -> KeyedDataset:
