@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from helpers import internals
 
 from msgdrop_numba import message_dropout, outputs
 
@@ -16,13 +17,9 @@ SHAPE = (16, 16, 256)  # 256 KB of float32
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch):
+def _small(reset_outputs, monkeypatch):
     """Everything counts as large."""
-    monkeypatch.setattr(outputs, "HUGE_BYTES", 0)
-    monkeypatch.setattr(outputs, "REUSED_BYTES", 0)
-    outputs._kept.clear()
-    yield
-    outputs._kept.clear()
+    internals.large_outputs(monkeypatch, huge=0, reused=0)
 
 
 def fresh() -> torch.Tensor:
@@ -49,10 +46,10 @@ def test_outputs_of_other_sizes_do_not_take_turns():
 
 
 def test_storages_that_were_emptied_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr(outputs, "REUSED_BYTES", 1024)
+    internals.large_outputs(monkeypatch, huge=0, reused=1024)
     for _ in range(5):
         fresh().untyped_storage().resize_(0)
-    assert len(outputs._kept) <= 1
+    assert len(internals.kept_outputs()) <= 1
 
 
 @pytest.mark.parametrize(
@@ -99,13 +96,13 @@ def test_what_was_resized_or_shared_is_given_up():
 def test_what_is_kept_is_bounded_and_can_be_turned_off(monkeypatch):
     monkeypatch.setattr(outputs, "KEPT_BYTES", 3 * 4 * 16 * 16 * 256)
     held = [fresh() for _ in range(10)]
-    assert len(outputs._kept) == 3
+    assert len(internals.kept_outputs()) == 3
     places = {y.data_ptr() for y in held}
     assert len(places) == 10
     monkeypatch.setattr(outputs, "KEPT_BYTES", 0)
     held.clear()
     fresh()
-    assert len(outputs._kept) == 0
+    assert len(internals.kept_outputs()) == 0
 
 
 def test_outputs_are_right_while_their_memory_goes_round():
@@ -153,10 +150,10 @@ def test_threads_never_get_the_same_memory():
 def test_a_forked_child_starts_with_none():
     y = fresh()
     del y
-    assert len(outputs._kept) == 1
+    assert len(internals.kept_outputs()) == 1
     child = os.fork()
     if child == 0:
-        os._exit(len(outputs._kept))
+        os._exit(len(internals.kept_outputs()))
     assert os.waitpid(child, 0)[1] == 0
 
 

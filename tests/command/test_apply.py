@@ -7,15 +7,14 @@ import sys
 import time
 from pathlib import Path
 
-import naive
 import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
-from helpers.jobs import X, files, job, made, path_keys, rng, run, save, two_folders
+from helpers import internals, oracle
+from helpers.jobs import X, files, job, path_keys, rng, run, save, two_folders
 from pyarrow import parquet
 
-from msgdrop_numba.command import shards
 from msgdrop_numba.command.errors import JobError
 
 
@@ -26,14 +25,15 @@ def source(tmp_path):
 
 @pytest.mark.parametrize("rule", [{}, {"exact": True}, {"span": 3}, {"min_keep": 4}], ids=str)
 def test_shards(tmp_path, monkeypatch, rule):
-    monkeypatch.setattr(shards, "CHUNK", 200)  # two rows and a half
+    internals.small_reads(monkeypatch, 200)  # two rows and a half
     x = rng.standard_normal((7, 9, 2)).astype(np.float32)
     save(tmp_path / "in", **{"deep__er__x": x, "y": x[:1], "z": x[:0]})
     job(tmp_path / "in", tmp_path / "out", epochs=2, **rule)
     for epoch in range(2):
         for name, array in {"deep/er/x": x, "y": x[:1], "z": x[:0]}.items():
             got = np.load(tmp_path / "out" / f"epoch-{epoch}" / f"{name}.npy")
-            expected = made(array, path_keys(f"{name}.npy", len(array)), epoch=epoch, **rule)
+            keys = path_keys(f"{name}.npy", len(array))
+            expected, _ = oracle.dropout(array, seed=7, epoch=epoch, keys=keys, **rule)
             assert got.dtype == expected.dtype
             assert got.tobytes() == expected.tobytes()
             assert got.shape == expected.shape
@@ -45,7 +45,9 @@ def test_dtypes(tmp_path, dtype):
     save(tmp_path / "in", x=x)
     job(tmp_path / "in", tmp_path / "out")
     got = (tmp_path / "out/epoch-0/x.npy").read_bytes()
-    np.save(tmp_path / "expected.npy", made(x, path_keys("x.npy", 4)))
+    np.save(
+        tmp_path / "expected.npy", oracle.dropout(x, seed=7, epoch=0, keys=path_keys("x.npy", 4), message_dims=2)[0]
+    )
     assert got == (tmp_path / "expected.npy").read_bytes()
 
 
@@ -53,14 +55,14 @@ def test_dtypes(tmp_path, dtype):
     "ids", [np.array([9, -4, 9, 2**40, 5]), np.array(["a", "bé", "c", "d", "a"]), np.arange(5, dtype="u2")], ids=str
 )
 def test_ids(tmp_path, monkeypatch, ids):
-    monkeypatch.setattr(shards, "CHUNK", 100)
+    internals.small_reads(monkeypatch, 100)
     x = rng.standard_normal((5, 4, 2))
     save(tmp_path / "in", a=x[:2], b=x[2:], ids=ids, **{"sub__c": x, "sub__ids": ids[::-1]})
     job(tmp_path / "in", tmp_path / "out", ids="ids.npy")
     out = tmp_path / "out/epoch-0"
-    keys = [naive.hash64(i) if isinstance(i, str) else i for i in ids.tolist()]
-    assert np.concatenate([np.load(out / "a.npy"), np.load(out / "b.npy")]).tobytes() == made(x, keys).tobytes()
-    assert np.load(out / "sub/c.npy").tobytes() == made(x, keys[::-1]).tobytes()
+    expected, backwards = (oracle.dropout(x, seed=7, epoch=0, keys=keys)[0] for keys in (ids, ids[::-1]))
+    assert np.concatenate([np.load(out / "a.npy"), np.load(out / "b.npy")]).tobytes() == expected.tobytes()
+    assert np.load(out / "sub/c.npy").tobytes() == backwards.tobytes()
     for name in ("ids.npy", "sub/ids.npy"):
         assert (out / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
     with pytest.raises(JobError, match=r"ids\.npy has rows of \(\) .* must be alike"):
@@ -87,7 +89,6 @@ def test_parquet(tmp_path, column, codec):
     parquet.write_table(table.slice(2, 3), tmp_path / "in/b.parquet", compression=codec)
     parquet.write_table(table.slice(0, 0), tmp_path / "in/empty.parquet")
     job(tmp_path / "in", tmp_path / "out", epochs=2, columns=("x",), key="id", min_keep=1)
-    keys = [naive.hash64(name) for name in NAMES]
     for epoch in range(2):
         path = tmp_path / f"out/epoch-{epoch}/year=1/a.parquet"
         got, before = parquet.read_table(path, partitioning=None), parquet.ParquetFile(tmp_path / "in/year=1/a.parquet")
@@ -96,7 +97,7 @@ def test_parquet(tmp_path, column, codec):
         assert got.drop_columns("x").equals(table.drop_columns("x"))
         for row, value in enumerate(table["x"].combine_chunks().to_pylist()):
             x = np.array(value, np.float32).reshape(1, -1, 3)
-            expected = made(x, keys[row : row + 1], epoch=epoch, min_keep=1)
+            expected, _ = oracle.dropout(x, seed=7, epoch=epoch, keys=NAMES[row : row + 1], min_keep=1)
             assert np.array(got["x"].combine_chunks().to_pylist()[row], np.float32).tobytes() == expected.tobytes()
         after = parquet.ParquetFile(path).metadata
         for group in range(3):
@@ -115,7 +116,10 @@ def test_a_single_file_is_an_input(tmp_path):
     job(tmp_path / "a.parquet", tmp_path / "one", columns=("x",), key="id")
     job(tmp_path / "b.npy", tmp_path / "two")
     assert list(files(tmp_path / "one/epoch-0")) == ["a.parquet"]
-    assert np.load(tmp_path / "two/epoch-0/b.npy").tobytes() == made(X, path_keys("b.npy", 10)).tobytes()
+    assert (
+        np.load(tmp_path / "two/epoch-0/b.npy").tobytes()
+        == oracle.dropout(X, seed=7, epoch=0, keys=path_keys("b.npy", 10))[0].tobytes()
+    )
 
 
 def test_links_are_what_they_are_called(tmp_path):
@@ -130,7 +134,10 @@ def test_links_are_what_they_are_called(tmp_path):
     for link, blob in ((source / "a.npy", "ids.npy"), (source / "ids.npy", "b.npy"), (parquet_path / "a.parquet", "c")):
         link.symlink_to(blobs / blob)
     job(source, tmp_path / "out", ids="ids.npy")
-    assert np.load(tmp_path / "out/epoch-0/a.npy").tobytes() == made(X, range(10)).tobytes()
+    assert (
+        np.load(tmp_path / "out/epoch-0/a.npy").tobytes()
+        == oracle.dropout(X, seed=7, epoch=0, keys=range(10))[0].tobytes()
+    )
     assert np.load(tmp_path / "out/epoch-0/ids.npy").tolist() == list(range(10))
     job(parquet_path, tmp_path / "out2", columns=("x",), key="id")
     assert parquet.read_table(tmp_path / "out2/epoch-0/a.parquet").num_rows == 10

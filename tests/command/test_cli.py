@@ -162,21 +162,13 @@ def test_info():
 def test_the_paths_that_info_names_are_those_taken(monkeypatch):
     """What info says of arrays and tensors, seen from which kernel is launched."""
     import torch
-    from helpers import stand_in
+    from helpers import internals, stand_in
 
-    from msgdrop_numba import arrays as numpy_ops
     from msgdrop_numba import message_dropout
     from msgdrop_numba.command import info
-    from msgdrop_numba.tensors import cuda as torch_cuda
-    from msgdrop_numba.tensors import dropout as torch_ops
 
     said = {kind: path for kind, path, _ in info.PATHS}
-    launched = []
-    for module in (numpy_ops, torch_ops):
-        launch = module.launch
-        monkeypatch.setattr(module, "launch", lambda *a, launch=launch: (launched.append(a[4] != 0), launch(*a)))
-    small = torch_ops.drop_range
-    monkeypatch.setattr(torch_ops, "drop_range", lambda *a: (launched.append(True), small(*a))[1])
+    launched = internals.watch_launches(monkeypatch)
     x = np.ones((4, 6, 8), np.float32)
     t = torch.from_numpy(x)
     for kind, call in [
@@ -189,15 +181,20 @@ def test_the_paths_that_info_names_are_those_taken(monkeypatch):
     ]:
         launched.clear()
         call()
-        path = "compiled kernel" if True in launched else "compiled mask" if launched else "tensor operations"
+        path = (
+            "compiled kernel"
+            if any(launch.out for launch in launched)
+            else "compiled mask"
+            if launched
+            else "tensor operations"
+        )
         assert said[kind].startswith(path), kind
     kernels = stand_in.Kernels()
     stand_in.install(monkeypatch, kernels)
     message_dropout(t, 0.5)
     message_dropout(t[..., ::2], 0.5)
     assert kernels.launches == 2
-    monkeypatch.setattr(torch_cuda, "_kernels", lambda: None)
-    monkeypatch.setattr(torch_cuda, "usable", lambda _: False)
+    internals.unusable_devices(monkeypatch)
     message_dropout(t, 0.5)
     assert kernels.launches == 2
     assert said["CUDA tensor without numba-cuda"] == "tensor operations"

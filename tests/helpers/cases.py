@@ -1,4 +1,4 @@
-"""Calls on tensors of a device, beside what naive.py makes of them on the host."""
+"""Calls that several test files make, on arrays, on tensors and on tensors of a device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+
+def tensor(array: Any) -> torch.Tensor:
+    """A copy."""
+    return torch.from_numpy(np.array(array))
+
+
+both = pytest.mark.parametrize("make", [np.array, tensor], ids=["numpy", "torch"])
+
+# On a device.
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none")
 SHAPE = (3, 7, 4)
 OPTIONS: list[dict[str, Any]] = [

@@ -44,11 +44,6 @@ def files(folder, but=(apply.LOCK,)):
     }
 
 
-def made(x, keys, *, epoch=0, p=0.5, seed=7, **rule):
-    keep = naive.keep_mask(x.shape[:2], p, seed=naive.fold_in(seed, epoch), keys=keys, **rule)
-    return naive.drop(x, keep)
-
-
 def path_keys(name, rows):
     return [naive.fold_in(naive.hash64(name), row) for row in range(rows)]
 

@@ -30,6 +30,17 @@ def dropout(
     return drop(x, keep, p=p, fill=fill, scale=scale, lengths=lengths, dtype=dtype, **rule), keep
 
 
+def rows(
+    data: Any, ids: Any, p: Any = 0.5, *, lengths: Any = None, **options: Any
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """`dropout` of rows that needn't be of one length, a row at a time; p may be an array for the longest."""
+    done = []
+    for i, (row, sample_id) in enumerate(zip(data, ids, strict=True)):
+        told = {"keys": [sample_id], "lengths": None if lengths is None else lengths[i : i + 1], **options}
+        done.append(dropout(row[None], p if np.ndim(p) == 0 else p[: len(row)], message_dims=2, **told))
+    return [y[0] for y, _ in done], [keep[0] for _, keep in done]
+
+
 def drop(
     x: np.ndarray, keep: np.ndarray, *, p: Any = 0.5, fill: Any = 0, scale: bool = False, lengths: Any = None,
     dtype: str | None = None, **rule: Any,

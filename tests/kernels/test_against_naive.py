@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import random
 from typing import Any
-from unittest import mock
 
 import naive
 import numpy as np
 import pytest
 import torch
+from helpers import internals, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msgdrop_numba import keep_mask, message_dropout, outputs
-from msgdrop_numba.call import threads
-from msgdrop_numba.tensors import dropout as torch_ops
 
 DTYPES = [
     "float32", "float64", "float16", "complex64", "complex128",
@@ -91,7 +89,8 @@ def laid_out(rng: random.Random, x: np.ndarray) -> tuple[np.ndarray, Any]:
 
 
 def check(rng: random.Random, size: int) -> None:
-    with mock.patch.object(outputs, "HUGE_BYTES", rng.choice([1, outputs.HUGE_BYTES])):
+    with pytest.MonkeyPatch.context() as patch:
+        internals.large_outputs(patch, rng.choice([1, outputs.HUGE_BYTES]))
         check_case(rng, size)
 
 
@@ -109,15 +108,15 @@ def check_case(rng: random.Random, size: int) -> None:
         fill = numbers(rng, x.shape[len(shape) :], dtype)
     elif dtype[0] in "fc" and rng.random() < 0.3:
         fill = rng.choice([-0.0, 2.5, float("inf")])
-    want = x
-    if not isinstance(p, float) or p > 0:
-        want = naive.drop(x, keep, fill=fill, p=p, scale=scale, lengths=lengths, **rules)
     options = {"scale": scale, "message_dims": len(shape), "seed": seed, "lengths": lengths, **rules}
+    want, kept = oracle.dropout(x, p, keys=keys, fill=fill, **options)
+    assert np.array_equal(kept, keep), c
     array, tensor = laid_out(rng, x)
     signed = None if keys is None else torch.from_numpy(keys.view(np.int64).copy())
     tensor_fill = torch.from_numpy(fill) if isinstance(fill, np.ndarray) else fill
     told = (c, dtype, options, array.strides, fill)
-    with mock.patch.multiple(torch_ops, is_plain=lambda _: False, dense_address=lambda _: 0):
+    with pytest.MonkeyPatch.context() as patch:
+        internals.no_plain_tensors(patch)
         y, mask = message_dropout(tensor, p, keys=signed, fill=tensor_fill, return_mask=True, **options)
         assert bits(mask) == bits(keep), told
         assert bits(y) == bits(want), told
@@ -143,18 +142,15 @@ def test_few_cases(seed, chunks):
 @pytest.mark.parametrize("seed", range(4))
 def test_ten_thousand_cases(seed, monkeypatch):
     rng = random.Random(1000 + seed)
-    monkeypatch.setattr(threads, "chunks", lambda nbytes: rng.randint(1, 8))
+    internals.cut_into(monkeypatch, lambda: rng.randint(1, 8))
     for _ in range(2500):
         check(rng, 40)
 
 
 @pytest.mark.kernels
-def test_words_and_streaming_stores(monkeypatch):
+def test_words_and_streaming_stores(reset_plans, monkeypatch):
     """Messages that are words, and those that are written past the cache, which large outputs alone are."""
-    from msgdrop_numba.call import plan
-
-    monkeypatch.setattr(plan, "STREAM_BYTES", 0)
-    plan._cached.cache_clear()
+    internals.stream_everything(monkeypatch)
     rng = random.Random(9)
     for width in (1, 2, 3, 4, 8, 12, 16, 32, 64, 128, 192):
         for shape in ((3, 40), (2, 1030)):
@@ -167,13 +163,13 @@ def test_words_and_streaming_stores(monkeypatch):
                     assert np.array_equal(message_dropout(x, 0.4, seed=width, fill=fill, out=out), want)
                     out.copy_(x)
                     assert np.array_equal(message_dropout(out, 0.4, seed=width, fill=fill, inplace=True), want)
-    plan._cached.cache_clear()
 
 
 @settings(max_examples=300, derandomize=True, deadline=None, database=None)
 @given(rng=st.randoms(use_true_random=False), parts=st.integers(1, 8))
 def test_property(rng, parts):
-    with mock.patch.object(threads, "chunks", return_value=parts):
+    with pytest.MonkeyPatch.context() as patch:
+        internals.cut_into(patch, parts)
         check(rng, 12)
 
 
@@ -181,7 +177,8 @@ def test_property(rng, parts):
 @settings(max_examples=20_000, deadline=None, database=None)
 @given(rng=st.randoms(use_true_random=False), parts=st.integers(1, 8))
 def test_property_at_length(rng, parts):
-    with mock.patch.object(threads, "chunks", return_value=parts):
+    with pytest.MonkeyPatch.context() as patch:
+        internals.cut_into(patch, parts)
         check(rng, 40)
 
 

@@ -5,100 +5,22 @@ from __future__ import annotations
 import pickle
 import uuid
 
-import naive
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from helpers import oracle
+from helpers.columns import FIXED, FLOATS, IDS, RAGGED, UNEVEN, X, array_of, make, objects, plain, plain_masks, same
 
-from msgdrop_numba import KeyedDataset, MessageDropoutBatch, MessageDropoutCollate, message_dropout
+from msgdrop_numba import KeyedDataset, MessageDropoutCollate, message_dropout
 
-IDS = [f"clip-{i}" for i in range(6)]
-X = np.random.default_rng(0).standard_normal((6, 4, 3)).astype(np.float32)
-RAGGED = [X[i, : 1 + i % 4] for i in range(6)]
 RULES = [{}, {"exact": True}, {"span": 2}, {"min_keep": 2}]
 
 
-def make(p=0.5, *, columns="x", key="id", seed=7, **options):
-    return MessageDropoutBatch(p, columns=columns, key=key, seed=seed, **options)
-
-
-def expected(rows, ids, *, p=0.5, seed=7, epoch=0, lengths=None, scale=False, fill=0, **rule):
-    """Row by row, as the contract says: (rows, masks)."""
-    seed = naive.fold_in(seed, epoch)
-    keys = [i if isinstance(i, int) else naive.hash64(i) for i in ids]
-    done, masks = [], []
-    for i, (row, key) in enumerate(zip(rows, keys, strict=True)):
-        n = None if lengths is None else [lengths[i]]
-        probability = p if isinstance(p, float) else p[: len(row)]
-        keep = naive.keep_mask((1, len(row)), probability, seed=seed, keys=[key], lengths=n, **rule)
-        done.append(naive.drop(row[None], keep, p=probability, lengths=n, scale=scale, fill=fill, **rule)[0])
-        masks.append(keep[0])
-    return done, masks
-
-
-def objects(rows):
-    """An object array of rows."""
-    array = np.empty(len(rows), object)
-    array[:] = rows
-    return array
-
-
-def nested(row):
-    """A row as Ray gives lists of lists: an object array of arrays."""
-    return objects(list(row))
-
-
-def plain(column):
-    """Any column as a list of NumPy arrays."""
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
-    if isinstance(column, pa.FixedShapeTensorArray):
-        return list(column.to_numpy_ndarray())
-    if isinstance(column, pa.Array):
-        return [np.array(row, np.float32).reshape(len(row), -1) for row in column.to_pylist()]
-    return [row.numpy() if isinstance(row, torch.Tensor) else np.asarray(row) for row in column]
-
-
-def same(rows, others):
-    rows, others = plain(rows), plain(others)
-    assert len(rows) == len(others)
-    for row, other in zip(rows, others, strict=True):
-        assert row.dtype == other.dtype
-        assert row.tobytes() == other.tobytes()
-
-
-def array_of(rows, kind):
-    return pa.array([row.tolist() for row in rows], kind)
-
-
-FLOATS = pa.float32()
-FIXED = {
-    "array": X,
-    "read-only": np.frombuffer(X.tobytes(), np.float32).reshape(X.shape),
-    "transposed": np.asfortranarray(X),
-    "tensor": torch.from_numpy(X),
-    "list": list(X),
-    "list of tensors": list(torch.from_numpy(X)),
-    "objects": objects(list(X)),
-    "objects of objects": objects([nested(row) for row in X]),
-    "arrow tensor": pa.FixedShapeTensorArray.from_numpy_ndarray(X),
-    "arrow lists": array_of(X, pa.list_(pa.list_(FLOATS))),
-    "arrow large lists": array_of(X, pa.large_list(pa.large_list(FLOATS))),
-    "arrow fixed lists": array_of(X, pa.list_(pa.list_(FLOATS, 3))),
-    "arrow fixed lists of lists": array_of(X, pa.list_(pa.list_(FLOATS), 4)),
-    "arrow fixed lists of fixed lists": array_of(X, pa.list_(pa.list_(FLOATS, 3), 4)),
-    "arrow chunks": pa.chunked_array([array_of(X[:1], pa.list_(pa.list_(FLOATS))), array_of(X[1:], pa.list_(pa.list_(FLOATS)))]),
-}  # fmt: skip
-UNEVEN = {
-    "list": RAGGED,
-    "objects": objects(RAGGED),
-    "list of tensors": [torch.from_numpy(row) for row in RAGGED],
-    "objects of objects": objects([nested(row) for row in RAGGED]),
-    "arrow lists": array_of(RAGGED, pa.list_(pa.list_(FLOATS))),
-    "arrow large lists of fixed ones": array_of(RAGGED, pa.large_list(pa.list_(FLOATS, 3))),
-}
+def expected(rows, ids, **options):
+    """(rows, masks) of the first epoch, with the seed of `make`."""
+    return oracle.rows(rows, ids, **{"seed": 7, "epoch": 0, **options})
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -118,12 +40,6 @@ def test_ragged_columns(column):
     got = make(return_mask=True, exact=True)({"id": IDS, "x": column})
     same(got["x"], done)
     same(plain_masks(got["keep_mask"]), masks)
-
-
-def plain_masks(column):
-    if isinstance(column, (pa.Array, pa.ChunkedArray)):
-        column = column.to_pylist()
-    return [np.array(row.tolist() if isinstance(row, torch.Tensor) else row, bool) for row in column]
 
 
 @pytest.mark.parametrize(
@@ -367,91 +283,3 @@ def test_dask_asks_what_comes_of_nothing():
     """Its call on empty arrays, whose failure it hides."""
     nothing = message_dropout(np.empty((0, 0, 0), np.float32), 0.5, seed=1, keys=np.empty(0, np.int64))
     assert (nothing.shape, nothing.dtype) == ((0, 0, 0), np.float32)
-
-
-BATCH = {"id": IDS, "x": X}
-BAD_CALLS = [
-    ({"x": X}, ValueError, "no column 'id': it has 'x'"),
-    ({"id": IDS}, ValueError, "no column 'x'"),
-    ({**BATCH, "id": np.arange(6.0)}, TypeError, "column 'id': sample ids must be integers or strings, but got float64"),
-    ({**BATCH, "id": [1.0] * 6}, TypeError, r"column 'id': .*1\.0.*null"),
-    ({**BATCH, "id": [True] * 6}, TypeError, "column 'id': .*True"),
-    ({**BATCH, "id": np.array([True] * 6)}, TypeError, "column 'id': .*bool"),
-    ({**BATCH, "id": [*IDS[:5], None]}, TypeError, "column 'id': .*None.*null"),
-    ({**BATCH, "id": pa.array([*IDS[:5], None])}, ValueError, "column 'id' has 1 nulls"),
-    ({**BATCH, "id": pa.array([1, 2, 3, 4, 5, None])}, ValueError, "column 'id' has 1 nulls"),
-    ({**BATCH, "id": pd.array([1, 2, 3, 4, 5, None], "Int64")}, TypeError, "column 'id': .*null"),
-    ({**BATCH, "id": np.arange(6).astype("M8[s]")}, TypeError, "column 'id': .*datetime64"),
-    ({**BATCH, "id": np.ma.array(range(6), mask=[1] * 6)}, TypeError, "column 'id' .*masked"),
-    ({**BATCH, "id": np.zeros((6, 2), int)}, ValueError, r"column 'id' .*\(6, 2\)"),
-    ({**BATCH, "id": IDS[:5]}, ValueError, "column 'x': it has 6 rows, but the key column has 5"),
-    ({**BATCH, "id": [2**64] * 6}, ValueError, "column 'id': .*18446744073709551616"),
-    ({**BATCH, "x": X[..., 0]}, ValueError, r"column 'x': .*\(6, 4\)"),
-    ({**BATCH, "x": X.tolist()}, TypeError, r"column 'x': .*list.*with_format"),
-    ({**BATCH, "x": objects(X.tolist())}, TypeError, r"column 'x': .*list.*with_format"),
-    ({**BATCH, "x": objects(IDS)}, TypeError, "column 'x': .*str"),
-    ({**BATCH, "x": list(X[:, 0])}, ValueError, r"column 'x': .*\(3,\)"),
-    ({**BATCH, "x": "text"}, TypeError, "column 'x': .*str"),
-    ({**BATCH, "x": np.array([[["a"]]] * 6)}, TypeError, "column 'x': x must be an array of numbers"),
-    ({**BATCH, "x": pa.array(IDS)}, TypeError, "column 'x': .*string"),
-    ({**BATCH, "x": pa.array([[1.0]] * 6)}, TypeError, "column 'x': .*list of one"),
-    ({**BATCH, "x": pa.array([[[1.0]]] * 5 + [None])}, ValueError, "column 'x': there are 1 nulls"),
-    ({**BATCH, "x": pa.array([[[1.0]]] * 5 + [[None]])}, ValueError, "column 'x': there are nulls among its messages"),
-    ({**BATCH, "x": pa.array([[[1.0]]] * 5 + [[[None]]])}, ValueError, "column 'x': there are nulls among its numbers"),
-    ({**BATCH, "x": pa.array([[[1.0]]] * 5 + [[[1.0, 2.0]]])}, ValueError, r"column 'x': .*\[1, 2\]"),
-    ({**BATCH, "x": pa.array([[["a"]]] * 6)}, TypeError, "column 'x': .*string"),
-    ({**BATCH, "x": pa.array([[[True]]] * 6)}, TypeError, "column 'x': .*bool"),
-    ([1, 2], TypeError, "the batch must be a dict of columns"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("batch", "error", "words"), BAD_CALLS, ids=range(len(BAD_CALLS)))
-def test_bad_batches(batch, error, words):
-    with pytest.raises(error, match=words):
-        make()(batch)
-
-
-def test_more_bad_batches():
-    with pytest.raises(ValueError, match="'keep_mask' already"):
-        make(return_mask=True)({**BATCH, "keep_mask": 1})
-    with pytest.raises(ValueError, match=r"column 'x': lengths must be from 0 to 4, .* but got 5"):
-        make(lengths="n")({**BATCH, "n": [5] * 6})
-    with pytest.raises(TypeError, match=r"column 'x': lengths must be integers"):
-        make(lengths="n")({**BATCH, "n": [1.0] * 6})
-    with pytest.raises(ValueError, match="the lengths column has 5"):
-        make(lengths="n")({**BATCH, "n": [1] * 5})
-    with pytest.raises(ValueError, match=r"column 'x': p must be a number or have shape \(4,\)"):
-        make(np.array([0.5, 0.5]))(BATCH)
-    permuted = pa.ExtensionArray.from_storage(
-        pa.fixed_shape_tensor(FLOATS, (3, 4), permutation=[1, 0]),
-        pa.FixedShapeTensorArray.from_numpy_ndarray(X).storage,
-    )
-    with pytest.raises(ValueError, match=r"column 'x': .*\[1, 0\]"):
-        make()({**BATCH, "x": permuted})
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [
-        ({"columns": []}, ValueError, "columns"),
-        ({"columns": ["x", "x"]}, ValueError, "different columns"),
-        ({"columns": "id"}, ValueError, "different columns"),
-        ({"columns": [1]}, TypeError, "names"),
-        ({"columns": 5}, TypeError, "columns must be a name or a list of names, but got 5"),
-        ({"columns": None}, TypeError, "columns must be a name or a list of names, but got None"),
-        ({"lengths": 5}, TypeError, "key and lengths must be names"),
-        ({"key": None}, TypeError, "names"),
-        ({"key": 5}, TypeError, "names"),
-        ({"seed": None}, TypeError, "seed"),
-        ({"seed": -1}, ValueError, "seed"),
-        ({"epoch": 0.5}, TypeError, "epoch"),
-        ({"p": 1.5}, ValueError, "p must be"),
-        ({"p": np.ones((2, 2))}, ValueError, "one dim"),
-        ({"exact": True, "span": 2}, ValueError, "exact"),
-        ({"fill": "a"}, TypeError, "fill"),
-        ({"lengths": "x"}, ValueError, "different columns"),
-    ],
-)
-def test_bad_options(options, error, words):
-    with pytest.raises(error, match=words):
-        make(**options)

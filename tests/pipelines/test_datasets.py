@@ -12,6 +12,7 @@ import naive
 import numpy as np
 import pytest
 import torch
+from helpers import oracle
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torchdata import nodes
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -31,8 +32,7 @@ def rows_of(batches: Any) -> dict[int, bytes]:
 
 def dropped(seed: int, epoch: int = 0) -> dict[int, bytes]:
     """What every loader must give."""
-    keep = naive.keep_mask((6, 5), 0.5, seed=naive.fold_in(seed, epoch))
-    want = np.where(keep[..., None], torch.stack(EVEN).numpy(), np.float32(0))
+    want, _ = oracle.dropout(torch.stack(EVEN), seed=seed, epoch=epoch)
     return {i: want[i].tobytes() for i in range(6)}
 
 

@@ -15,6 +15,7 @@ import naive
 import numpy as np
 import pytest
 import torch
+from helpers import oracle
 from torch.utils.data import DataLoader, default_collate
 
 from msgdrop_numba import Keyed, KeyedDataset, MessageDropoutCollate
@@ -31,15 +32,12 @@ class Inputs(NamedTuple):
     text: Any
 
 
-def want(samples: list, seed: int, name: str | None = None, pad_value: float = 0) -> tuple[Any, Any]:
-    """The batch and keep mask of naive.py, for keys 0, 1, ..."""
-    if name is not None:
-        seed = naive.fold_in(seed, naive.hash64(name))
+def want(samples: list, name: str | None = None, pad_value: float = 0) -> tuple[Any, Any]:
+    """The batch and keep mask of naive.py, for the seed 3 and the keys 0, 1, ..."""
     tensors = [torch.as_tensor(s) for s in samples]
-    lengths = [len(s) for s in tensors]
-    keep = torch.tensor(naive.keep_mask((len(samples), max(lengths)), 0.5, seed=seed, lengths=lengths))
     stacked = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad_value)
-    return torch.where(keep.reshape(*keep.shape, *(1,) * (stacked.ndim - 2)), stacked, 0), keep
+    lengths = [len(s) for s in tensors]
+    return tuple(map(torch.from_numpy, oracle.dropout(stacked, seed=3, epoch=0, name=name, lengths=lengths)))
 
 
 def keyed(samples: list) -> list:
@@ -50,9 +48,8 @@ def test_masks_of_their_own_by_name():
     samples = [{"audio": a, "video": v, "text": t, "id": 7} for a, v, t in zip(AUDIO, VIDEO, TEXT, strict=True)]
     collate = MessageDropoutCollate(0.5, fields=NAMED, pad=True, seed=3, return_mask=True)
     batch = collate(keyed(samples))
-    seed = naive.fold_in(3, 0)
     for field, source in (("audio", AUDIO), ("video", VIDEO), ("text", TEXT)):
-        data, keep = want(source, seed, NAMED[field])
+        data, keep = want(source, NAMED[field])
         assert torch.equal(batch[field], data)
         assert torch.equal(batch["keep_mask"][NAMED[field]], keep)
     assert {name: lengths.tolist() for name, lengths in batch["lengths"].items()} == {
@@ -90,19 +87,18 @@ def test_nested_samples():
     ]
     fields = {("inputs", "audio"): "av", ("inputs", "text", "ids"): "text", ("video", 0): "av"}
     batch = MessageDropoutCollate(0.5, fields=fields, pad=True, seed=3)(keyed(samples))
-    seed = naive.fold_in(3, 0)
     assert type(batch["inputs"]) is Inputs
-    assert torch.equal(batch["inputs"].audio, want(AUDIO, seed, "av")[0])
-    assert torch.equal(batch["inputs"].text["ids"], want(TEXT, seed, "text")[0])
+    assert torch.equal(batch["inputs"].audio, want(AUDIO, "av")[0])
+    assert torch.equal(batch["inputs"].text["ids"], want(TEXT, "text")[0])
     assert batch["inputs"].text["n"].tolist() == batch["label"].tolist() == [0, 1, 2, 3]
     assert type(batch["video"]) is list
-    assert torch.equal(batch["video"][0], want(VIDEO, seed, "av")[0])
+    assert torch.equal(batch["video"][0], want(VIDEO, "av")[0])
     shared = [((a, {"v": v}), 1) for a, v in zip(AUDIO, VIDEO, strict=True)]
     (audio, deeper), _, lengths = MessageDropoutCollate(0.5, fields=[(0, 0), (0, 1, "v")], pad=True, seed=3)(
         keyed(shared)
     )
-    assert torch.equal(audio, want(AUDIO, seed)[0])
-    assert torch.equal(deeper["v"], want(VIDEO, seed)[0])
+    assert torch.equal(audio, want(AUDIO)[0])
+    assert torch.equal(deeper["v"], want(VIDEO)[0])
     assert lengths.tolist() == list(LENGTHS)
 
 
@@ -120,7 +116,7 @@ def test_memory_maps(tmp_path, mode):
     np.save(tmp_path / "x.npy", np.stack([AUDIO[0]] * 6))
     mapped = np.load(tmp_path / "x.npy", mmap_mode=mode)
     batch = MessageDropoutCollate(0.5, seed=3)(keyed(list(mapped)))
-    assert torch.equal(batch, want([AUDIO[0]] * 6, naive.fold_in(3, 0))[0])
+    assert torch.equal(batch, want([AUDIO[0]] * 6)[0])
     assert np.array_equal(np.load(tmp_path / "x.npy")[5], AUDIO[0])
 
 
@@ -160,7 +156,7 @@ def test_samples_that_need_another_layout_first():
     for samples in (transposed, mixed, negative, conjugate, expanded):
         got = MessageDropoutCollate(0.5, seed=3)(keyed(samples))
         plain = [torch.as_tensor(s).detach().resolve_conj().resolve_neg() for s in samples]
-        assert torch.equal(got, want(plain, naive.fold_in(3, 0))[0])
+        assert torch.equal(got, want(plain)[0])
         assert not got.requires_grad
 
 
@@ -200,7 +196,7 @@ def test_pin_memory(workers):
     collate = MessageDropoutCollate(0.5, fields=[("inputs", "audio")], pad=True, seed=3)
     loader = DataLoader(KeyedDataset(samples), 4, num_workers=workers, collate_fn=collate, pin_memory=True)
     (batch,) = loader
-    assert torch.equal(batch["inputs"].audio, want(AUDIO, naive.fold_in(3, 0))[0])
+    assert torch.equal(batch["inputs"].audio, want(AUDIO)[0])
     assert batch["inputs"].audio.is_pinned() == torch.cuda.is_available()
     assert batch["lengths"].tolist() == list(LENGTHS)
 
