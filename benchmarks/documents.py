@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
-from msgdrop_numba.command import info
+from msgdrop_numba.call.ways import WAYS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -87,7 +87,7 @@ def summary() -> str:
 
 def ways() -> str:
     """The table of LIMITS.md: which way each kind of array takes, as `msgdrop info` says it."""
-    return measure.markdown(["array", "path", "why"], [list(row) for row in info.PATHS])
+    return measure.markdown(["array", "path", "why"], [list(row) for row in WAYS])
 
 
 def draw(name: str) -> None:

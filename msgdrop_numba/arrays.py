@@ -11,8 +11,9 @@ from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.plan import Draw, Plan, follow, kept_scales, mask_plan, row_arguments
 from msgdrop_numba.call.plan import plan as make_plan
-from msgdrop_numba.call.request import Job, Request, perform, prepare_mask
+from msgdrop_numba.call.request import Job, Request, perform, prepare, prepare_mask
 from msgdrop_numba.call.threads import launch
+from msgdrop_numba.call.ways import ARRAY, ARRAY_APART, Answer
 from msgdrop_numba.kernels.records import COPY, FLOAT16, FLOAT32, FLOAT64
 
 _SCALED = {"f2": FLOAT16, "f4": FLOAT32, "c8": FLOAT32, "f8": FLOAT64, "c16": FLOAT64}
@@ -42,6 +43,15 @@ def draw_mask(job: Job) -> np.ndarray:
 def obstacle(plan: Plan, dtype: np.dtype[Any]) -> str:
     """Why the kernels can't follow an array of that plan; empty: they can."""
     return FOREIGN if plan.kind != COPY and not dtype.isnative else plan.obstacle
+
+
+def explain(x: np.ndarray, request: Request) -> Answer:
+    """Which way a call takes, and why; nothing is dropped."""
+    plan = prepare(NUMPY, x, request).plan
+    if not x.flags.c_contiguous:
+        plan = follow(plan, x.strides, x.strides)
+    reason = obstacle(plan, x.dtype)
+    return Answer(ARRAY_APART, reason) if reason else Answer(ARRAY, "", plan.nbytes)
 
 
 class _NumPy:

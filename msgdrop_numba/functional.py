@@ -11,6 +11,7 @@ from msgdrop_numba import arrays
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.plan import mask_shape
 from msgdrop_numba.call.request import Options, Request
+from msgdrop_numba.call.ways import Answer
 from msgdrop_numba.kernels import philox
 
 if TYPE_CHECKING:
@@ -150,6 +151,11 @@ def message_dropout(
 def drop_messages(x: Any, request: Request) -> Any:
     """`message_dropout` of a request."""
     return (_libraries.get(type(x)) or _library(x)).message_dropout(x, request)
+
+
+def explain(x: Any, request: Request) -> Answer:
+    """Which way a call takes, and why; nothing is dropped."""
+    return (_libraries.get(type(x)) or _library(x)).explain(x, request)  # type: ignore[no-any-return]
 
 
 _libraries: dict[type, Any] = {np.ndarray: arrays}  # of exact types; torch's once a tensor has come

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call.arguments import ZERO, check_is_number, check_message_dims, probabilities, split_p
-from msgdrop_numba.call.rule import DropRule
+from msgdrop_numba.call.rule import DEFAULTS, DropRule
 from msgdrop_numba.functional import message_dropout
 
 
@@ -42,6 +42,8 @@ class MessageDropout(torch.nn.Module):
     Source: the mask contract, version 1 (CONTRACT.md).
     """
 
+    __module__ = "msgdrop_numba"  # where a pickle looks for it, wherever it stands
+
     def __init__(
         self,
         p: Any = 0.5,
@@ -62,7 +64,7 @@ class MessageDropout(torch.nn.Module):
         # An array is kept as float64 and no buffer: the mask's bits must not depend on the layer's dtype. See _apply.
         self.p: Any = rule.p if array is None else torch.from_numpy(probabilities(array, tuple(array.shape)))
         self.inplace, self.scale, self.message_dims = inplace, scale, message_dims
-        self.exact, self.span, self.min_keep = rule.exact, rule.span, rule.min_keep
+        self.exact, self.span, self.min_keep = rule.rest
         if isinstance(fill, Tensor) and not isinstance(fill, torch.nn.Parameter):
             self.register_buffer("fill", fill)
         else:
@@ -113,7 +115,7 @@ class MessageDropout(torch.nn.Module):
         __call__ = forward
 
     def extra_repr(self) -> str:
-        usual = {"scale": False, "exact": False, "span": 1, "min_keep": 0, "fill": 0.0, "message_dims": None}
+        usual = {"scale": False, **DEFAULTS, "fill": 0.0, "message_dims": None}
         shown = {"p": self.p, "inplace": self.inplace}
         for name, default in usual.items():
             value = getattr(self, name)

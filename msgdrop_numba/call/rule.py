@@ -90,14 +90,14 @@ class DropRule:
         return valid / max(1, valid - dropped)
 
 
-# What of a rule is given by keyword, wherever messages drop.
-KEYWORDS = tuple(f.name for f in fields(DropRule))[1:]
+# What of a rule is given by keyword, wherever messages drop, and what holds where it isn't.
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(DropRule)[1:]}
+KEYWORDS = tuple(DEFAULTS)
 
 
 def unpacked(values: Any) -> tuple[Any, ...]:
     """What `packed` packed."""
-    defaults: list[Any] = [f.default for f in fields(DropRule)[1:]]
-    return tuple(type(default)(value) for default, value in zip(defaults, values, strict=True))
+    return tuple(type(default)(value) for default, value in zip(DEFAULTS.values(), values, strict=True))
 
 
 def check_p(p: Any) -> float:

@@ -69,6 +69,11 @@ def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> No
         drop_parallel(range_address(), plan.messages, plan.address, draw.address, x, out, mask, bits, parts)
 
 
+def cache_folder() -> str | None:
+    """Where compiled code is kept; None: nowhere."""
+    return getattr(getattr(drop_range, "_cache", None), "cache_path", None)  # none without the compiler
+
+
 def load() -> None:
     """Compile the serial kernel, or read it from the cache."""
     launch(_NOTHING, PLAIN, 0, 0, 0, 0)

@@ -226,15 +226,26 @@ def show(shape: tuple[int, ...], p: float, seed: int, rule: tuple[Any, ...], out
 
 
 @main.command()
-def info() -> None:
-    """Say what is installed, how kernels run here, and which path each kind of array takes."""
+@click.option("--shape", type=_Numbers(), metavar="N,N,N", help="Of an array to ask about, message dims and features.")
+@click.option("--dtype", default="float32", show_default=True, help="Of that array, by its name in NumPy or torch.")
+@click.option("--device", default="cpu", show_default=True, help="Where it lies, as torch names it.")
+def info(shape: tuple[int, ...] | None, dtype: str, device: str) -> None:
+    """Say what is installed, how kernels run here, and which path each kind of array takes.
+
+    With --shape: which path arrays of that shape and dtype take on that device, and why.
+    """
+    from msgdrop_numba.call.ways import WAYS
     from msgdrop_numba.command import info as facts
 
+    if shape is not None:
+        for name, path in facts.case(shape, dtype, device).items():
+            click.echo(f"{name}: {path}")
+        return
     console = Console()
     for name, value in {**facts.versions(), **facts.kernels(), "GPU": facts.gpu()}.items():
         click.echo(f"{name}: {value}")
     table = Table(*(Column(name, overflow="fold") for name in ("array", "path", "why")))
-    for row in facts.PATHS:
+    for row in WAYS:
         table.add_row(*row)
     console.print(table)
 

@@ -60,6 +60,8 @@ class MessageDropoutBatch:
     Source: the mask contract, version 1 (CONTRACT.md), on ids, keys and epochs.
     """
 
+    __module__ = "msgdrop_numba"  # where a pickle looks for it, wherever it stands
+
     def __init__(
         self,
         p: Any = 0.5,
@@ -96,6 +98,13 @@ class MessageDropoutBatch:
             check_is_number("fill", fill)
         fill = fill.copy() if isinstance(fill, np.ndarray) else fill
         self.options = Options(rule.p if array is None else array, rule.rest, scale, fill, message_dims=2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The options as a plain tuple: a pickle names no inner class."""
+        return {**self.__dict__, "options": tuple(self.options)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, options=Options(*state["options"]))
 
     def __call__(self, batch: Any) -> Any:
         there = _names(batch)

@@ -17,7 +17,7 @@ from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.call.threads import load
 from msgdrop_numba.functional import drop_messages, fold_in
 from msgdrop_numba.pipelines.datasets import Keyed
-from msgdrop_numba.pipelines.fields import at, collate, extend, find, requested
+from msgdrop_numba.pipelines.fields import Field, at, collate, extend, find, requested
 from msgdrop_numba.pipelines.stack import Padding, Stack
 from msgdrop_numba.tensors.seeds import fresh_seed
 
@@ -80,6 +80,8 @@ class MessageDropoutCollate:
     Source: the mask contract, version 1 (CONTRACT.md).
     """
 
+    __module__ = "msgdrop_numba"  # where a pickle looks for it, wherever it stands
+
     def __init__(
         self,
         p: Any = 0.5,
@@ -140,8 +142,17 @@ class MessageDropoutCollate:
             raise ValueError(f"epoch must be an integer in [0, 2**63), but got {epoch!r}")
         self._epoch.fill_(int(epoch))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The same as plain tuples: a pickle names no inner class."""
+        masks = None if self._masks is None else {path: tuple(field) for path, field in self._masks.items()}
+        plain = {"_masks": masks, "_options": tuple(self._options), "_padding": tuple(self._padding)}
+        return {**self.__dict__, **plain}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._options, self._padding = Options(*self._options), Padding(*self._padding)
+        if self._masks is not None:
+            self._masks = {path: Field(*field) for path, field in self._masks.items()}
         if not self._epoch.is_shared():  # a copy's epoch must reach that copy's workers; one sent to a worker is shared
             self._epoch.share_memory_()
 

@@ -31,6 +31,9 @@ class Keyed(NamedTuple):
     sample: Any
 
 
+Keyed.__module__ = "msgdrop_numba"  # where a pickle looks for it, wherever it stands
+
+
 class KeyedDataset(Dataset[Keyed]):
     """A dataset whose samples carry their ids, so that a sample's mask depends on nothing else.
 
@@ -56,6 +59,8 @@ class KeyedDataset(Dataset[Keyed]):
 
     Source: the mask contract, version 1 (CONTRACT.md), on ids and keys.
     """
+
+    __module__ = "msgdrop_numba"  # where a pickle looks for it, wherever it stands
 
     def __new__(cls, dataset: Any = None, key: Callable[[Any], Any] | None = None) -> KeyedDataset:
         if isinstance(dataset, IterableDataset) and not issubclass(cls, IterableDataset):
@@ -98,6 +103,9 @@ class KeyedDataset(Dataset[Keyed]):
 
 
 class _KeyedIterable(KeyedDataset, IterableDataset[Keyed]):
+    def __reduce__(self) -> Any:
+        return KeyedDataset, (self.dataset, self.key), self.__dict__  # the public class, which makes this one
+
     def __iter__(self) -> Iterator[Keyed]:
         return _KeyedIterator(iter(self.dataset), self.key)
 

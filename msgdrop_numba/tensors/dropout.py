@@ -48,6 +48,9 @@ def _usual_plan(shape: tuple[int, ...], dtype: torch.dtype, scale: bool, message
     return plan if plan.followed and dtype not in WITHOUT_ZERO | _QUANTIZED else None
 
 
+explain = ways.explain
+
+
 def message_dropout(x: Tensor, request: Request) -> Any:
     """`functional.message_dropout` for a tensor."""
     return nested.message_dropout(x, request) if x.is_nested else perform(ways.way(x, request), x, request)

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.request import Library, Request
+from msgdrop_numba.call.plan import follow
+from msgdrop_numba.call.request import Library, Request, prepare
+from msgdrop_numba.call.ways import COMPILED, ELSEWHERE, TENSOR, TENSOR_APART, WITHOUT_KERNELS, Answer
+from msgdrop_numba.call.ways import TRACED as BY_OPERATIONS
 from msgdrop_numba.tensors import cuda
 from msgdrop_numba.tensors.library import ON_DEVICE, ON_HOST
 from msgdrop_numba.tensors.traced import TRACED
@@ -31,6 +34,22 @@ def mask_way(device: torch.device, request: Request) -> Library:
     if is_eager() and cuda.usable(device) and all(is_plain(t) or is_plain_cuda(t) for _, t in _tensors(request)):
         return ON_DEVICE
     return TRACED
+
+
+def explain(x: Tensor, request: Request) -> Answer:
+    """Which way a call takes, and why; nothing is dropped."""
+    reason = why_not_kernels(x, request)
+    if reason:
+        if torch.compiler.is_compiling():
+            return Answer(COMPILED, reason)
+        if x.device.type == "cuda" and torch.version.hip is None and not not_plain_because(x):
+            return Answer(WITHOUT_KERNELS, reason)
+        return Answer(ELSEWHERE if x.device.type not in ("cpu", "cuda") else BY_OPERATIONS, reason)
+    plan = prepare(way(x, request), x, request._replace(seed=0)).plan
+    if not x.is_contiguous():
+        strides = tuple(step * x.element_size() for step in x.stride())
+        plan = follow(plan, strides, strides)
+    return Answer(TENSOR_APART, plan.obstacle) if plan.obstacle else Answer(TENSOR, "", plan.nbytes)
 
 
 def why_not_kernels(x: Tensor, request: Request) -> str:
