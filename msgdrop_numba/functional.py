@@ -96,16 +96,18 @@ def message_dropout(
         x: NumPy array, tensor, or CuPy or numba device array of numbers or bools, `(*message dims, *features)` with at
             least one feature dim.
         p: probability that a message is **dropped**, in [0, 1]; or an array of them, of the shape of the last message
-            dim or of all message dims.
+            dim or of all message dims. `exact` takes a single number; for tensors on other devices, in transforms and
+            in traced code a Python one.
         training: with False (or p = 0) x itself comes back, unchanged.
         inplace: write into x, only what is dropped (and, scaled, what is kept).
-        scale: multiply kept messages by 1/(1-p), or by n/(n-d) if exactly d of n drop; floating and complex dtypes.
+        scale: multiply kept messages by 1/(1-p), or by n/(n-d) if exactly d of n drop; floating and complex dtypes,
+            but not NumPy's `longdouble`.
         exact: drop exactly floor(n * p) of the n valid messages of each row; p a single number, without `span`.
         span: drop runs of so many neighbouring messages together.
         min_keep: keep at least so many valid messages of each row.
         lengths: valid messages in each row, integers of the shape of the message dims without the last. What lies
             behind is padding: left as it is, kept in the mask.
-        fill: what a dropped message becomes: a number, or an array over the features, of x's dtype.
+        fill: what a dropped message becomes: a number, or an array over the features, of x's kind and dtype.
         message_dims: how many leading dims index messages; None: 2 where x has 3 or more dims, else 1. The last of
             them is the position in a row, the others index rows.
         seed: integer in [0, 2**64), or a 0-d int64 tensor of the same bits. None: drawn from `generator`, else from
@@ -119,9 +121,12 @@ def message_dropout(
     Returns:
         An array like x: `where(keep, x, fill)`, kept messages bit for bit as in x unless scaled; x itself if `inplace`
         or if nothing drops, `out` if given; with `return_mask` a pair. Differentiable in x and in a tensor `fill`.
+        Backward keeps the seed; the keep mask, a byte a message, where arrays (keys, lengths, p) decide it; and with
+        `scale` their lengths and scales, as the contract rounds them; no copy of the data.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype or value. Nothing was written.
+        TypeError, ValueError: an argument is of the wrong type, shape, dtype or value, a masked array say, whose mask
+            would be lost. Nothing was written.
         ModuleNotFoundError: x is a CuPy or numba device array, and torch isn't installed.
 
     Example:

@@ -16,7 +16,8 @@ class MessageDropout(torch.nn.Module):
     """Drop whole messages `x[b, s, :]` during training, each with probability p; identity in eval mode.
 
     Unlike `torch.nn.Dropout1d` it drops along any number of message dims, never reads what it drops, and scales only
-    when asked to. Backward keeps the seed, or one byte a message where arrays decide the mask, and no copy of the data.
+    when asked to. Backward keeps the seed, or one byte a message where arrays decide the mask (with `scale` their
+    lengths and scales too), and no copy of the data.
 
     Args:
         p: probability that a message is **dropped**, in [0, 1], or an array or tensor of them, one a position.

@@ -1,7 +1,7 @@
 """Memory for large outputs: a page fault for every 4 KB of fresh memory costs more than the whole kernel.
 
-Two remedies, each for what it buys (README, Speed): huge pages take one fault for 2 MB; the memory of an earlier output
-that nobody uses any more takes none. Outputs of less than `HUGE_BYTES` come from torch alone.
+Two remedies, each for what it buys (benchmarks/README.md, By size): huge pages take one fault for 2 MB; memory of an
+earlier output that nobody uses any more takes none. Outputs of less than `HUGE_BYTES` come from torch alone.
 """
 
 from __future__ import annotations

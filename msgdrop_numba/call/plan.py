@@ -168,11 +168,9 @@ def kept_scales(plan: Plan, draw: Draw) -> tuple[np.ndarray[Any, Any], np.ndarra
     lengths = np.full(rows, plan.size) if draw.lengths is None else draw.lengths.reshape(rows)
     if draw.scales is not None:
         scales = draw.scales
-    elif plan.rule.exact:
+    else:
         counts, row = np.unique(lengths, return_inverse=True)
         scales = np.array([plan.rule.row_scale(int(n)) for n in counts])[row].reshape(*rows, 1)
-    else:
-        scales = np.array(plan.rule.scale)
     return np.broadcast_to(scales, plan.shape), np.arange(plan.size) < lengths[..., None]
 
 
