@@ -118,7 +118,7 @@ class _NumPy:
         return arguments.check_source(seed, generator, np.random.Generator)
 
     def draw(self, plan: Plan, p: Any, fill: Any, request: Request, device: Any) -> Draw:
-        return row_arguments(plan, p, fill, request.options.scale, request.lengths, request.keys)
+        return row_arguments(plan, p, fill, request.scale, request.lengths, request.keys)
 
     def seed(self, given: int | None, generator: np.random.Generator | None, device: Any) -> int:
         if given is not None:

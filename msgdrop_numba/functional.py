@@ -10,7 +10,7 @@ import numpy as np
 from msgdrop_numba import arrays
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.plan import mask_shape
-from msgdrop_numba.call.request import Options, Request
+from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.ways import Answer
 from msgdrop_numba.kernels import philox
 
@@ -138,19 +138,19 @@ def message_dropout(
 
     Source: the mask contract, version 1 (CONTRACT.md), on Philox4x32-10 (Salmon et al., SC'11).
     """
-    library, rule = _libraries.get(type(x)) or _library(x), (exact, span, min_keep)
+    library = _libraries.get(type(x)) or _library(x)
     if (
         lengths is None and keys is None and seed is None and generator is None and out is None
         and type(p) is float and p and (fill is arguments.ZERO or arguments.is_zero(fill))
         and training and not inplace and not return_mask and library.plain is not None
     ):  # fmt: skip
-        y = library.plain(x, p, scale, message_dims, rule)
+        y = library.plain(x, p, scale, message_dims, exact, span, min_keep)
         if y is not None:
             return y
-    options = Options(p, rule, scale, fill, message_dims)
-    return library.message_dropout(
-        x, Request(options, training, inplace, lengths, seed, keys, generator, out, return_mask)
-    )
+    return library.message_dropout(x, Request(
+        p, (exact, span, min_keep), scale, fill, message_dims, training, inplace, lengths, seed, keys, generator,
+        out, return_mask,
+    ))  # fmt: skip
 
 
 def drop_messages(x: Any, request: Request) -> Any:
@@ -230,7 +230,7 @@ def keep_mask(
     Source: the mask contract, version 1 (CONTRACT.md).
     """
     dims = mask_shape(shape)
-    request = Request(Options(p, (exact, span, min_keep)), lengths=lengths, seed=seed, keys=keys)
+    request = Request(p, (exact, span, min_keep), lengths=lengths, seed=seed, keys=keys)
     if device is None:
         return arrays.keep_mask(dims, request)
     from msgdrop_numba.tensors import dropout

@@ -68,7 +68,12 @@ def test_there_is_code_to_run(name):
     )
 
 
-@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def marked(block):
+    return pytest.param(block, marks=pytest.mark.ray) if "import ray" in block else block
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("block", map(marked, BLOCKS.values()), ids=BLOCKS)
 def test_code(block, tmp_path):
     script = tmp_path / "block.py"
     script.write_text(block)
@@ -161,6 +166,7 @@ def test_one_command_makes_them_all(monkeypatch, tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in results.glob("*.png"))
 
 
+@pytest.mark.processes
 def test_the_benchmarks_run(monkeypatch):
     monkeypatch.setattr(cpu, "SHAPES", [(3, 5, 20)])
     monkeypatch.setattr(peers, "TENSORS", [peer for peer in peers.TENSORS if "compiled" not in peer.__name__])
@@ -177,6 +183,7 @@ def test_the_benchmarks_run(monkeypatch):
     assert "two threads collating" in gil.table(results)
 
 
+@pytest.mark.processes
 def test_the_other_benchmarks_run(monkeypatch, tmp_path):
     monkeypatch.setattr(curve, "KILOBYTES", [1, 4])
     monkeypatch.setattr(overhead, "SHAPES", [(3, 5, 20)])
@@ -193,6 +200,7 @@ def test_the_other_benchmarks_run(monkeypatch, tmp_path):
         assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.processes
 def test_the_cluster_benchmarks_run(monkeypatch, tmp_path):
     monkeypatch.setattr(apply, "PLACES", {"disk": str(tmp_path)})
     monkeypatch.setattr(apply, "SHARDS", 2)
@@ -203,6 +211,7 @@ def test_the_cluster_benchmarks_run(monkeypatch, tmp_path):
     assert all(seconds > 0 for seconds in results["seconds"]["disk"].values())
 
 
+@pytest.mark.ray
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_the_benchmark_on_ray_runs(monkeypatch):
     for name in ("BLOCKS", "ROWS", "MESSAGES", "FEATURES"):

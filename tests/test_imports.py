@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import msgdrop_numba
 
 PACKAGE = Path(msgdrop_numba.__file__).parent
@@ -38,16 +40,19 @@ def run(
     )
 
 
+@pytest.mark.processes
 def test_numpy_use_imports_no_torch():
     done = run(USE_NUMPY + CHECK)
     assert (done.stdout, done.stderr) == ("False\n", "")
 
 
+@pytest.mark.processes
 def test_the_proof_can_fail():
     done = run(USE_NUMPY + "msgdrop_numba.MessageDropout\n" + CHECK)
     assert (done.stdout, done.stderr) == ("True\n", "")
 
 
+@pytest.mark.processes
 def test_without_torch_its_names_say_what_is_missing():
     code = "import sys\nsys.modules['torch'] = None\n" + USE_NUMPY + "msgdrop_numba.MessageDropout"
     done = run(code)
@@ -62,6 +67,7 @@ def test_every_public_name_is_there():
     assert not hasattr(msgdrop_numba, "nothing")
 
 
+@pytest.mark.processes
 def test_nothing_is_compiled_at_import():
     code = """
 from numba.core import event
@@ -74,6 +80,7 @@ print(len(recorder.buffer))
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
+@pytest.mark.processes
 def test_a_read_only_install_without_a_home(tmp_path):
     """numba raises at decoration where it finds no folder for its cache; kernels must run all the same."""
     shutil.copytree(PACKAGE, tmp_path / "msgdrop_numba", ignore=shutil.ignore_patterns("__pycache__"))
@@ -95,6 +102,7 @@ print(msgdrop_numba.__file__, type(cpu.drop_range._cache).__name__)
     assert done.stdout.split() == [str(tmp_path / "msgdrop_numba" / "__init__.py"), "NullCache"]
 
 
+@pytest.mark.processes
 def test_compiled_code_is_cached(tmp_path):
     code = USE_NUMPY + "import msgdrop_numba.kernels.cpu as cpu\nprint(sum(cpu.drop_range.stats.cache_hits.values()))"
     outputs = [run(code, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]

@@ -29,9 +29,13 @@ class Options(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What one call asks for: options, and its own arguments, as for `message_dropout`."""
+    """What one call asks for: the fields of `Options`, and its own arguments, as for `message_dropout`."""
 
-    options: Options
+    p: Any
+    rule: tuple[Any, ...]
+    scale: Any = False
+    fill: Any = ZERO
+    message_dims: Any = None
     training: Any = True
     inplace: Any = False
     lengths: Any = None
@@ -107,11 +111,11 @@ class Library(Protocol):
 
 def prepare(library: Library, x: Any, request: Request) -> Job:
     """The job of a call. Raises before anything is written or drawn."""
-    options, training, inplace, _, seed, _, generator, out, return_mask = request
-    kind = library.kind(x, options.scale)
-    number, array = library.split_p(options.p)
-    plan = library.plan(x, kind, options.message_dims, (number, *options.rule))
-    fill = library.fill(options.fill, x, len(plan.shape))
+    p, rule, scale, fill, message_dims, training, inplace, _, seed, _, generator, out, return_mask = request
+    kind = library.kind(x, scale)
+    number, array = library.split_p(p)
+    plan = library.plan(x, kind, message_dims, (number, *rule))
+    fill = library.fill(fill, x, len(plan.shape))
     active = training and number != 0
     target = None if out is None and not inplace else library.target(x, request, active, fill)
     device = getattr(x, "device", None)
@@ -125,8 +129,8 @@ def prepare(library: Library, x: Any, request: Request) -> Job:
 
 def prepare_mask(library: Library, shape: tuple[int, ...], request: Request, device: Any = None) -> Job:
     """The job of a mask alone, over the message dims `shape`."""
-    number, array = library.split_p(request.options.p)
-    plan = library.mask_plan(shape, (number, *request.options.rule))
+    number, array = library.split_p(request.p)
+    plan = library.mask_plan(shape, (number, *request.rule))
     seed = library.check_seed(request.seed, None, device)
     if seed is None:
         check_seed(seed)

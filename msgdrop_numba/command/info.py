@@ -12,7 +12,7 @@ import numpy as np
 
 from msgdrop_numba.call import threads
 from msgdrop_numba.call.plan import PARALLEL_BYTES
-from msgdrop_numba.call.request import Options, Request
+from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import DEFAULTS
 from msgdrop_numba.call.ways import Answer
 from msgdrop_numba.command.errors import JobError, one_line
@@ -86,7 +86,7 @@ def case(shape: tuple[int, ...], dtype: str, device: str) -> dict[str, str]:
                 raise JobError(f"there is no tensor of {shape} on {device} here: {one_line(error)}") from error
     if not found:
         raise JobError(f"neither NumPy nor torch, where it is installed, has {dtype} on {device}")
-    request = Request(Options(0.5, tuple(DEFAULTS.values())), seed=0)
+    request = Request(0.5, tuple(DEFAULTS.values()), seed=0)
     return {name: _said(explain(x, request)) for name, x in found.items()}
 
 

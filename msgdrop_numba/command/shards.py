@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from msgdrop_numba.call.keys import hash64, numbered_keys, sample_keys
-from msgdrop_numba.call.request import Options, Request
+from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import KEYWORDS
 from msgdrop_numba.command.errors import JobError, one_line
 from msgdrop_numba.functional import drop_messages, fold_in
@@ -162,7 +162,7 @@ def _npy(task: Task, out: _Hashed) -> None:
                 out.write(piece)
             return
         rows, settings = shape[0], task.settings
-        request = Request(Options(settings.p, settings.rule, message_dims=2), inplace=True)
+        request = Request(settings.p, settings.rule, message_dims=2, inplace=True)
         seed = fold_in(settings.seed, task.epoch)
         count = max(1, CHUNK // max(1, dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))))
         buffer, keys = np.empty((min(count, rows), *shape[1:]), dtype), _keys(task)

@@ -149,7 +149,7 @@ class MessageDropoutBatch:
             )
             lengths_here = None if lengths is None else lengths[here]
             y, mask = drop_messages(
-                block, Request(options, True, rows.writable, lengths_here, self.seed, keys[here], return_mask=True)
+                block, Request(*options, True, rows.writable, lengths_here, self.seed, keys[here], return_mask=True)
             )
             done.append(y)
             masks.append(mask)

@@ -214,14 +214,13 @@ class MessageDropoutCollate:
                 f"{', '.join(fields)} must have as many messages each, but got {sorted(sizes)}: they share one mask; "
                 "give them their own with fields={name: mask name, ...}"
             )
-        options = self._options
-        p, fill = options.p, options.fill
-        request = Request(options, inplace=True, seed=seed, keys=keys, return_mask=True)
+        p, fill = self._options.p, self._options.fill
+        request = Request(*self._options, inplace=True, seed=seed, keys=keys, return_mask=True)
         once = {_memory(x): x for x in fields.values()}  # memory that has two names is dropped in once
         for x in once.values():
             like_x = fill.numpy() if isinstance(fill, Tensor) and isinstance(x, np.ndarray) else fill
             first = p[: max(sizes)] if isinstance(p, np.ndarray) else p
-            _, mask = drop_messages(x, request._replace(options=options._replace(p=first, fill=like_x)))
+            _, mask = drop_messages(x, request._replace(p=first, fill=like_x))
         return mask
 
 

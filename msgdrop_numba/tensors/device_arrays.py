@@ -23,8 +23,7 @@ def message_dropout(x: Any, request: Request) -> Any:
     if request.inplace or request.out is not None:
         _check_writable("x" if request.inplace else "out", x if request.inplace else request.out)
     give_back, tensor = _importer(x), as_tensor("x", x)
-    options = request.options
-    others = options.p, request.lengths, options.fill, request.seed, request.keys, request.out
+    others = request.p, request.lengths, request.fill, request.seed, request.keys, request.out
     current = _stream(x, tensor.device)
     streams = [_stream(value, tensor.device) for value in others]
     waited = {stream for stream in streams if stream not in (None, current)}
@@ -48,11 +47,8 @@ def explain(x: Any, request: Request) -> Answer:
 
 def _as_tensors(request: Request) -> Request:
     """The same request, its device arrays as tensors."""
-    named = {name: as_tensor(name, getattr(request, name)) for name in ("lengths", "seed", "keys", "out")}
-    options = request.options
-    return request._replace(
-        options=options._replace(p=as_tensor("p", options.p), fill=as_tensor("fill", options.fill)), **named
-    )
+    names = ("p", "lengths", "fill", "seed", "keys", "out")
+    return request._replace(**{name: as_tensor(name, getattr(request, name)) for name in names})
 
 
 plain = None  # every one takes the usual door

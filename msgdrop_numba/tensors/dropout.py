@@ -12,16 +12,17 @@ from msgdrop_numba.call.plan import PLAIN, Plan
 from msgdrop_numba.call.plan import plan as make_plan
 from msgdrop_numba.call.request import Request, perform, prepare_mask
 from msgdrop_numba.kernels.records import COPY
-from msgdrop_numba.tensors import nested, traced, ways, write
+from msgdrop_numba.tensors import nested, traced, ways
 from msgdrop_numba.tensors.arguments import WITHOUT_ZERO, scaled_kind
 from msgdrop_numba.tensors.autograd import drop_messages
 from msgdrop_numba.tensors.seeds import fresh_seed
+from msgdrop_numba.tensors.write import draw_mask, write_new
 from msgdrop_numba.torch_private import dense_address
 
 _QUANTIZED = {torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4}
 
 
-def plain(x: Tensor, p: float, scale: Any, message_dims: Any, rule: tuple[Any, ...]) -> Tensor | None:
+def plain(x: Tensor, p: float, scale: Any, message_dims: Any, *rule: Any) -> Tensor | None:
     """A call of numbers alone on an ordinary CPU tensor, in as few steps as it takes; None: it needs more.
 
     It drops out of place, as in training, by a seed drawn from torch's default generator, and fills with zeros.
@@ -38,7 +39,7 @@ def plain(x: Tensor, p: float, scale: Any, message_dims: Any, rule: tuple[Any, .
     job: Any = plan, PLAIN, fresh_seed(None), None, None, None
     if x.requires_grad and torch.is_grad_enabled():
         return drop_messages(x, None, job)  # type: ignore[no-any-return]
-    return write.write_new(job, x, address)
+    return write_new(job, x, address)
 
 
 @lru_cache(maxsize=1024, typed=True)
@@ -61,4 +62,4 @@ def keep_mask(shape: tuple[int, ...], request: Request, device: Any) -> Tensor:
     device = torch.device(device)
     library = ways.mask_way(device, request)
     job = prepare_mask(library, shape, request, device)
-    return traced.draw_mask(job) if library is traced.TRACED else write.draw_mask(job)
+    return traced.draw_mask(job) if library is traced.TRACED else draw_mask(job)

@@ -78,7 +78,7 @@ class _OnHost(_Ordinary):
 
     def draw(self, plan: Plan, p: Any, fill: Any, request: Request, device: torch.device) -> Draw:
         fill = _own_fill(fill, request)
-        return row_arguments(plan, p, fill, request.options.scale, request.lengths, request.keys)
+        return row_arguments(plan, p, fill, request.scale, request.lengths, request.keys)
 
     def seed(self, given: int | None, generator: Any, device: torch.device) -> int:
         return fresh_seed(generator) if given is None else given
@@ -91,7 +91,7 @@ class _OnDevice(_Ordinary):
 
     def draw(self, plan: Plan, p: Any, fill: Any, request: Request, device: torch.device) -> Draw:
         fill = _own_fill(fill, request)
-        return cuda.row_arguments(plan, p, fill, request.options.scale, request.lengths, request.keys, device)
+        return cuda.row_arguments(plan, p, fill, request.scale, request.lengths, request.keys, device)
 
 
 ON_HOST, ON_DEVICE = _OnHost(), _OnDevice()

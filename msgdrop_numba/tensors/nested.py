@@ -18,12 +18,12 @@ from msgdrop_numba.torch_private import ragged_dim
 
 def message_dropout(x: Tensor, request: Request) -> Any:
     """`functional.message_dropout` for a nested tensor."""
-    options, ragged = request.options, x
+    ragged = x
     even = x.layout == torch.jagged and ragged.lengths() is None and ragged_dim(x) == 1  # type: ignore[attr-defined]
-    if not even or options.message_dims not in (None, 2) or x.ndim < 3:
+    if not even or request.message_dims not in (None, 2) or x.ndim < 3:
         raise ValueError(
             f"a nested x must be (batch, messages, *features), jagged and without holes, with message_dims 2, "
-            f"but got {x.ndim} dims, layout {x.layout}, message_dims={options.message_dims}"
+            f"but got {x.ndim} dims, layout {x.layout}, message_dims={request.message_dims}"
         )
     if request.inplace or request.out is not None or request.lengths is not None:
         raise ValueError("a nested x can't be changed in place or written to out, and has lengths of its own")
@@ -40,18 +40,18 @@ def message_dropout(x: Tensor, request: Request) -> Any:
 
 def _values(values: Tensor, sizes: Tensor, shape: tuple[int, int], request: Request) -> tuple[Tensor, Tensor]:
     """The values with messages dropped, themselves where nothing drops, and their keep mask."""
-    options, device = request.options, values.device
-    TRACED.kind(values, options.scale)
-    number, p = TRACED.split_p(options.p)
-    plan = TRACED.mask_plan(shape, (number, *options.rule))
-    fill = TRACED.fill(options.fill, values, 1)
+    device = values.device
+    TRACED.kind(values, request.scale)
+    number, p = TRACED.split_p(request.p)
+    plan = TRACED.mask_plan(shape, (number, *request.rule))
+    fill = TRACED.fill(request.fill, values, 1)
     seed = TRACED.check_seed(request.seed, request.generator, device)
     draw = TRACED.draw(plan, p, fill, request._replace(lengths=sizes), device)
     if not request.training or number == 0:
         return values, TRACED.kept((len(values),), device)
     job = Job(plan, draw, TRACED.seed(seed, request.generator, device))
     inside = torch.arange(shape[1], device=device) < sizes.unsqueeze(-1)
-    scale, _ = row_scales(job, device) if options.scale else (None, None)
+    scale, _ = row_scales(job, device) if request.scale else (None, None)
     if isinstance(scale, Tensor):
         scale = scale.expand(shape)[inside]
     keep = draw_mask(job)[inside]

@@ -62,7 +62,7 @@ class _Traced(Tensors):
     def run(self, x: Tensor, job: Job, request: Request) -> Any:
         told: Told = job.draw
         keep = draw_mask(job)
-        scale, valid = row_scales(job, x.device) if request.options.scale else (None, None)
+        scale, valid = row_scales(job, x.device) if request.scale else (None, None)
         y = operations.select(x, keep, told.fill, scale, valid)
         if job.target is not None:
             y = job.target.copy_(y)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
+pytestmark = pytest.mark.processes
 PROGRAMS = TESTS / "helpers" / "survive.py"
 
 

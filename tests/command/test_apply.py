@@ -151,6 +151,7 @@ def test_what_is_left_out(source, tmp_path):
     assert sorted(files(tmp_path / "out/epoch-0")) == ["a.npy", "b.npy", "söme/c.npy", "söme/d.npy"]
 
 
+@pytest.mark.processes
 def test_processes_give_the_same_bytes(source, tmp_path):
     job(source, tmp_path / "expected", epochs=3)
     for jobs in (1, 2):
@@ -164,6 +165,7 @@ def test_processes_give_the_same_bytes(source, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / '2'} is as its journal says\n", "")
 
 
+@pytest.mark.processes
 def test_torch_is_not_imported(source, tmp_path):
     code = f"""
 import sys
@@ -181,6 +183,7 @@ assert not {{"torch", "ray", "pyarrow"}} & sys.modules.keys()
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.processes
 @pytest.mark.long
 def test_memory_stays_small(tmp_path):
     """4 GB of zeros in a sparse file; a job takes less than 300 MB."""

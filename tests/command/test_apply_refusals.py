@@ -174,6 +174,7 @@ def test_bad_ids(tmp_path, ids, said):
     assert (result.exit_code, said in result.stderr) == (1, True), result.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("setpriv") is None,
     reason="as root, and with setpriv, the rights of root can be given up",
@@ -261,6 +262,7 @@ def test_usage(source, tmp_path, options, said):
     assert (result.exit_code, said in result.stderr) == (2, True)
 
 
+@pytest.mark.ray
 def test_nobody_answers(source, tmp_path):
     for address in ("127.0.0.1:1", "ray://127.0.0.1:1", "nonsense", "127.0.0.1:99999"):
         result = invoke(
@@ -270,6 +272,7 @@ def test_nobody_answers(source, tmp_path):
         assert f"no Ray answers at {address}" in result.stderr
 
 
+@pytest.mark.processes
 def test_debug_shows_the_traceback(source, tmp_path):
     result = CliRunner().invoke(main, ["--debug", "apply", str(source), str(source), "--p", "0.5", "--seed", "7"])
     assert isinstance(result.exception, JobError)

@@ -158,6 +158,7 @@ def gone(mark, seconds=60):
     return True
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_killed_at_any_moment(tmp_path, kills):
     source = save(
@@ -187,6 +188,7 @@ def test_killed_at_any_moment(tmp_path, kills):
     assert files(tmp_path / "out") == expected
 
 
+@pytest.mark.processes
 def test_an_interrupt_ends_all_processes(tmp_path):
     source = save(tmp_path / "in", **{f"{i:02d}": np.ones((64, 32, 128), np.float32) for i in range(40)})
     mark = uuid.uuid4().hex
@@ -206,6 +208,7 @@ def test_an_interrupt_ends_all_processes(tmp_path):
     assert not list((tmp_path / "out").rglob(f".*{shards.PARTIAL}"))
 
 
+@pytest.mark.processes
 def test_a_dead_process_of_the_pool_is_an_error(source, tmp_path):
     def kill_one(tasks):
         for number, done in enumerate(engines.local(1)(tasks * 200)):
@@ -219,6 +222,7 @@ def test_a_dead_process_of_the_pool_is_an_error(source, tmp_path):
         job(source, tmp_path / "out", engine=kill_one)
 
 
+@pytest.mark.processes
 def test_one_job_at_a_time(source, tmp_path):
     def meanwhile(tasks):
         done = run("apply", source, tmp_path / "out", "--p", 0.5, "--seed", 7)
@@ -231,6 +235,7 @@ def test_one_job_at_a_time(source, tmp_path):
     job(source, tmp_path / "out", engine=meanwhile)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(
     not sys.platform.startswith("linux") or os.geteuid() != 0, reason="only root may mount a small file system"
 )

@@ -66,6 +66,7 @@ def test_wrong_options(options, word):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "command", [[sys.executable, "-m", "msgdrop_numba"], [str(Path(sys.executable).parent / "msgdrop")]]
 )
@@ -79,6 +80,7 @@ def test_both_ways_to_call_it(command):
 HIDDEN = "import sys\nfor name in {missing!r}.split():\n    sys.modules[name] = None\nsys.argv = ['msgdrop', *{arguments!r}]\n"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("missing", "arguments", "extra"),
     [
@@ -136,6 +138,7 @@ def test_the_picture_shows_the_mask(tmp_path, monkeypatch):
     assert np.array_equal(seen[0], ~naive.keep_mask((3, 9), 0.4, seed=3))
 
 
+@pytest.mark.processes
 def test_show_without_unicode_and_without_colour():
     done = subprocess.run(
         [sys.executable, "-m", "msgdrop_numba", "show", "--shape", "1,8", "--p", "0.5", "--seed", "1"],
@@ -145,6 +148,7 @@ def test_show_without_unicode_and_without_colour():
     assert b"\x1b" not in done.stdout
 
 
+@pytest.mark.processes
 def test_info():
     done = subprocess.run(
         [sys.executable, "-m", "msgdrop_numba", "info"], capture_output=True, text=True, timeout=60, check=True
@@ -166,12 +170,12 @@ def test_the_paths_that_info_names_are_those_taken(monkeypatch):
 
     from msgdrop_numba import functional, message_dropout
     from msgdrop_numba.call import ways
-    from msgdrop_numba.call.request import Options, Request
+    from msgdrop_numba.call.request import Request
 
     def paths(x):
         """What runs for x, and what is said of it."""
         launched.clear()
-        told.append(functional.explain(x, Request(Options(0.5, (False, 1, 0)), seed=1)))
+        told.append(functional.explain(x, Request(0.5, (False, 1, 0), seed=1)))
         message_dropout(x, 0.5, seed=1)
         drawn = "compiled mask" if launched else "tensor operations"
         runs.append("compiled kernel" if any(launch.out for launch in launched) else drawn)
@@ -255,6 +259,7 @@ def test_wrong_use(command, word):
     assert (result.exit_code, word in result.stderr, "Traceback" in result.stderr) == (2, True, False)
 
 
+@pytest.mark.processes
 def test_a_closed_pipe_ends_it_quietly():
     command = [sys.executable, "-m", "msgdrop_numba", "show", "--shape", "4000,64", "--p", "0.5", "--seed", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -263,6 +268,7 @@ def test_a_closed_pipe_ends_it_quietly():
         assert process.stderr.read() == b""
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("command", [["info"], ["bench", "--shape", "3,5,20", "--rounds", "1"]])
 def test_plain_terminals(command):
     """Neither UTF-8 nor 200 columns."""

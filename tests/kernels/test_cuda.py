@@ -33,6 +33,7 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.processes
 @needs_numba_cuda
 @compiled
 def test_in_the_simulator(tmp_path):

@@ -1,4 +1,4 @@
-"""MessageDropoutCollate, KeyedDataset, Keyed: batches, masks and what bad samples get."""
+"""MessageDropoutCollate: batches, masks, keys, seeds and epochs."""
 
 from __future__ import annotations
 
@@ -11,24 +11,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import oracle
-from torch.utils.data import DataLoader, default_collate
+from helpers.samples import EVEN, LENGTHS, SAMPLES
+from torch.utils.data import DataLoader
 
 from msgdrop_numba import Keyed, KeyedDataset, MessageDropoutCollate, fold_in, keep_mask, message_dropout
-
-LENGTHS = (5, 7, 3, 6, 7, 1, 4)
-
-
-def frames(n: int, i: int = 0) -> Any:
-    return torch.arange(n * 4, dtype=torch.float32).reshape(n, 4) + 100 * i + 1
 
 
 class Clip(NamedTuple):
     audio: Any
     label: int
-
-
-SAMPLES = [frames(n, i) for i, n in enumerate(LENGTHS)]
-EVEN = [frames(5, i) for i in range(6)]
 
 
 def padded(samples: list, pad_value: float = 0.0) -> Any:
@@ -173,7 +164,7 @@ def epoch_of(loader: Any) -> dict[int, bytes]:
     return rows
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.processes)])
 @pytest.mark.parametrize(("batch_size", "shuffle"), [(2, False), (4, True)])
 def test_a_sample_keeps_its_mask_whatever_the_loader(workers, batch_size, shuffle):
     dataset = KeyedDataset([(s, i) for i, s in enumerate(EVEN)])
@@ -191,6 +182,7 @@ def test_a_sample_keeps_its_mask_whatever_the_loader(workers, batch_size, shuffl
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+@pytest.mark.processes
 def test_without_a_seed_torch_governs():
     collate = MessageDropoutCollate(0.5)
     torch.manual_seed(3)
@@ -208,6 +200,7 @@ def test_without_a_seed_torch_governs():
     assert any(not torch.equal(*pair) for pair in batches)
 
 
+@pytest.mark.processes
 def test_batches_of_a_worker_are_in_shared_memory():
     loader = DataLoader(EVEN, batch_size=3, num_workers=1, collate_fn=_IsShared())
     assert list(loader) == [True, True]
@@ -232,6 +225,7 @@ def epochs_reach_a_persistent_worker(collate: Any, method: str) -> None:
         assert torch.equal(next(iter(loader)), torch.where(keep[..., None], torch.stack(EVEN), 0))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_epochs_reach_persistent_workers_through_files(method):
     """A spawned worker doesn't know of the other sharing strategy, and must not share again what it was sent."""
@@ -243,6 +237,7 @@ def test_epochs_reach_persistent_workers_through_files(method):
         torch.multiprocessing.set_sharing_strategy(before)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_epochs_reach_the_persistent_workers_of_a_copy(copied, method):
@@ -261,128 +256,6 @@ def test_rules(rules):
     assert torch.equal(batch, want)
 
 
-# ---- bad input
-
-BAD = [
-    (
-        {},
-        [(EVEN[0], 1), (EVEN[1], 2, "x")],
-        ValueError,
-        "sample 1 must have the fields of the first, tuple of 2.*tuple of 3",
-    ),
-    (
-        {"fields": "x"},
-        [{"x": EVEN[0]}, (EVEN[0],)],
-        ValueError,
-        "sample 1 must have the fields of the first.*tuple of 1",
-    ),
-    ({}, [(EVEN[0], 1), EVEN[1]], ValueError, "sample 1 must have the fields of the first.*Tensor"),
-    ({"p": np.full(4, 0.5)}, EVEN, ValueError, "p must have one probability for each of the 5.*4"),
-    ({}, [EVEN[0].to("meta")], TypeError, "sample 0 must be an ordinary CPU tensor.*meta"),
-    ({}, [np.ma.masked_array(EVEN[0].numpy())], TypeError, "sample 0 must be an array or a tensor.*MaskedArray"),
-    ({}, SAMPLES, ValueError, "sample 1 must have 5 messages.*7.*pad=True"),
-    ({}, [{"x": s} for s in EVEN], ValueError, r"fields must name the fields.*\['x'\]"),
-    ({"fields": "y"}, [{"x": s} for s in EVEN], ValueError, r"fields must be among \['x'\].*'y'"),
-    ({"fields": 2}, [(s, 1) for s in EVEN], ValueError, r"fields must be among \[0, 1\].*2"),
-    ({"fields": -1}, [(s, 1) for s in EVEN], ValueError, r"fields must be among \[0, 1\].*-1"),
-    ({"fields": 0}, EVEN, ValueError, "fields must be None where a sample is an array"),
-    ({"fields": 1}, [(s, 1) for s in EVEN], TypeError, "field 1 of sample 0 must be an array or a tensor.*int"),
-    (
-        {"fields": "x"},
-        [{"x": EVEN[0]}, {"z": EVEN[0]}],
-        ValueError,
-        r"sample 1 must have the fields of the first, dict with \['x'\].*\['z'\]",
-    ),
-    ({}, [EVEN[0], EVEN[1].double()], ValueError, "sample 1 must be like.*float64"),
-    ({}, [EVEN[0], EVEN[1][:, :3]], ValueError, r"sample 1 must be like.*\(3,\)"),
-    ({}, [torch.ones(3)], ValueError, r"sample 0 must be \(messages, \*features\).*\(3,\)"),
-    ({}, [1.0, 2.0], TypeError, "a sample must be an array, tensor.*float"),
-    ({}, [], ValueError, "at least one sample"),
-    ({}, EVEN[0], TypeError, "samples must be a list.*Tensor.*batch_size=None"),
-    ({}, Keyed(1, EVEN[0]), TypeError, "samples must be a list.*Keyed"),
-    ({}, [Keyed(1, EVEN[0]), EVEN[1]], TypeError, "all be Keyed or none, but 1 of 2"),
-    ({}, [Keyed(1, EVEN[0]), Keyed(1.5, EVEN[1])], TypeError, r"a sample's key must be.*1.5.*with the keys \[1, 1.5\]"),
-    ({"seed": 3}, EVEN, ValueError, "seed=3 needs the samples' ids.*KeyedDataset"),
-    ({"pad": True, "fields": "x"}, [{"x": s, "lengths": 1} for s in EVEN], ValueError, r"fields named \['lengths'\]"),
-    ({"fields": [0, 1], "pad": True}, [(EVEN[0], EVEN[0][:2])], ValueError, "field 1 of sample 0.*share one mask"),
-    ({"scale": True}, [s.int() for s in EVEN], TypeError, "scale=True needs.*int32"),
-    ({"fill": 0.5}, [s.int() for s in EVEN], ValueError, "fill must be.*int32.*0.5"),
-    ({"pad": True, "pad_value": 0.5}, [s.int() for s in EVEN], ValueError, "pad_value must be.*int32.*0.5"),
-    ({}, [np.array([["a"]])], TypeError, "sample 0 must have a dtype that torch has.*<U1"),
-    (
-        {"collate_fn": default_collate, "fields": "y"},
-        [{"x": s} for s in EVEN],
-        ValueError,
-        r"fields must be among \['x'\], which what collate_fn returned has, but got 'y'",
-    ),
-    (
-        {"collate_fn": default_collate},
-        [{"x": s} for s in EVEN],
-        ValueError,
-        "fields must name the fields to drop in where what collate_fn returned is a dict",
-    ),
-    (
-        {},
-        [(EVEN[0], EVEN[0]), (EVEN[1], EVEN[0][:2])],
-        RuntimeError,
-        "field 1, which isn't among fields.*stack expects",
-    ),
-    ({}, [(EVEN[0], {1})] * 2, TypeError, "field 1, which isn't among fields.*set"),
-    ({}, [EVEN[0].to_sparse()] * 2, TypeError, "sample 0 must be an ordinary CPU tensor"),
-]
-
-
-@pytest.mark.parametrize(("options", "samples", "error", "message"), BAD)
-def test_bad_samples(options, samples, error, message):
-    with pytest.raises(error, match=message):
-        MessageDropoutCollate(**{"p": 0.5, **options})(samples)
-
-
-@pytest.mark.filterwarnings("ignore:.*quantized tensor creation:UserWarning", "ignore:.*nested tensors:UserWarning")
-def test_tensors_of_other_kinds():
-    """What torch warns of is that it makes such tensors at all."""
-    for make in (
-        lambda: torch.quantize_per_tensor(EVEN[0], 1.0, 0, torch.quint8),
-        lambda: torch.nested.nested_tensor([EVEN[0]]),
-    ):
-        with pytest.raises(TypeError, match="sample 0 must be an ordinary CPU tensor"):
-            MessageDropoutCollate(0.5)([make()] * 2)
-    with pytest.raises(TypeError, match="sample 1 must be an ordinary CPU tensor"):
-        MessageDropoutCollate(0.5)([EVEN[0], torch.nested.nested_tensor([EVEN[0]])])
-
-
-def test_errors_name_the_sample_and_its_key():
-    for key in (31, "clip-31"):
-        with pytest.raises(ValueError, match=rf"field 0 of sample 1 \(key {key!r}\)"):
-            MessageDropoutCollate(0.5)([Keyed(30, (EVEN[0], 1)), Keyed(key, (SAMPLES[1], 1))])
-    loader = DataLoader(KeyedDataset(SAMPLES), 2, num_workers=1, collate_fn=MessageDropoutCollate(0.5))
-    with pytest.raises(ValueError, match=r"sample 1 \(key 1\) must have 5 messages"):
-        next(iter(loader))
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"p": 1.5}, ValueError, "p must be"),
-        ({"seed": -1}, ValueError, "seed must be.*-1"),
-        ({"seed": 1.5}, TypeError, "seed must be.*1.5"),
-        ({"pad": True, "collate_fn": default_collate}, ValueError, "pad=True can't be used with collate_fn"),
-        ({"fields": []}, ValueError, "fields must name at least one"),
-        ({"fields": 1.5}, TypeError, "fields must be a name, an index.*1.5"),
-        ({"fields": {"a", "b"}}, TypeError, "fields must be a name, an index"),
-        ({"fields": True}, TypeError, "fields must be names.*True"),
-        ({"collate_fn": 5}, TypeError, "collate_fn must be a function.*5"),
-        ({"fill": "a"}, TypeError, "fill must be.*'a'"),
-        ({"pad_value": None}, TypeError, "pad_value must be.*None"),
-        ({"span": 0}, ValueError, "span must be.*0"),
-        ({"p": np.full((2, 3), 0.5)}, ValueError, r"p must be a number or have one dim.*\(2, 3\)"),
-    ],
-)
-def test_bad_construction(options, error, message):
-    with pytest.raises(error, match=message):
-        MessageDropoutCollate(**options)
-
-
 def test_a_collate_made_in_other_surroundings():
     with torch.inference_mode(), torch.device("meta"):
         collate = MessageDropoutCollate(0.5, seed=3, pad=True, return_mask=True)
@@ -390,11 +263,3 @@ def test_a_collate_made_in_other_surroundings():
     collate.set_epoch(1)
     assert lengths.tolist() == list(LENGTHS)
     assert batch.device == mask.device == torch.device("cpu")
-
-
-@pytest.mark.parametrize(
-    ("epoch", "error"), [(-1, ValueError), (2**63, ValueError), (1.0, TypeError), (True, TypeError)]
-)
-def test_bad_epochs(epoch, error):
-    with pytest.raises(error, match="epoch must be"):
-        MessageDropoutCollate().set_epoch(epoch)

@@ -47,6 +47,7 @@ def name_of(sample: Any) -> str:
     return f"clip-{sample[1]}"
 
 
+@pytest.mark.processes
 def test_keyed_iterable_datasets():
     dataset = KeyedDataset(Stream(), key=name_of)
     assert isinstance(dataset, IterableDataset)
@@ -204,7 +205,7 @@ class Place:
 
 
 @torchdata_warns
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.processes)])
 @pytest.mark.parametrize("iterable", [False, True])
 def test_a_stateful_loader_resumes_in_mid_epoch(workers, iterable):
     keyed = KeyedDataset(Resumable(), key=operator.itemgetter(1)) if iterable else KeyedDataset(LABELLED)
@@ -228,7 +229,7 @@ def test_a_stateful_loader_resumes_in_mid_epoch(workers, iterable):
     assert rows_of(batches) | rows_of(rest) == dropped(11, 2)
 
 
-@pytest.mark.parametrize("method", ["thread", "process"])
+@pytest.mark.parametrize("method", ["thread", pytest.param("process", marks=pytest.mark.processes)])
 def test_torchdata_nodes(method):
     def pipeline() -> Any:
         source = nodes.MapStyleWrapper(KeyedDataset(LABELLED), torch.utils.data.SequentialSampler(LABELLED))

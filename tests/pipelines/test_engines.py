@@ -63,6 +63,7 @@ def killed_once(drop, mark):
     return call
 
 
+@pytest.mark.ray
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 class TestRay:
     def test_tensor_columns(self, ray):

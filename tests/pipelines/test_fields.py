@@ -120,6 +120,7 @@ def test_memory_maps(tmp_path, mode):
     assert np.array_equal(np.load(tmp_path / "x.npy")[5], AUDIO[0])
 
 
+@pytest.mark.processes
 def test_a_dropped_message_is_not_read(tmp_path):
     """The end of the file behind a map is gone: whoever reads the dropped message dies of SIGBUS."""
     page = mmap.PAGESIZE
@@ -190,7 +191,7 @@ def test_a_sample_without_memory():
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.processes)])
 def test_pin_memory(workers):
     samples = [{"inputs": Inputs(a, i)} for i, a in enumerate(AUDIO)]
     collate = MessageDropoutCollate(0.5, fields=[("inputs", "audio")], pad=True, seed=3)

@@ -108,6 +108,7 @@ def test_streams_keep_their_order():
         assert torch.equal(result, message_dropout(x, 0.3, seed=i))
 
 
+@pytest.mark.processes
 def test_threads_that_have_no_context_yet():
     """torch's autograd thread has none before its first kernel; nor has a new thread of the user's."""
     code = """

@@ -152,6 +152,7 @@ def test_more_than_the_cache_holds(width, options):
     assert torch.equal(y, torch.where(keep[..., None], x * (2.0 if "scale" in options else 1.0), 0))
 
 
+@pytest.mark.processes
 def test_a_first_call_among_fake_tensors():
     code = """
 import torch

@@ -278,6 +278,7 @@ def test_the_simulator_is_never_given_addresses_of_a_device(caplog):
     assert "NUMBA_ENABLE_CUDASIM" in caplog.records[0].getMessage()
 
 
+@pytest.mark.processes
 @needs_numba_cuda
 @compiled
 def test_the_kernels_behind_it_in_the_simulator(tmp_path):
