@@ -16,10 +16,9 @@ from helpers.simulator import compiled, in_the_simulator, needs_numba_cuda, simu
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from msgdrop_numba import MessageDropout, keep_mask, message_dropout
+from msgdrop_numba import MessageDropout, keep_mask, message_dropout, torch_private
 from msgdrop_numba.tensors import arguments as tensors
 from msgdrop_numba.tensors import cuda as torch_cuda
-from msgdrop_numba.tensors import dropout as torch_ops
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -284,4 +283,4 @@ def test_the_simulator_is_never_given_addresses_of_a_device(caplog):
 def test_the_kernels_behind_it_in_the_simulator(tmp_path):
     names = "values or keys_that or missing_dims or gradient_of or a_seed_tensor or strides or simulator_is_never"
     assert in_the_simulator(__file__, tmp_path, "-m", "not gpu", "-k", names) > 30
-    assert torch_ops.is_plain(torch.ones(1))
+    assert torch_private.is_plain(torch.ones(1))
