@@ -28,7 +28,7 @@ from msgdrop_numba.command.shards import run as run_task
 PLACES = {"disk": None, "tmpfs": "/dev/shm"}
 SHARDS, ROWS, MESSAGES, FEATURES = 8, 1024, 64, 512  # 128 MiB each
 BYTES = 4 * SHARDS * ROWS * MESSAGES * FEATURES
-NPY = Settings(0.3, 1, False, 1, 0, None, None, None)
+NPY = Settings(0.3, 1, (False, 1, 0), None, None, None)
 KINDS = {"npy": NPY, "parquet": NPY._replace(columns=("x",), key="id")}
 
 

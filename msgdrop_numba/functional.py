@@ -3,16 +3,71 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 
 import numpy as np
 
-from msgdrop_numba import arrays as numpy_ops
+from msgdrop_numba import arrays
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.plan import mask_shape
+from msgdrop_numba.call.request import Request
+from msgdrop_numba.call.ways import Answer
 from msgdrop_numba.kernels import philox
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from typing_extensions import Unpack
 
+Element = TypeVar("Element", bound=np.generic)
+
+
+class _Rule(TypedDict, total=False):
+    """What a type checker is told of the keywords that decide a mask."""
+
+    exact: bool
+    span: int
+    min_keep: int
+    lengths: Any
+    keys: Any
+
+
+class _Keywords(_Rule, total=False):
+    """The same of all others that don't change what comes back."""
+
+    scale: bool
+    fill: Any
+    message_dims: int | None
+    seed: Any
+    generator: Any
+    out: Any
+
+
+@overload
+def message_dropout(
+    x: NDArray[Element], p: Any = ..., training: bool = ..., inplace: bool = ..., *,
+    return_mask: Literal[False] = ..., **keywords: Unpack[_Keywords],
+) -> NDArray[Element]: ...  # fmt: skip
+@overload
+def message_dropout(
+    x: NDArray[Element], p: Any = ..., training: bool = ..., inplace: bool = ..., *,
+    return_mask: Literal[True], **keywords: Unpack[_Keywords],
+) -> tuple[NDArray[Element], NDArray[np.bool_]]: ...  # fmt: skip
+@overload
+def message_dropout(
+    x: Tensor, p: Any = ..., training: bool = ..., inplace: bool = ..., *,
+    return_mask: Literal[False] = ..., **keywords: Unpack[_Keywords],
+) -> Tensor: ...  # fmt: skip
+@overload
+def message_dropout(
+    x: Tensor, p: Any = ..., training: bool = ..., inplace: bool = ..., *,
+    return_mask: Literal[True], **keywords: Unpack[_Keywords],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def message_dropout(
+    x: Any, p: Any = ..., training: bool = ..., inplace: bool = ..., *,
+    return_mask: bool = ..., **keywords: Unpack[_Keywords],
+) -> Any: ...  # fmt: skip
 def message_dropout(
     x: Any,
     p: Any = 0.5,
@@ -41,16 +96,18 @@ def message_dropout(
         x: NumPy array, tensor, or CuPy or numba device array of numbers or bools, `(*message dims, *features)` with at
             least one feature dim.
         p: probability that a message is **dropped**, in [0, 1]; or an array of them, of the shape of the last message
-            dim or of all message dims.
+            dim or of all message dims. `exact` takes a single number; for tensors on other devices, in transforms and
+            in traced code a Python one.
         training: with False (or p = 0) x itself comes back, unchanged.
         inplace: write into x, only what is dropped (and, scaled, what is kept).
-        scale: multiply kept messages by 1/(1-p), or by n/(n-d) if exactly d of n drop; floating and complex dtypes.
+        scale: multiply kept messages by 1/(1-p), or by n/(n-d) if exactly d of n drop; floating and complex dtypes,
+            but not NumPy's `longdouble`.
         exact: drop exactly floor(n * p) of the n valid messages of each row; p a single number, without `span`.
         span: drop runs of so many neighbouring messages together.
         min_keep: keep at least so many valid messages of each row.
         lengths: valid messages in each row, integers of the shape of the message dims without the last. What lies
             behind is padding: left as it is, kept in the mask.
-        fill: what a dropped message becomes: a number, or an array over the features, of x's dtype.
+        fill: what a dropped message becomes: a number, or an array over the features, of x's kind and dtype.
         message_dims: how many leading dims index messages; None: 2 where x has 3 or more dims, else 1. The last of
             them is the position in a row, the others index rows.
         seed: integer in [0, 2**64), or a 0-d int64 tensor of the same bits. None: drawn from `generator`, else from
@@ -64,9 +121,12 @@ def message_dropout(
     Returns:
         An array like x: `where(keep, x, fill)`, kept messages bit for bit as in x unless scaled; x itself if `inplace`
         or if nothing drops, `out` if given; with `return_mask` a pair. Differentiable in x and in a tensor `fill`.
+        Backward keeps the seed; the keep mask, a byte a message, where arrays (keys, lengths, p) decide it; and with
+        `scale` their lengths and scales, as the contract rounds them; no copy of the data.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, dtype or value. Nothing was written.
+        TypeError, ValueError: an argument is of the wrong type, shape, dtype or value, a masked array say, whose mask
+            would be lost. Nothing was written.
         ModuleNotFoundError: x is a CuPy or numba device array, and torch isn't installed.
 
     Example:
@@ -76,28 +136,47 @@ def message_dropout(
         array([[False,  True,  True,  True],
                [ True,  True, False,  True]])
 
-    Source: the mask contract, version 1 (README), on Philox4x32-10 (Salmon et al., SC'11).
+    Source: the mask contract, version 1 (CONTRACT.md), on Philox4x32-10 (Salmon et al., SC'11).
     """
-    return (_libraries.get(type(x)) or _library(x)).message_dropout(
-        x, p, training, inplace, scale, exact, span, min_keep, lengths, fill, message_dims,
-        seed, keys, generator, out, return_mask,
-    )  # fmt: skip
+    library = _libraries.get(type(x)) or _library(x)
+    if (
+        lengths is None and keys is None and seed is None and generator is None and out is None
+        and type(p) is float and p and (fill is arguments.ZERO or arguments.is_zero(fill))
+        and training and not inplace and not return_mask and library.plain is not None
+    ):  # fmt: skip
+        y = library.plain(x, p, scale, message_dims, exact, span, min_keep)
+        if y is not None:
+            return y
+    return library.message_dropout(x, Request(
+        p, (exact, span, min_keep), scale, fill, message_dims, training, inplace, lengths, seed, keys, generator,
+        out, return_mask,
+    ))  # fmt: skip
 
 
-_libraries: dict[type, Any] = {np.ndarray: numpy_ops}  # of exact types; torch's once a tensor has come
+def drop_messages(x: Any, request: Request) -> Any:
+    """`message_dropout` of a request."""
+    return (_libraries.get(type(x)) or _library(x)).message_dropout(x, request)
+
+
+def explain(x: Any, request: Request) -> Answer:
+    """Which way a call takes, and why; nothing is dropped."""
+    return (_libraries.get(type(x)) or _library(x)).explain(x, request)  # type: ignore[no-any-return]
+
+
+_libraries: dict[type, Any] = {np.ndarray: arrays}  # of exact types; torch's once a tensor has come
 
 
 def _library(x: Any) -> Any:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
-        from msgdrop_numba.tensors import dropout as torch_ops
+        from msgdrop_numba.tensors import dropout
 
-        _libraries[torch.Tensor] = _libraries[torch.nn.Parameter] = torch_ops
-        return torch_ops
+        _libraries[torch.Tensor] = _libraries[torch.nn.Parameter] = dropout
+        return dropout
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError("x must be a plain NumPy array, but got a masked one, whose mask would be lost: give filled()")
     if isinstance(x, np.ndarray):
-        return numpy_ops
+        return arrays
     if hasattr(x, "__cuda_array_interface__"):
         from msgdrop_numba.tensors import device_arrays
 
@@ -108,6 +187,14 @@ def _library(x: Any) -> Any:
     )
 
 
+@overload
+def keep_mask(
+    shape: int | tuple[int, ...], p: Any = ..., *, seed: Any, device: None = ..., **rule: Unpack[_Rule]
+) -> NDArray[np.bool_]: ...
+@overload
+def keep_mask(
+    shape: int | tuple[int, ...], p: Any = ..., *, seed: Any, device: Any, **rule: Unpack[_Rule]
+) -> Tensor: ...
 def keep_mask(
     shape: int | tuple[int, ...],
     p: Any = 0.5,
@@ -140,14 +227,15 @@ def keep_mask(
         array([[False, False, False,  True, False, False],
                [ True, False, False,  True, False,  True]])
 
-    Source: the mask contract, version 1 (README).
+    Source: the mask contract, version 1 (CONTRACT.md).
     """
     dims = mask_shape(shape)
+    request = Request(p, (exact, span, min_keep), lengths=lengths, seed=seed, keys=keys)
     if device is None:
-        return numpy_ops.keep_mask(dims, p, exact, span, min_keep, lengths, seed, keys)
-    from msgdrop_numba.tensors import dropout as torch_ops
+        return arrays.keep_mask(dims, request)
+    from msgdrop_numba.tensors import dropout
 
-    return torch_ops.keep_mask(dims, p, exact, span, min_keep, lengths, seed, keys, device)
+    return dropout.keep_mask(dims, request, device)
 
 
 def fold_in(seed: Any, data: Any) -> int:
@@ -167,6 +255,6 @@ def fold_in(seed: Any, data: Any) -> int:
         >>> fold_in(7, 3)
         10612791744428350474
 
-    Source: the mask contract, version 1 (README); the name is JAX's.
+    Source: the mask contract, version 1 (CONTRACT.md); the name is JAX's.
     """
     return int(philox.fold_in(np.uint64(arguments.check_seed(seed)), np.uint64(arguments.check_key("data", data))))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from msgdrop_numba.call.arguments import ZERO, check_is_number, check_message_dims, probabilities, split_p
-from msgdrop_numba.call.rule import DropRule
+from msgdrop_numba.call.rule import DEFAULTS, DropRule
 from msgdrop_numba.functional import message_dropout
 
 
@@ -16,7 +16,8 @@ class MessageDropout(torch.nn.Module):
     """Drop whole messages `x[b, s, :]` during training, each with probability p; identity in eval mode.
 
     Unlike `torch.nn.Dropout1d` it drops along any number of message dims, never reads what it drops, and scales only
-    when asked to. Backward keeps the seed, or one byte a message where arrays decide the mask, and no copy of the data.
+    when asked to. Backward keeps the seed, or one byte a message where arrays decide the mask (with `scale` their
+    lengths and scales too), and no copy of the data.
 
     Args:
         p: probability that a message is **dropped**, in [0, 1], or an array or tensor of them, one a position.
@@ -39,8 +40,10 @@ class MessageDropout(torch.nn.Module):
         >>> layer(x).shape
         torch.Size([8, 16, 128])
 
-    Source: the mask contract, version 1 (README).
+    Source: the mask contract, version 1 (CONTRACT.md).
     """
+
+    __module__ = "msgdrop_numba"  # where a pickle looks for it, wherever it stands
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class MessageDropout(torch.nn.Module):
         # An array is kept as float64 and no buffer: the mask's bits must not depend on the layer's dtype. See _apply.
         self.p: Any = rule.p if array is None else torch.from_numpy(probabilities(array, tuple(array.shape)))
         self.inplace, self.scale, self.message_dims = inplace, scale, message_dims
-        self.exact, self.span, self.min_keep = rule.exact, rule.span, rule.min_keep
+        self.exact, self.span, self.min_keep = rule.rest
         if isinstance(fill, Tensor) and not isinstance(fill, torch.nn.Parameter):
             self.register_buffer("fill", fill)
         else:
@@ -78,6 +81,14 @@ class MessageDropout(torch.nn.Module):
             self.p = self.p.to(device if device.type == "cuda" else "cpu")
         return self
 
+    @overload
+    def forward(
+        self, x: Tensor, *, lengths: Any = ..., keys: Any = ..., seed: Any = ..., return_mask: Literal[False] = ...
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self, x: Tensor, *, lengths: Any = ..., keys: Any = ..., seed: Any = ..., return_mask: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
     def forward(
         self, x: Tensor, *, lengths: Any = None, keys: Any = None, seed: Any = None, return_mask: bool = False
     ) -> Any:
@@ -101,8 +112,11 @@ class MessageDropout(torch.nn.Module):
             keys=keys, return_mask=return_mask,
         )  # fmt: skip
 
+    if TYPE_CHECKING:  # torch says nothing of what a call gives back
+        __call__ = forward
+
     def extra_repr(self) -> str:
-        usual = {"scale": False, "exact": False, "span": 1, "min_keep": 0, "fill": 0.0, "message_dims": None}
+        usual = {"scale": False, **DEFAULTS, "fill": 0.0, "message_dims": None}
         shown = {"p": self.p, "inplace": self.inplace}
         for name, default in usual.items():
             value = getattr(self, name)

@@ -1,7 +1,7 @@
 """Memory for large outputs: a page fault for every 4 KB of fresh memory costs more than the whole kernel.
 
-Two remedies, each for what it buys (README, Speed): huge pages take one fault for 2 MB; the memory of an earlier output
-that nobody uses any more takes none. Outputs of less than `HUGE_BYTES` come from torch alone.
+Two remedies, each for what it buys (benchmarks/README.md, By size): huge pages take one fault for 2 MB; memory of an
+earlier output that nobody uses any more takes none. Outputs of less than `HUGE_BYTES` come from torch alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msgdrop_numba.torch_private import shared_storage, storage_uses
+
 HUGE_BYTES = 4 * 2**20
 REUSED_BYTES = 32 * 2**20  # from here on the C library hands freed memory back to the system at once
 
@@ -26,9 +28,6 @@ KEPT_BYTES = 512 * 2**20
 _PAGE = 2 * 2**20
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux alone
 _kept: deque[Any] = deque()  # storages of earlier outputs, most of them still in use
-
-# In another torch that hasn't got this, nothing is known to be unused.
-_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
 
 try:
     _madvise: Any = ctypes.CDLL(None).madvise
@@ -51,11 +50,11 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < HUGE_BYTES:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    reused = _unused(nbytes) if nbytes >= REUSED_BYTES and KEPT_BYTES and _use_count is not None else None
+    reused = _unused(nbytes) if nbytes >= REUSED_BYTES and KEPT_BYTES else None
     if reused is None:
         fresh = torch.empty(shape, dtype=dtype, device="cpu")
         advise(fresh.data_ptr(), nbytes)
-        if nbytes >= REUSED_BYTES and _use_count is not None:
+        if nbytes >= REUSED_BYTES and storage_uses(fresh.untyped_storage()):
             _keep(fresh.untyped_storage())
         return fresh
     tensor = over(reused, shape, dtype)
@@ -65,7 +64,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor in C order, in memory that other processes can map."""
-    return over(torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize, device="cpu"), shape, dtype)
+    return over(shared_storage(math.prod(shape) * dtype.itemsize), shape, dtype)
 
 
 def over(storage: Any, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None = None) -> Tensor:
@@ -102,12 +101,14 @@ def _unused(nbytes: int) -> Any:
         if storage.is_shared() or not storage.resizable() or storage.nbytes() < REUSED_BYTES:
             continue  # changed since, by somebody who used it
         # The one use is this Python object.
-        if storage.nbytes() == nbytes and _use_count(storage._cdata) == 1 and sys.getrefcount(storage) == _ALONE:
+        if storage.nbytes() == nbytes and storage_uses(storage) == 1 and sys.getrefcount(storage) == _ALONE:
             return storage
         _kept.append(storage)
     return None
 
 
+reset = _kept.clear  # hold nothing
+
 if hasattr(os, "register_at_fork"):
     # A child shares its parent's pages until it writes: it starts with none to use again.
-    os.register_at_fork(after_in_child=_kept.clear)
+    os.register_at_fork(after_in_child=reset)

@@ -1,4 +1,22 @@
-"""Whether a tensor is an ordinary one whose memory may be read by address: the one place for torch's private names."""
+"""The one place for torch's private names, each with what it saves and what happens where another torch lacks it.
+
+All of them are in torch 2.9 and 2.13, the oldest and the newest that are tested.
+
+`_C._dispatch_keys`, `_C.DispatchKey`, `_C.DispatchKeySet`, `_C._len_torch_dispatch_stack`, `_C._get_tracing_state`,
+`_C._functorch.peek_interpreter_stack`, `forward_ad._current_level`
+    Tell an ordinary tensor from those whose memory may not be read by address; no public name does. Without one of them
+    nothing is known to be ordinary: all tensors take torch's operations, right and slower.
+`_C._functorch.CInterpreter`
+    Tells a transform within compiled code, where the mask must come from torch's operations. Without it: as above.
+`_C._storage_Use_Count`, `UntypedStorage._cdata`
+    Tell whether anybody still uses an output's memory. Without: large outputs are new memory each time, and slower.
+`_C._cuda_getCurrentRawStream`
+    1 us a launch. Without: `torch.cuda.current_stream`.
+The base's `apply` of an `autograd.Function`
+    1.2 us a call: no search for transforms, which no plain tensor is in. Without: `apply` itself.
+`UntypedStorage._new_shared`, `Tensor._is_view`, `NestedTensor._ragged_idx`
+    What torch's own default collate, its in-place rules and its nested tensors go by. Without one, those calls raise.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +65,21 @@ def is_eager() -> bool:
     return _transform() is None  # a tensor from outside a transform looks plain inside it
 
 
+def not_eager_because() -> str:
+    """Why `is_eager` says no; empty: it says yes."""
+    if _is_compiling():
+        return "torch.compile or torch.export traces the call"
+    if _dispatch_keys is None:
+        return f"torch {torch.__version__} lacks the names that tell ordinary tensors from others"
+    if _modes():
+        return "a torch dispatch mode is active"
+    if _tracing() is not None:
+        return "torch.jit traces the call"
+    if forward_ad._current_level >= 0:
+        return "a level of forward AD is open"
+    return "" if _transform() is None else "a transform of torch.func is under way"
+
+
 def all_dense(tensors: list[torch.Tensor]) -> bool:
     """Whether tensors of the exact type are ordinary CPU tensors in C order, where operations are eager.
 
@@ -74,6 +107,26 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in _PLAIN_TYPES and is_eager() and _dispatch_keys(tensor) in _PLAIN
 
 
+def is_plain_cuda(tensor: torch.Tensor) -> bool:
+    """The same on a CUDA device."""
+    return type(tensor) in _PLAIN_TYPES and is_eager() and _dispatch_keys(tensor) in _PLAIN_CUDA
+
+
+def not_plain_because(tensor: torch.Tensor) -> str:
+    """Why neither `is_plain` nor `is_plain_cuda` says yes; empty: one of them does."""
+    if type(tensor) not in _PLAIN_TYPES:
+        return f"it is a {type(tensor).__name__}, a subclass of Tensor"
+    if reason := not_eager_because():
+        return reason
+    if _dispatch_keys(tensor) in _PLAIN or _dispatch_keys(tensor) in _PLAIN_CUDA:
+        return ""
+    if tensor.is_nested or tensor.layout is not _strided:
+        return f"its layout is {tensor.layout}"
+    if tensor.device.type not in ("cpu", "cuda"):
+        return f"there are no kernels for the device {tensor.device.type}"
+    return "it is conjugated, negated, quantised or wrapped by a transform"
+
+
 def dense_address(tensor: torch.Tensor) -> int:
     """Where the elements of a plain tensor of a real dtype in C order lie; 0: it is none, or has none.
 
@@ -93,11 +146,6 @@ def dense_address(tensor: torch.Tensor) -> int:
         return 0
 
 
-def is_plain_cuda(tensor: torch.Tensor) -> bool:
-    """The same on a CUDA device."""
-    return type(tensor) in _PLAIN_TYPES and is_eager() and _dispatch_keys(tensor) in _PLAIN_CUDA
-
-
 def raw_stream(device: int) -> int:
     """The current cudaStream_t of a CUDA device."""
     if _raw_stream is not None:
@@ -105,4 +153,32 @@ def raw_stream(device: int) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # the other way takes 1 us
+_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def quick_apply(function: type[torch.autograd.Function]) -> Any:
+    """A function's `apply` for plain tensors."""
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
+
+
+_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def storage_uses(storage: Any) -> int:
+    """How many use a storage, this Python object included; 0 where that can't be told."""
+    return 0 if _use_count is None else _use_count(storage._cdata)
+
+
+def shared_storage(nbytes: int) -> Any:
+    """A storage that other processes can map."""
+    return torch.UntypedStorage._new_shared(nbytes, device="cpu")
+
+
+def is_view(tensor: torch.Tensor) -> bool:
+    """Whether autograd takes it for a view."""
+    return tensor._is_view()
+
+
+def ragged_dim(tensor: torch.Tensor) -> int:
+    """Which dim of a nested tensor is ragged."""
+    return tensor._ragged_idx  # type: ignore[attr-defined,no-any-return]

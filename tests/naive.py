@@ -1,4 +1,4 @@
-"""The mask contract (README) in plain Python, slow and obvious. Imports nothing of the package."""
+"""The mask contract (CONTRACT.md) in plain Python, slow and obvious. Imports nothing of the package."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def row_keys(keys: Any, row_shape: tuple[int, ...]) -> np.ndarray | None:
 
     Args:
         keys: integers of the shape `row_shape` or a leading part of it; with dims missing, a row's key is
-            `fold_in(key, C-order index in the missing dims)` (contract, section 2).
+            `fold_in(key, C-order index in the missing dims)` (CONTRACT.md, 4).
         row_shape: the message dims without the last.
     """
     if keys is None:
@@ -173,7 +173,7 @@ def thresholds(p: np.ndarray) -> np.ndarray:
     return rounded.astype(np.uint64)
 
 
-def factors(p: np.ndarray) -> np.ndarray:
+def scales(p: np.ndarray) -> np.ndarray:
     """1/(1-p) for each element, and 1 where p is 1."""
     result: np.ndarray = 1 / np.where(p < 1, 1 - p, 1)
     return result

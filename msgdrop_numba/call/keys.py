@@ -10,6 +10,7 @@ from uuid import UUID
 import numpy as np
 
 from msgdrop_numba.call.arguments import check_key
+from msgdrop_numba.kernels.rules import fold_rows
 
 
 def sample_key(sample_id: Any) -> int:
@@ -31,7 +32,7 @@ def sample_key(sample_id: Any) -> int:
         >>> sample_key("clip-0001")
         4734007382124388018
 
-    Source: the mask contract, version 1 (README); BLAKE2b is RFC 7693.
+    Source: the mask contract, version 1 (CONTRACT.md); BLAKE2b is RFC 7693.
     """
     if type(sample_id) is int and 0 <= sample_id < 2**64:  # the usual one, asked first
         return sample_id
@@ -53,6 +54,13 @@ def sample_keys(ids: np.ndarray) -> np.ndarray:
     if ids.dtype.kind not in "OUST":
         raise TypeError(f"sample ids must be integers or strings, but got {ids.dtype}")
     return np.array([sample_key(sample_id) for sample_id in ids.tolist()], np.uint64)
+
+
+def numbered_keys(key: int, first: int, count: int) -> np.ndarray:
+    """The keys of rows `first` and on that share a key, into which each folds its number (CONTRACT.md, 4)."""
+    folded = np.empty(count, np.uint64)
+    fold_rows(np.array([key], np.uint64), first + count, first, folded)
+    return folded
 
 
 def hash64(data: bytes) -> int:

@@ -13,12 +13,27 @@ import numpy as np
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.rule import MAX_ROW, DropRule
-from msgdrop_numba.kernels.cpu import LINE, OTHER
-from msgdrop_numba.kernels.rules import PLAN
+from msgdrop_numba.kernels.records import COPY, LINE, OTHER, PLAN, RULE, PlanNumbers
 
 # Below this many bytes written, waking threads costs more than it saves.
 PARALLEL_BYTES = 256 * 1024
 STREAM_BYTES = 32 * 2**20  # the last-level cache of a usual server core complex
+
+# Why the kernels can't follow an array.
+FAR_APART = "its features aren't contiguous, or its rows don't lie evenly"
+UNKNOWN_SCALE = "the kernels can't scale its dtype"
+
+
+class Rows(NamedTuple):
+    """Where the messages of each row lie, each in memory of its own.
+
+    Fields:
+        starts: int64, one a row: the address of its messages.
+        padding: one message for what lies behind them, an array or tensor; None: zeros.
+    """
+
+    starts: Any
+    padding: Any = None
 
 
 class Draw:
@@ -27,35 +42,34 @@ class Draw:
     Args:
         fill: one message, an array or tensor; None: zeros.
         lengths: int64, one a row. keys: uint64, one a row; None: the row's index.
-        thresholds: uint64, for p one a position or, if two-dimensional, one a message. factors: float64, the same,
-            where kept messages are scaled by them.
+        thresholds: uint64, for p one a position or, if two-dimensional, one a message. scales: float64, the same,
+            where kept messages are multiplied by them.
         given: the mask is there already: nothing is drawn.
-        sources: int64, one a row: the address of its messages. padding: one message, as `fill`, for what lies behind.
+        rows: where the rows lie, if not in one array.
     """
 
-    __slots__ = (
-        "address", "factors", "fill", "given", "keys", "lengths", "padding", "record", "seeded", "sources",
-        "thresholds",
-    )  # fmt: skip
+    __slots__ = ("address", "fill", "given", "keys", "lengths", "record", "rows", "scales", "seeded", "thresholds")
 
     def __init__(
-        self, fill: Any = None, lengths: Any = None, keys: Any = None, thresholds: Any = None, factors: Any = None,
-        given: bool = False, sources: Any = None, padding: Any = None,
+        self, fill: Any = None, lengths: Any = None, keys: Any = None, thresholds: Any = None, scales: Any = None,
+        given: bool = False, rows: Rows | None = None,
     ) -> None:  # fmt: skip
         self.fill, self.lengths, self.keys, self.thresholds = fill, lengths, keys, thresholds
-        self.factors, self.given, self.sources, self.padding = factors, given, sources, padding
+        self.scales, self.given, self.rows = scales, given, rows
         # Whether plan and seed alone decide the mask.
         self.seeded = lengths is None and keys is None and thresholds is None and not given
-        per_row = any(values is not None and values.ndim > 1 for values in (thresholds, factors))
+        per_row = any(values is not None and values.ndim > 1 for values in (thresholds, scales))
+        starts, padding = (0, 0) if rows is None else (address(rows.starts), address(rows.padding))
         # One DRAW, whose fields are all int64.
         self.record = array(
             "q", (address(fill), given, address(lengths), address(keys), address(thresholds), per_row,
-                  address(factors), address(sources), address(padding)),
+                  address(scales), starts, padding),
         )  # fmt: skip
         self.address, _ = self.record.buffer_info()
 
 
 PLAIN = Draw()
+GIVEN = Draw(given=True)
 
 
 class Plan(NamedTuple):
@@ -65,19 +79,19 @@ class Plan(NamedTuple):
     messages: int
     size: int  # messages in a row
     nbytes: int  # that a call writes, at most
-    kind: int  # what is done to kept elements, see kernels.cpu
-    followed: bool  # whether the kernels know the dtype and can follow the strides
+    kind: int  # what is done to kept elements, see kernels.records
+    obstacle: str  # why the kernels can't follow; empty: they can
+    followed: bool  # whether there is none
     serial: bool  # whether followed, not empty and too little for threads
     rule: DropRule
     arguments: tuple[Any, ...]  # that it was made from, but for strides
     record: np.ndarray[Any, Any]  # one PLAN, what the kernels read
     address: int  # of the record
-    numbers: tuple[Any, ...]  # the record's fields
+    numbers: Any  # the record's fields, a PlanNumbers
 
 
 def plan(
-    shape: tuple[int, ...], itemsize: int, kind: int, message_dims: int | None,
-    p: float | None, exact: bool, span: int, min_keep: int,
+    shape: tuple[int, ...], itemsize: int, kind: int, message_dims: int | None, rule: tuple[Any, ...],
     strides: tuple[int, ...] | None = None, out_strides: tuple[int, ...] | None = None,
 ) -> Plan:  # fmt: skip
     """The plan for arrays of `shape`, made once for each set of arguments: it costs as much as a small kernel.
@@ -87,27 +101,26 @@ def plan(
         itemsize: bytes in an element.
         kind: COPY, or the type that kept elements are scaled in.
         message_dims: how many leading dims index messages; None: 2 of 3 or more, else 1.
-        p, exact, span, min_keep: as for `DropRule`.
+        rule: the arguments of `DropRule`, p first.
         strides, out_strides: of the array read and the one written, in bytes; None: C order.
     """
     try:
-        return _cached(shape, itemsize, kind, message_dims, p, exact, span, min_keep, strides, out_strides)
+        return _cached(shape, itemsize, kind, message_dims, strides, out_strides, *rule)
     except TypeError:  # of a wrong type, or unhashable: made again, to say which
         pass
-    return _make(shape, itemsize, kind, message_dims, p, exact, span, min_keep, strides, out_strides)
+    return _make(shape, itemsize, kind, message_dims, strides, out_strides, *rule)
 
 
 def _make(
     shape: tuple[int, ...], itemsize: int, kind: int, message_dims: int | None,
-    p: float | None, exact: bool, span: int, min_keep: int,
-    strides: tuple[int, ...] | None, out_strides: tuple[int, ...] | None,
+    strides: tuple[int, ...] | None, out_strides: tuple[int, ...] | None, *told: Any,
 ) -> Plan:  # fmt: skip
-    rule = DropRule(p, exact, span, min_keep)
+    rule = DropRule(*told)
     dims = arguments.message_dims(shape, message_dims)
     if shape[dims - 1] > MAX_ROW:
         raise ValueError(f"a row has at most 2**34 messages, but x has shape {tuple(shape)}")
     steps = [_steps(shape, itemsize, dims, s) for s in (strides, out_strides)]
-    followed = steps[0] is not None and steps[1] is not None and kind != OTHER
+    obstacle = UNKNOWN_SCALE if kind == OTHER else "" if None not in steps else FAR_APART
     width = math.prod(shape[dims:]) * itemsize
     messages = math.prod(shape[:dims])
     beside = steps[0] == steps[1] == (width * shape[dims - 1], width)
@@ -117,49 +130,54 @@ def _make(
     record = np.zeros(1, PLAN)
     record[0] = (
         shape[dims - 1], width, kind, rule.scale, *(steps[0] or (0, 0)), *(steps[1] or (0, 0)),
-        words, stream, rule.threshold, rule.p == 1, rule.exact, rule.span, rule.min_keep,
+        words, stream, *(getattr(rule, name) for name, _ in RULE),
     )  # fmt: skip
     nbytes = messages * (width or 1)
     return Plan(
-        tuple(shape[:dims]), messages, shape[dims - 1], nbytes, kind, followed,
-        followed and 0 < nbytes < PARALLEL_BYTES, rule,
-        (shape, itemsize, kind, message_dims, p, exact, span, min_keep), record,
-        record.__array_interface__["data"][0], record[0].item(),
+        tuple(shape[:dims]), messages, shape[dims - 1], nbytes, kind, obstacle, not obstacle,
+        not obstacle and 0 < nbytes < PARALLEL_BYTES, rule, (shape, itemsize, kind, message_dims, told), record,
+        record.__array_interface__["data"][0], PlanNumbers._make(record[0].item()),
     )  # fmt: skip
 
 
+def mask_plan(shape: tuple[int, ...], rule: tuple[Any, ...]) -> Plan:
+    """The plan for a mask alone, over the message dims `shape`."""
+    return plan((*shape, 0), 0, COPY, len(shape), rule)
+
+
 _cached = lru_cache(maxsize=1024, typed=True)(_make)
+reset = _cached.cache_clear
 
 
-def row_arguments(plan: Plan, p: Any, scale: bool, fill: Any, lengths: Any, keys: Any) -> Draw:
+def row_arguments(plan: Plan, p: Any, fill: Any, scale: bool, lengths: Any, keys: Any) -> Draw:
     """The arguments that are arrays over rows or messages, checked and laid out for the kernels; p None: a number."""
     if p is None and fill is None and lengths is None and keys is None:
         return PLAIN
     rows = plan.shape[:-1]
-    t = f = None
+    thresholds = scales = None
     if p is not None:
         p = arguments.probabilities(p, plan.shape)
-        t, f = arguments.thresholds(p), arguments.factors(p) if scale else None
-    return Draw(fill, arguments.row_lengths(lengths, rows, plan.size), arguments.row_keys(keys, rows), t, f)
+        thresholds, scales = arguments.thresholds(p), arguments.scales(p) if scale else None
+    lengths = arguments.row_lengths(lengths, rows, plan.size)
+    return Draw(fill, lengths, arguments.row_keys(keys, rows), thresholds, scales)
 
 
-def kept_factors(plan: Plan, draw: Draw) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def kept_scales(plan: Plan, draw: Draw) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """What the kernels multiply each message by (float64), and where they do, not in padding, over the message dims."""
     rows = plan.shape[:-1]
     lengths = np.full(rows, plan.size) if draw.lengths is None else draw.lengths.reshape(rows)
-    if draw.factors is not None:
-        factors = draw.factors
-    elif plan.rule.exact:
-        counts, row = np.unique(lengths, return_inverse=True)
-        factors = np.array([plan.rule.row_scale(int(n)) for n in counts])[row].reshape(*rows, 1)
+    if draw.scales is not None:
+        scales = draw.scales
     else:
-        factors = np.array(plan.rule.scale)
-    return np.broadcast_to(factors, plan.shape), np.arange(plan.size) < lengths[..., None]
+        counts, row = np.unique(lengths, return_inverse=True)
+        scales = np.array([plan.rule.row_scale(int(n)) for n in counts])[row].reshape(*rows, 1)
+    return np.broadcast_to(scales, plan.shape), np.arange(plan.size) < lengths[..., None]
 
 
 def follow(contiguous: Plan, strides: tuple[int, ...], out_strides: tuple[int, ...]) -> Plan:
-    """The same plan for arrays that aren't in C order; `followed` says whether the kernels can."""
-    return _cached(*contiguous.arguments, strides, out_strides)
+    """The same plan for arrays that aren't in C order; its `obstacle` says why the kernels can't follow them."""
+    *made_from, told = contiguous.arguments
+    return _cached(*made_from, strides, out_strides, *told)
 
 
 def mask_shape(shape: Any) -> tuple[int, ...]:

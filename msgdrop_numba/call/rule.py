@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 ONE = 2**32  # a threshold of 1.0: every 32-bit draw lies below it
@@ -12,7 +12,7 @@ MAX_ROW = 2**34  # messages: the contract's 32-bit counter numbers four draws ea
 
 @dataclass(frozen=True, slots=True)
 class DropRule:
-    """The rule of a mask.
+    """The rule of a mask: the one place, behind the public signatures, that names its keywords.
 
     Args:
         p: probability that a message is dropped, a real number in [0, 1]; None where it is an array, kept elsewhere.
@@ -32,13 +32,13 @@ class DropRule:
         Traceback (most recent call last):
         ValueError: exact can't be combined with span=2: exact drops single messages
 
-    Source: the mask contract, version 1 (README).
+    Source: the mask contract, version 1 (CONTRACT.md).
     """
 
     p: float | None
-    exact: bool = False
-    span: int = 1
-    min_keep: int = 0
+    exact: bool = field(default=False, metadata={"help": "Drop exactly floor(n p) of a row's n messages."})
+    span: int = field(default=1, metadata={"help": "Drop runs of so many messages together.", "least": 1})
+    min_keep: int = field(default=0, metadata={"help": "Keep at least so many of a row.", "least": 0})
 
     def __post_init__(self) -> None:
         if self.p is not None:
@@ -53,9 +53,29 @@ class DropRule:
             raise ValueError("exact needs p to be a single number (traced: a Python one), but got an array or tensor")
 
     @property
+    def rest(self) -> tuple[Any, ...]:
+        """The fields behind p, checked, in their order."""
+        return tuple(getattr(self, name) for name in KEYWORDS)
+
+    @property
+    def packed(self) -> list[int]:
+        """The same as integers, which an operator of torch's takes."""
+        return [int(value) for value in self.rest]
+
+    @property
     def threshold(self) -> int:
         """T(p) of the contract: a message drops where its draw lies below this; 0 where p is an array."""
         return 0 if self.p is None else round(self.p * ONE)
+
+    @property
+    def certain(self) -> bool:
+        """Whether p is 1: all drops, and nothing that is kept all the same is scaled."""
+        return self.p == 1
+
+    @property
+    def limited(self) -> bool:
+        """Whether fewer messages of a row may drop than the draws alone would say."""
+        return bool(self.exact or self.min_keep)
 
     @property
     def scale(self) -> float:
@@ -68,6 +88,16 @@ class DropRule:
             return self.scale
         dropped = min((valid * (2 * self.threshold + 1)) >> 33, max(0, valid - self.min_keep))
         return valid / max(1, valid - dropped)
+
+
+# What of a rule is given by keyword, wherever messages drop, and what holds where it isn't.
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(DropRule)[1:]}
+KEYWORDS = tuple(DEFAULTS)
+
+
+def unpacked(values: Any) -> tuple[Any, ...]:
+    """What `packed` packed."""
+    return tuple(type(default)(value) for default, value in zip(DEFAULTS.values(), values, strict=True))
 
 
 def check_p(p: Any) -> float:

@@ -17,7 +17,8 @@ from numba import config
 from numba.core.compiler_lock import global_compiler_lock
 
 from msgdrop_numba.call.plan import PARALLEL_BYTES, PLAIN, Draw, Plan, plan
-from msgdrop_numba.kernels.cpu import COPY, drop_parallel, drop_range, range_address
+from msgdrop_numba.kernels.cpu import drop_parallel, drop_range, range_address
+from msgdrop_numba.kernels.records import COPY
 
 
 class _Layer:
@@ -60,11 +61,17 @@ def chunks(nbytes: int) -> int:
 def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> None:
     """Run the kernel, serial or parallel, from address x to address out; without out, make the mask alone."""
     bits = seed if seed < 2**63 else seed - 2**64
-    parts = chunks(plan.nbytes if out else plan.messages)
+    mask_bytes = plan.messages  # a byte each
+    parts = chunks(plan.nbytes if out else mask_bytes)
     if parts == 1:
         drop_range(0, plan.messages, plan.address, draw.address, x, out, mask, bits)
     else:
         drop_parallel(range_address(), plan.messages, plan.address, draw.address, x, out, mask, bits, parts)
+
+
+def cache_folder() -> str | None:
+    """Where compiled code is kept; None: nowhere."""
+    return getattr(getattr(drop_range, "_cache", None), "cache_path", None)  # none without the compiler
 
 
 def load() -> None:
@@ -72,7 +79,7 @@ def load() -> None:
     launch(_NOTHING, PLAIN, 0, 0, 0, 0)
 
 
-_NOTHING = plan((1, 1), 1, COPY, 1, 0.0, False, 1, 0)
+_NOTHING = plan((1, 1), 1, COPY, 1, (0.0,))
 
 
 def _after_fork_in_child() -> None:

@@ -50,7 +50,7 @@ def make(
     tasks = {_task(file, output, settings, epoch): file.bytes for epoch in range(epochs) for file in found.files}
     header = {
         "job": "msgdrop apply", "contract": CONTRACT, "version": __version__, "input": found.digest,
-        "files": len(tasks), "parameters": {**settings._asdict(), "epochs": epochs},
+        "files": len(tasks), "parameters": {**settings.parameters(), "epochs": epochs},
     }  # fmt: skip
     with _locked(output):
         log = journal.Journal(output, header)

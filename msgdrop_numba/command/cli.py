@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from msgdrop_numba.call.rule import KEYWORDS, DropRule
 from msgdrop_numba.command.errors import JobError, one_line
 from msgdrop_numba.command.install import install_line
 
@@ -57,12 +61,6 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return tuple(int(part) for part in parts)
 
 
-def _span(context: click.Context, parameter: Any, span: int) -> int:
-    if span > 1 and context.params["exact"]:
-        raise click.UsageError("--exact can't be combined with --span: it drops single messages")
-    return span
-
-
 def _probability(context: Any, parameter: Any, p: float) -> float:
     if p != p:  # NaN lies in every range
         raise click.BadParameter(f"must be from 0 to 1, but got {p}")
@@ -70,28 +68,33 @@ def _probability(context: Any, parameter: Any, p: float) -> float:
 
 
 def _rule(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say which messages drop."""
-    for option in (
-        click.option("--min-keep", default=0, type=click.IntRange(min=0), help="Keep at least so many of a row."),
-        click.option(
-            "--span",
-            default=1,
-            type=click.IntRange(min=1),
-            callback=_span,
-            help="Drop runs of so many messages together.",
-        ),
-        click.option("--exact", is_flag=True, is_eager=True, help="Drop exactly floor(n p) of a row's n messages."),
-        click.option("--seed", required=True, type=click.IntRange(0, 2**64 - 1), help="Seed of the masks."),
-        click.option(
-            "--p",
-            required=True,
-            type=click.FloatRange(0, 1),
-            callback=_probability,
-            help="Probability of dropping a message.",
-        ),
-    ):
-        command = option(command)
-    return command
+    """The options that say which messages drop; the command gets those of the rule behind p as one tuple, `rule`."""
+
+    @functools.wraps(command)
+    def with_rule(p: float, **told: Any) -> Any:
+        rule = tuple(told.pop(name) for name in KEYWORDS)
+        try:
+            DropRule(p, *rule)
+        except ValueError as error:
+            named = re.sub(rf"\b({'|'.join(KEYWORDS)})\b", lambda m: "--" + m[0].replace("_", "-"), str(error))
+            raise click.UsageError(named) from None
+        return command(p=p, rule=rule, **told)
+
+    for keyword in reversed(fields(DropRule)[1:]):
+        of_rule: dict[str, Any] = {"is_flag": True}
+        if "least" in keyword.metadata:
+            of_rule = {"type": click.IntRange(min=keyword.metadata["least"])}
+        flag = "--" + keyword.name.replace("_", "-")
+        with_rule = click.option(flag, default=keyword.default, help=keyword.metadata["help"], **of_rule)(with_rule)
+    seed = click.option("--seed", required=True, type=click.IntRange(0, 2**64 - 1), help="Seed of the masks.")
+    p = click.option(
+        "--p",
+        required=True,
+        type=click.FloatRange(0, 1),
+        callback=_probability,
+        help="Probability of dropping a message.",
+    )
+    return p(seed(with_rule))
 
 
 def _picture_path(context: Any, parameter: Any, path: Path | None) -> Path | None:
@@ -129,8 +132,8 @@ def main(debug: bool) -> None:
 )
 @click.option("--ray-address", metavar="ADDRESS", help="A Ray cluster that sees INPUT and OUTPUT under the same paths.")
 def apply(
-    source: Path, output: Path, p: float, seed: int, exact: bool, span: int, min_keep: int, epochs: int,
-    columns: str | None, key: str | None, ids: str | None, jobs: int | None, engine: str, ray_address: str | None,
+    source: Path, output: Path, p: float, seed: int, rule: tuple[Any, ...], epochs: int, columns: str | None,
+    key: str | None, ids: str | None, jobs: int | None, engine: str, ray_address: str | None,
 ) -> None:  # fmt: skip
     """Drop messages in all shards of INPUT, into OUTPUT/epoch-0, OUTPUT/epoch-1 and so on.
 
@@ -152,7 +155,7 @@ def apply(
     if ids is not None and (Path(ids).name != ids or not ids.endswith(".npy")):
         raise click.UsageError(f"--ids must be the name of .npy files that lie beside the shards, but got {ids!r}")
     names = None if columns is None else tuple(name.strip() for name in columns.split(","))
-    settings = Settings(p, seed, exact, span, min_keep, names, key, ids)
+    settings = Settings(p, seed, rule, names, key, ids)
     found = inputs.find(source, settings)
     run = engines.on_ray(jobs, ray_address) if engine == "ray" else engines.local(jobs or _cpus())
     with _bytes_bar("dropping", epochs * sum(file.bytes for file in found.files)) as tick:
@@ -198,15 +201,13 @@ def _bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 )
 @_rule
 @click.option("--output", type=_PNG, callback=_picture_path, help="Draw it into a PNG file too.")
-def show(
-    shape: tuple[int, ...], p: float, seed: int, exact: bool, span: int, min_keep: int, output: Path | None
-) -> None:
+def show(shape: tuple[int, ...], p: float, seed: int, rule: tuple[Any, ...], output: Path | None) -> None:
     """Show the mask of rows with the keys 0, 1, 2, ...: what is kept is full, what is dropped is empty."""
     from msgdrop_numba import keep_mask
 
     if len(shape) != 2:
         raise click.BadParameter(f"must be two numbers, rows and messages, but got {shape}", param_hint="--shape")
-    mask = keep_mask(shape, p, exact=exact, span=span, min_keep=min_keep, seed=seed)
+    mask = keep_mask(shape, p, seed=seed, **dict(zip(KEYWORDS, rule, strict=True)))
     encoding = sys.stdout.encoding or "ascii"
     kept, dropped = ("█", "·") if encoding.lower().startswith("utf") else ("#", ".")
     for key, row in enumerate(mask):
@@ -225,15 +226,26 @@ def show(
 
 
 @main.command()
-def info() -> None:
-    """Say what is installed, how kernels run here, and which path each kind of array takes."""
+@click.option("--shape", type=_Numbers(), metavar="N,N,N", help="Of an array to ask about, message dims and features.")
+@click.option("--dtype", default="float32", show_default=True, help="Of that array, by its name in NumPy or torch.")
+@click.option("--device", default="cpu", show_default=True, help="Where it lies, as torch names it.")
+def info(shape: tuple[int, ...] | None, dtype: str, device: str) -> None:
+    """Say what is installed, how kernels run here, and which path each kind of array takes.
+
+    With --shape: which path arrays of that shape and dtype take on that device, and why.
+    """
+    from msgdrop_numba.call.ways import WAYS
     from msgdrop_numba.command import info as facts
 
+    if shape is not None:
+        for name, path in facts.case(shape, dtype, device).items():
+            click.echo(f"{name}: {path}")
+        return
     console = Console()
     for name, value in {**facts.versions(), **facts.kernels(), "GPU": facts.gpu()}.items():
         click.echo(f"{name}: {value}")
     table = Table(*(Column(name, overflow="fold") for name in ("array", "path", "why")))
-    for row in facts.PATHS:
+    for row in WAYS:
         table.add_row(*row)
     console.print(table)
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
+from typing import Any
 
 import numba
+import numpy as np
 
 from msgdrop_numba.call import threads
 from msgdrop_numba.call.plan import PARALLEL_BYTES
-from msgdrop_numba.kernels.cpu import drop_range
+from msgdrop_numba.call.request import Request
+from msgdrop_numba.call.rule import DEFAULTS
+from msgdrop_numba.call.ways import Answer
+from msgdrop_numba.command.errors import JobError, one_line
+from msgdrop_numba.functional import explain
 from msgdrop_numba.version import __version__
 
 PACKAGES = ("numpy", "numba", "torch", "numba-cuda", "pyarrow", "ray", "xxhash")
@@ -34,7 +40,7 @@ def kernels() -> dict[str, str]:
         layer: str = numba.threading_layer()
     except ValueError:  # no parallel kernel may run here, so none was started
         layer = "not started"
-    folder = getattr(getattr(drop_range, "_cache", None), "cache_path", None)  # none without the compiler
+    folder = threads.cache_folder()
     least = f"{PARALLEL_BYTES // 1024} KB"
     return {
         "threads": f"{parts} for outputs of {least} and more, else 1; this machine has {os.cpu_count()} CPUs",
@@ -51,22 +57,48 @@ def gpu() -> str:
         return "unknown: torch isn't installed"
     if not torch.cuda.is_available():
         return f"none that torch {torch.__version__} can use"
-    from msgdrop_numba.tensors import cuda as torch_cuda
+    from msgdrop_numba.tensors import cuda
 
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    usable = torch_cuda.usable(torch.device("cuda", 0))
-    return f"{names}; {'with' if usable else 'without'} numba-cuda"
+    missing = cuda.obstacle(torch.device("cuda", 0))
+    return f"{names}; {f'without kernels: {missing}' if missing else 'with numba-cuda'}"
 
 
-# Kind of array, what runs, and why.
-PATHS = [
-    ("NumPy array", "compiled kernel", "its features are contiguous and its rows lie evenly"),
-    ("NumPy array, other layouts", "compiled mask, NumPy's where", "the kernel can't follow its strides or byte order"),
-    ("CPU or CUDA tensor", "compiled kernel", "as for arrays; under autograd with a backward of ours"),
-    ("CPU or CUDA tensor, other layouts", "compiled kernel on a copy", "in place, or features apart: torch's where"),
-    ("CPU or CUDA tensor, torch.compile", "compiled mask, torch's where", "one graph, fused by the compiler"),
-    ("export, vmap, jvp, fake tensors", "tensor operations", "nothing of this package may be called there"),
-    ("CuPy or numba device array", "as a CUDA tensor", "on its own stream; needs torch"),
-    ("CUDA tensor without numba-cuda", "tensor operations", "the same mask; a log line says what to install"),
-    ("ROCm, MPS and XPU tensors", "tensor operations", "no kernels for them"),
-]
+def case(shape: tuple[int, ...], dtype: str, device: str) -> dict[str, str]:
+    """Which way arrays of a shape and dtype take on a device, by kind of array, and why.
+
+    Raises:
+        JobError: there are no such arrays here.
+    """
+    found = {}
+    if device == "cpu" and (array := _array(shape, dtype)) is not None:
+        found["NumPy array"] = array
+    try:
+        import torch
+    except ModuleNotFoundError:
+        torch = None  # type: ignore[assignment]
+    if torch is not None:
+        kind = getattr(torch, dtype, None)
+        if isinstance(kind, torch.dtype):
+            try:
+                found["tensor"] = torch.empty(shape, dtype=kind, device=device)
+            except (RuntimeError, AssertionError) as error:  # torch built without the device asserts
+                raise JobError(f"there is no tensor of {shape} on {device} here: {one_line(error)}") from error
+    if not found:
+        raise JobError(f"neither NumPy nor torch, where it is installed, has {dtype} on {device}")
+    request = Request(0.5, tuple(DEFAULTS.values()), seed=0)
+    return {name: _said(explain(x, request)) for name, x in found.items()}
+
+
+def _array(shape: tuple[int, ...], dtype: str) -> Any:
+    try:
+        return np.empty(shape, dtype)
+    except TypeError:  # no dtype of NumPy's
+        return None
+
+
+def _said(answer: Answer) -> str:
+    if answer.reason:
+        return f"{answer.way.path}, as {answer.reason}"
+    parts = threads.chunks(answer.nbytes)
+    return f"{answer.way.path}, {parts} thread{'s' if parts > 1 else ''}: {answer.way.why}"

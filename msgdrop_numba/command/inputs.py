@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from msgdrop_numba.call.request import Request
 from msgdrop_numba.command.errors import JobError, one_line
 from msgdrop_numba.command.shards import Npy, Settings, batch_of, read_header
-from msgdrop_numba.functional import message_dropout
+from msgdrop_numba.functional import drop_messages
 
 
 class File(NamedTuple):
@@ -114,10 +115,8 @@ def _header(file: File) -> Npy:
 def _check_rule(header: Npy, settings: Settings) -> None:
     if len(header.shape) < 3:
         raise ValueError(f"it must be (samples, messages, features), but has the shape {header.shape}")
-    message_dropout(
-        np.empty((0, *header.shape[1:]), header.dtype), settings.p, exact=settings.exact, span=settings.span,
-        min_keep=settings.min_keep, seed=settings.seed,
-    )  # fmt: skip
+    none = np.empty((0, *header.shape[1:]), header.dtype)
+    drop_messages(none, Request(settings.p, settings.rule, seed=settings.seed))
 
 
 def _with_ids(files: list[File], headers: dict[str, Npy], name: str) -> list[File]:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from msgdrop_numba.call.keys import hash64, sample_keys
+from msgdrop_numba.call.keys import hash64, numbered_keys, sample_keys
+from msgdrop_numba.call.request import Request
+from msgdrop_numba.call.rule import KEYWORDS
 from msgdrop_numba.command.errors import JobError, one_line
-from msgdrop_numba.functional import fold_in, message_dropout
-from msgdrop_numba.kernels.rules import fold_rows
+from msgdrop_numba.functional import drop_messages, fold_in
 
 # Bytes read, dropped in and written at a time: they stay in the cache, where 16 MiB took up to 1.7 times as long.
 CHUNK = 2 * 2**20
@@ -28,12 +29,15 @@ class Settings(NamedTuple):
 
     p: float
     seed: int
-    exact: bool
-    span: int
-    min_keep: int
+    rule: tuple[Any, ...]  # as of call.request.Options
     columns: tuple[str, ...] | None  # of Parquet
     key: str | None  # likewise
     ids: str | None  # of .npy: the name of the file of ids in each folder
+
+    def parameters(self) -> dict[str, Any]:
+        """All by their names, as a journal holds them."""
+        rest = {"columns": self.columns, "key": self.key, "ids": self.ids}
+        return {"p": self.p, "seed": self.seed, **dict(zip(KEYWORDS, self.rule, strict=True)), **rest}
 
 
 class Task(NamedTuple):
@@ -158,6 +162,7 @@ def _npy(task: Task, out: _Hashed) -> None:
                 out.write(piece)
             return
         rows, settings = shape[0], task.settings
+        request = Request(settings.p, settings.rule, message_dims=2, inplace=True)
         seed = fold_in(settings.seed, task.epoch)
         count = max(1, CHUNK // max(1, dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))))
         buffer, keys = np.empty((min(count, rows), *shape[1:]), dtype), _keys(task)
@@ -165,10 +170,7 @@ def _npy(task: Task, out: _Hashed) -> None:
             block = buffer[: min(count, rows - first)]
             data: Any = block.reshape(-1).view(np.uint8)
             _read(source, data)
-            message_dropout(
-                block, settings.p, inplace=True, exact=settings.exact, span=settings.span, min_keep=settings.min_keep,
-                message_dims=2, seed=seed, keys=keys(first, len(block)),
-            )  # fmt: skip
+            drop_messages(block, request._replace(seed=seed, keys=keys(first, len(block))))
             out.write(data)
 
 
@@ -178,14 +180,8 @@ def _keys(task: Task) -> Callable[[int, int], np.ndarray]:
         path, start = task.ids
         ids = np.lib.format.open_memmap(path, mode="r")[start:]
         return lambda first, count: sample_keys(ids[first : first + count])
-    name = np.array([hash64(os.fsencode(task.name))], np.uint64)
-
-    def numbered(first: int, count: int) -> np.ndarray:
-        keys = np.empty(count, np.uint64)
-        fold_rows(name, first + count, first, keys)
-        return keys
-
-    return numbered
+    name = hash64(os.fsencode(task.name))
+    return lambda first, count: numbered_keys(name, first, count)
 
 
 def _read(source: Any, data: Any) -> None:
@@ -228,5 +224,5 @@ def batch_of(settings: Settings, epoch: int) -> Any:
 
     return MessageDropoutBatch(
         settings.p, columns=settings.columns or (), key=settings.key or "", seed=settings.seed, epoch=epoch,
-        exact=settings.exact, span=settings.span, min_keep=settings.min_keep,
+        **dict(zip(KEYWORDS, settings.rule, strict=True)),
     )  # fmt: skip

@@ -6,7 +6,7 @@ A message is `width` bytes, whatever its dtype: one compiled kernel serves them 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import config, prange, types
@@ -26,11 +26,9 @@ from msgdrop_numba.kernels.memory import (
     zero_bytes,
     zero_line,
 )
-from msgdrop_numba.kernels.rules import BLOCK, DRAW, GROUP, PLAN, Array, dropped_exactly, keep_block, row_rule
+from msgdrop_numba.kernels.records import COPY, DRAW, FLOAT16, FLOAT32, FLOAT64, LINE, PLAN
+from msgdrop_numba.kernels.rules import BLOCK, GROUP, Array, keep_block, row_rule, row_scale
 
-# What is done to the elements of a kept message: nothing, or multiply as this type.
-COPY, FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(5)
-LINE = 64  # bytes that a streaming store writes at once
 AHEAD = 2048  # bytes of kept messages that are asked for before they are copied
 NARROW = 1024  # messages of fewer bytes are written without a branch
 TOGETHER = 512  # messages of fewer bytes are scaled many at once, which passes over them once more
@@ -38,29 +36,41 @@ PREFETCH_BYTES = 4 * 2**20  # ranges of fewer bytes are in the cache that the pr
 SCRATCH = 4096  # bytes scaled at a time on their way past the cache
 # One allocation for all of a call's own memory, since each costs as much as a small row: list, scratch, words, keep.
 MEMORY = 8 * BLOCK + SCRATCH + 4 * (BLOCK + GROUP) + BLOCK
-OTHER = -1  # multiply, as a type that the kernels don't know
+
+
+class Way(NamedTuple):
+    """How a call writes: message by message, and then, where that is quicker, once more over many."""
+
+    kind: int  # what is done to a kept message
+    fill: int  # what a dropped one becomes: a message, 0: zeros
+    then_kind: int  # the same of the second pass; COPY: there is none
+    then_fill: int
+    stream: bool  # past the cache
+    foresee: bool  # asking for what is read next
+    found: int  # memory for a block's list, or for its flags as words
+    scratch: int  # memory of SCRATCH bytes, which begin with zeros
 
 
 @inner_jit
-def _scale(target: int, source: int, count: int, kind: int, factor: float) -> None:
+def _multiply(target: int, source: int, count: int, kind: int, scale: float) -> None:
     """Multiply `count` bytes of elements in the accumulator type, rounding to nearest even."""
-    s = np.float32(factor)
+    single = np.float32(scale)
     if kind == FLOAT32:
         x4, y4 = view(source, count // 4, np.float32), view(target, count // 4, np.float32)
         for j in range(x4.size):
-            y4[j] = x4[j] * s
+            y4[j] = x4[j] * single
     elif kind == FLOAT64:
         x8, y8 = view(source, count // 8, np.float64), view(target, count // 8, np.float64)
         for j in range(x8.size):
-            y8[j] = x8[j] * factor
+            y8[j] = x8[j] * scale
     else:
         x2, y2 = view(source, count // 2, np.uint16), view(target, count // 2, np.uint16)
         if kind == FLOAT16:
             for j in range(x2.size):
-                y2[j] = float_to_half(half_to_float(x2[j]) * s)
+                y2[j] = float_to_half(half_to_float(x2[j]) * single)
         else:
             for j in range(x2.size):
-                y2[j] = float_to_brain(brain_to_float(x2[j]) * s)
+                y2[j] = float_to_brain(brain_to_float(x2[j]) * single)
 
 
 @inner_jit
@@ -120,11 +130,11 @@ def _zero(target: int, count: int, stream: bool) -> None:
 
 
 @inlined_jit
-def _scale_past(target: int, source: int, count: int, kind: int, factor: float, scratch: int) -> None:
-    """`_scale` past the cache, by way of a scratch memory that stays in it."""
+def _multiply_past(target: int, source: int, count: int, kind: int, scale: float, scratch: int) -> None:
+    """`_multiply` past the cache, by way of a scratch memory that stays in it."""
     for at in range(0, count, SCRATCH):
         part = min(SCRATCH, count - at)
-        _scale(scratch, source + at, part, kind, factor)
+        _multiply(scratch, source + at, part, kind, scale)
         _copy(target + at, scratch, part, True, 0)
 
 
@@ -154,42 +164,38 @@ def _fill_dropped(target: int, step: int, keep: Array, fill: int, width: int, st
 
 
 @inlined_jit
-def _write_block(
-    target: int, source: int, keep: Array, plan: Any, kind: int, factor: float, factors: int, fill: int, stream: bool,
-    foresee: bool, found: int, scratch: int,
-) -> None:  # fmt: skip
-    """Write the messages of `keep` one by one; what is dropped isn't read."""
-    width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]
-    if target == source and kind == COPY:
-        _fill_dropped(target, target_step, keep, fill, width, stream, found)
-        return
-    if kind == COPY and width < NARROW and not (foresee or stream):
-        other = fill if fill else scratch  # which is zeros
-        for j in range(keep.size):
-            # No branch, of which a third would be guessed wrong.
-            _copy_narrow(target + j * target_step, other + keep[j] * (source + j * source_step - other), width)
-        return
-    own = view(factors, keep.size if factors else 0, np.float64)
-    # With gaps between them, the processor doesn't foresee which messages are read next.
-    kept, passed = _listed(keep[: keep.size if foresee else 0], True, found), 0
-    distance = AHEAD // width if foresee else 0
+def _write_narrow(target: int, source: int, keep: Array, plan: Any, fill: int) -> None:
+    """Write messages of a few bytes: without a branch, of which a third would be guessed wrong."""
     for j in range(keep.size):
-        to, from_ = target + j * target_step, source + j * source_step
+        from_ = fill + keep[j] * (source + j * plan["x_step"] - fill)
+        _copy_narrow(target + j * plan["out_step"], from_, plan["width"])
+
+
+@inlined_jit
+def _write_each(target: int, source: int, keep: Array, plan: Any, way: Way, scale: float, scales: int) -> None:
+    """Write messages one by one; what is dropped isn't read."""
+    width = plan["width"]
+    each = view(scales, keep.size if scales else 0, np.float64)
+    # With gaps between them, the processor doesn't foresee which messages are read next.
+    kept, passed = _listed(keep[: keep.size if way.foresee else 0], True, way.found), 0
+    distance = AHEAD // width if way.foresee else 0
+    for j in range(keep.size):
+        to, from_ = target + j * plan["out_step"], source + j * plan["x_step"]
         if not keep[j]:
-            _fill(to, fill, width, stream)
+            _fill(to, way.fill, width, way.stream)
             continue
         passed += 1
-        ahead = source + kept[min(passed + distance, kept.size - 1)] * source_step if foresee else 0
-        if kind == COPY:
-            _copy(to, from_, width, stream, ahead)
+        ahead = source + kept[min(passed + distance, kept.size - 1)] * plan["x_step"] if way.foresee else 0
+        if way.kind == COPY:
+            _copy(to, from_, width, way.stream, ahead)
             continue
         for at in range(0, width if ahead else 0, LINE):
             prefetch(ahead + at)
-        by = own[j] if factors else factor
-        if stream:
-            _scale_past(to, from_, width, kind, by, scratch)
+        message_scale = each[j] if scales else scale
+        if way.stream:
+            _multiply_past(to, from_, width, way.kind, message_scale, way.scratch)
         else:
-            _scale(to, from_, width, kind, by)
+            _multiply(to, from_, width, way.kind, message_scale)
 
 
 @inlined_jit
@@ -217,13 +223,13 @@ def _select(target: int, source: int, keep: Array, value: Any, word: Any) -> Non
 
 
 @inlined_jit
-def _spread(keep: Array, flags: int, times: int) -> Any:
-    """Every flag `times` times (2, 4 or 8), in the memory at `flags`."""
-    if times == 2:
+def _spread(keep: Array, flags: int, copies: int) -> Any:
+    """Every flag `copies` times (2, 4 or 8), in the memory at `flags`."""
+    if copies == 2:
         twos = view(flags, keep.size, np.uint16)
         for j in range(keep.size):
             twos[j] = np.uint16(0x0101) * keep[j]
-    elif times == 4:
+    elif copies == 4:
         fours = view(flags, keep.size, np.uint32)
         for j in range(keep.size):
             fours[j] = np.uint32(0x01010101) * keep[j]
@@ -231,7 +237,7 @@ def _spread(keep: Array, flags: int, times: int) -> Any:
         eights = view(flags, keep.size, np.uint64)
         for j in range(keep.size):
             eights[j] = np.uint64(0x0101010101010101) * keep[j]
-    return view(flags, keep.size * times, np.bool_)
+    return view(flags, keep.size * copies, np.bool_)
 
 
 @inlined_jit
@@ -250,39 +256,39 @@ def _write_words(target: int, source: int, keep: Array, width: int, fill: int, f
 
 
 @inlined_jit
-def _row_factor(plan: Any, valid: int) -> float:
-    """What the kept messages of a row are multiplied by: n / (n - d) where exactly d of n drop."""
-    if not plan["exact"] or plan["certain"]:
-        return float(plan["factor"])
-    return valid / float(max(1, valid - dropped_exactly(plan, valid)))
+def _way(plan: Any, draw: Any, x: int, out: int, messages: int, memory: int) -> Way:
+    """How a call that writes so many messages does it; `memory` is its own, of MEMORY bytes."""
+    width, kind, fill = plan["width"], plan["kind"], draw["fill"]
+    stream = plan["stream"] and out % LINE == 0
+    foresee = x != out and width >= 4 * LINE and messages * width >= PREFETCH_BYTES
+    together = kind != COPY and width < TOGETHER and plan["out_step"] == width and not (draw["scales"] or stream)
+    first = (COPY, 0) if together else (kind, fill)
+    then = (kind, fill) if together else (COPY, 0)
+    return Way(first[0], first[1], then[0], then[1], stream, foresee, memory, memory + 8 * BLOCK)
 
 
 @inner_jit
 def _write_part(
-    to: int, from_: int, keep: Array, plan: Any, factor: float, factors: int, fill: int, stream: bool, foresee: bool,
-    together: bool, as_words: bool, found: int, scratch: int,
-) -> None:  # fmt: skip
+    to: int, from_: int, keep: Array, plan: Any, way: Way, as_words: bool, scale: float, scales: int
+) -> None:
     """Write the messages of `keep` in the way that is quickest for their width."""
-    kind, other = (COPY, 0) if together else (plan["kind"], fill)
-    if as_words and kind == COPY:
-        _write_words(to, from_, keep, plan["width"], other, found)
+    width = plan["width"]
+    if as_words and way.kind == COPY:
+        _write_words(to, from_, keep, width, way.fill, way.found)
+    elif to == from_ and way.kind == COPY:
+        _fill_dropped(to, plan["out_step"], keep, way.fill, width, way.stream, way.found)
+    elif way.kind == COPY and width < NARROW and not (way.foresee or way.stream):
+        _write_narrow(to, from_, keep, plan, way.fill if way.fill else way.scratch)
     else:
-        _write_block(to, from_, keep, plan, kind, factor, factors, other, stream, foresee, found, scratch)
-    if together:  # those that dropped as zeros: nothing that drops is read
-        _scale(to, to, keep.size * plan["width"], plan["kind"], factor)
-        _fill_dropped(to, plan["width"], keep[: keep.size if fill else 0], fill, plan["width"], False, found)
+        _write_each(to, from_, keep, plan, way, scale, scales)
+    if way.then_kind != COPY:
+        _multiply(to, to, keep.size * width, way.then_kind, scale)
+        _fill_dropped(to, width, keep[: keep.size if way.then_fill else 0], way.then_fill, width, False, way.found)
 
 
 @jit
 def drop_range(
-    first: int,
-    last: int,
-    plan_address: int,
-    draw_address: int,
-    x: int,
-    out: int,
-    mask: int,
-    seed: int,
+    first: int, last: int, plan_address: int, draw_address: int, x: int, out: int, mask: int, seed: int
 ) -> None:
     """Drop among the messages first..last - 1, counted in C order; there is one at least.
 
@@ -291,46 +297,40 @@ def drop_range(
     are Python integers, the seed as the int64 of its bits: one compiled version serves every call.
     """
     plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
-    size, width, fill, given = plan["size"], plan["width"], draw["fill"], draw["given"]
+    size, width, given = plan["size"], plan["width"], draw["given"]
     memory = np.empty(MEMORY, np.uint8)
-    found = memory.ctypes.data
-    scratch, words, drawn = found + 8 * BLOCK, found + 8 * BLOCK + SCRATCH, found + MEMORY - BLOCK
-    zero_bytes(scratch, NARROW)  # what narrow messages drop to; `_scale_past` alone writes here, where none is narrow
+    way = _way(plan, draw, x, out, last - first, memory.ctypes.data)
+    words, drawn = way.scratch + SCRATCH, way.found + MEMORY - BLOCK
+    zero_bytes(way.scratch, NARROW)  # what narrow messages drop to; only `_multiply_past` writes here, where none is
     bits = np.uint64(np.int64(seed))
-    thresholds, factors = draw["thresholds"], draw["factors"]
-    phase, cutoff, ties_end = 0, np.uint64(0), 0
-    stream = plan["stream"] and out % LINE == 0
-    foresee = x != out and width >= 4 * LINE and (last - first) * width >= PREFETCH_BYTES
-    together = plan["kind"] != COPY and width < TOGETHER and plan["out_step"] == width and not (factors or stream)
-    for row in range(first // size, (last - 1) // size + 1):
-        valid = view(draw["lengths"] + 8 * row, 1, np.int64)[0] if draw["lengths"] else size
-        key = view(draw["keys"] + 8 * row, 1, np.uint64)[0] if draw["keys"] else np.uint64(row)
-        source = view(draw["sources"] + 8 * row, 1, np.int64)[0] if draw["sources"] else x + row * plan["x_row"]
-        as_words = plan["words"] and (source | out) & (min(width, 8) - 1) == 0 and (width <= 8 or fill == 0)
+    thresholds, scales = draw["thresholds"], draw["scales"]
+    for index in range(first // size, (last - 1) // size + 1):
+        valid = view(draw["lengths"] + 8 * index, 1, np.int64)[0] if draw["lengths"] else size
+        key = view(draw["keys"] + 8 * index, 1, np.uint64)[0] if draw["keys"] else np.uint64(index)
+        source = view(draw["sources"] + 8 * index, 1, np.int64)[0] if draw["sources"] else x + index * plan["x_row"]
+        as_words = plan["words"] and (source | out) & (min(width, 8) - 1) == 0 and (width <= 8 or draw["fill"] == 0)
         if draw["per_row"]:
-            thresholds, factors = draw["thresholds"] + 8 * size * row, draw["factors"] + 8 * size * row
-        factor = _row_factor(plan, valid)
+            thresholds, scales = draw["thresholds"] + 8 * size * index, draw["scales"] + 8 * size * index
+        scale = row_scale(plan, valid)
         if not given:
-            phase, cutoff, ties_end = row_rule(drawn, words, plan, bits, key, valid, thresholds)
-        stop = min(size, last - row * size)
-        for position in range(max(0, first - row * size), stop, BLOCK):
-            count, there = min(BLOCK, stop - position), mask + row * size + position
+            row = row_rule(drawn, words, plan, bits, key, valid, thresholds)
+        stop = min(size, last - index * size)
+        for position in range(max(0, first - index * size), stop, BLOCK):
+            count, there = min(BLOCK, stop - position), mask + index * size + position
             inside = max(0, min(count, valid - position))
             keep = view(there if given else drawn, count, np.bool_)
             if not given:
-                keep_block(drawn, inside, words, plan, bits, key, phase, cutoff, ties_end, position, thresholds)
+                keep_block(drawn, words, plan, row, position, inside)
                 keep[inside:] = True
                 if mask:
                     copy_bytes(there, drawn, count)
             if out:
-                to = out + row * plan["out_row"] + position * plan["out_step"]
-                from_, by = source + position * plan["x_step"], factors + 8 * position if draw["factors"] else 0
-                _write_part(
-                    to, from_, keep[:inside], plan, factor, by, fill, stream, foresee, together, as_words,
-                    found, scratch,
-                )  # fmt: skip
+                to = out + index * plan["out_row"] + position * plan["out_step"]
+                from_ = source + position * plan["x_step"]
+                part_scales = scales + 8 * position if draw["scales"] else 0
+                _write_part(to, from_, keep[:inside], plan, way, as_words, scale, part_scales)
                 to, from_ = to + inside * plan["out_step"], from_ + inside * plan["x_step"]
-                _write_padding(to, from_, count - inside, plan, draw, stream)
+                _write_padding(to, from_, count - inside, plan, draw, way.stream)
     memory[0] = 0  # used until here: views don't keep it
 
 

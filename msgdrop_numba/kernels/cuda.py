@@ -8,15 +8,16 @@ only these and cuda_memory.py know numba.cuda.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba.cuda
 import numpy as np
 
 from msgdrop_numba.kernels import philox, rules
-from msgdrop_numba.kernels.cpu import COPY
 from msgdrop_numba.kernels.cuda_memory import SIMULATOR, number, scaler
+from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.kernels.rules import EVERYTHING, STREAM_DRAW, STREAM_LIMIT, STREAM_PHASE
 
 cuda: Any = numba.cuda  # of which the simulator, the built-in target and numba-cuda each know other types
@@ -53,9 +54,29 @@ _load_byte, _store_byte = number(np.uint8)
 _PIECES = {16: None, 8: np.uint64, 4: np.uint32, 2: np.uint16, 1: np.uint8}
 
 
+class Rule(NamedTuple):
+    """The rule, of the kernels' arguments."""
+
+    threshold: int
+    certain: int
+    exact: int
+    span: int
+    min_keep: int
+
+
+class Row(NamedTuple):
+    """What holds for a whole row."""
+
+    seed: Any
+    key: Any
+    valid: Any
+    phase: Any
+    thresholds: Any  # where the row's lie; 0: the rule's
+
+
 @_device
 def _row_key(keys: int, inner: int, row: Any) -> Any:
-    """The key of a row, of keys that stand for `inner` rows each, into which its index is folded; 0: of its own."""
+    """The key of a row, of keys that stand for `inner` rows each, into which its index is folded; 0: one each."""
     if not keys:
         return np.uint64(row)
     if not inner:
@@ -79,15 +100,19 @@ def _phase(seed: Any, key: Any, span: int) -> Any:
 
 
 @_device
-def _candidate(
-    seed: Any, key: Any, i: Any, phase: Any, span: int, exact: int, threshold: int, thresholds: int
-) -> Any:  # fmt: skip
-    """Whether position i drops by the rule itself, before any limit; `thresholds` is the row's."""
-    if exact:
+def _candidate(rule: Rule, row: Row, i: Any) -> Any:
+    """Whether position i drops by the rule itself, before any limit."""
+    if rule.exact:
         return True
-    limit = _load_word(thresholds + 8 * i) if thresholds else np.uint64(threshold)
-    group = i if span == 1 else (i + phase) // span
-    return _draw(seed, key, group, STREAM_DRAW) < limit
+    threshold = _load_word(row.thresholds + 8 * i) if row.thresholds else np.uint64(rule.threshold)
+    group = i if rule.span == 1 else (i + row.phase) // rule.span
+    return _draw(row.seed, row.key, group, STREAM_DRAW) < threshold
+
+
+@_device
+def _limit_draw(rule: Rule, row: Row, i: Any) -> Any:
+    """What decides whether candidate i drops, where not all of them may."""
+    return _draw(row.seed, row.key, i, STREAM_DRAW if rule.exact else STREAM_LIMIT)
 
 
 @_device
@@ -97,35 +122,31 @@ def _valid(lengths: int, row: Any, size: int) -> Any:
 
 
 @_device
-def _dropped_exactly(valid: Any, threshold: int, min_keep: int) -> Any:
-    wanted = _multiply_shift(valid, 2 * threshold + 1, 33)
-    return min(wanted, max(np.int64(0), valid - min_keep))
+def _dropped_exactly(rule: Rule, valid: Any) -> Any:
+    wanted = _multiply_shift(valid, 2 * rule.threshold + 1, 33)
+    return min(wanted, max(np.int64(0), valid - rule.min_keep))
 
 
 @_device
-def _keeps(
-    seed: Any, key: Any, row: Any, i: Any, span: int, exact: int, threshold: int, thresholds: int, limits: int
-) -> Any:  # fmt: skip
-    if not _candidate(seed, key, i, _phase(seed, key, span), span, exact, threshold, thresholds):
+def _keeps(rule: Rule, row: Row, i: Any, limit: Any) -> Any:
+    """Whether position i is kept; `limit` is where `select` left the row's cutoff, 0: it has none."""
+    if not _candidate(rule, row, i):
         return True
-    if not limits:
+    if not limit:
         return False
-    cutoff, end = _load_word(limits + 16 * row), _load_int(limits + 16 * row + 8)
+    cutoff, end = _load_word(limit), _load_int(limit + 8)
     if cutoff == EVERYTHING:
         return False
-    draw = _draw(seed, key, i, STREAM_DRAW if exact else STREAM_LIMIT)
+    draw = _limit_draw(rule, row, i)
     return draw > cutoff or (draw == cutoff and i >= end)
 
 
 @_device
-def _count(
-    counts: Any, prefix: Any, shift: Any, valid: Any, seed: Any, key: Any, phase: Any, span: int, exact: int,
-    threshold: int, thresholds: int,
-) -> None:  # fmt: skip
+def _count(counts: Any, prefix: Any, shift: Any, rule: Rule, row: Row) -> None:
     i = np.int64(cuda.threadIdx.x)
-    while i < valid:
-        if _candidate(seed, key, i, phase, span, exact, threshold, thresholds):
-            digits = _draw(seed, key, i, STREAM_DRAW if exact else STREAM_LIMIT) >> shift
+    while i < row.valid:
+        if _candidate(rule, row, i):
+            digits = _limit_draw(rule, row, i) >> shift
             if digits >> np.uint64(BITS) == prefix:
                 cuda.atomic.add(counts, np.int64(digits & np.uint64(BINS - 1)), 1)
         i += cuda.blockDim.x
@@ -146,17 +167,13 @@ def _choose(counts: Any, chosen: Any, limit: Any) -> None:
 
 
 @_device
-def _next_tie(
-    chosen: Any, after: Any, draw: Any, valid: Any, seed: Any, key: Any, phase: Any, span: int, exact: int,
-    threshold: int, thresholds: int,
-) -> Any:  # fmt: skip
+def _next_tie(chosen: Any, after: Any, draw: Any, rule: Rule, row: Row) -> Any:
     """The first position from `after` on of a candidate with exactly this draw."""
-    chosen[2] = valid
+    chosen[2] = row.valid
     cuda.syncthreads()
     i = after + cuda.threadIdx.x
-    while i < valid:
-        candidate = _candidate(seed, key, i, phase, span, exact, threshold, thresholds)
-        if candidate and _draw(seed, key, i, STREAM_DRAW if exact else STREAM_LIMIT) == draw:
+    while i < row.valid:
+        if _candidate(rule, row, i) and _limit_draw(rule, row, i) == draw:
             cuda.atomic.min(chosen, 2, i)
         i += cuda.blockDim.x
     cuda.syncthreads()
@@ -166,17 +183,18 @@ def _next_tie(
 
 
 def select(
-    rows: int, size: int, span: int, exact: int, min_keep: int, threshold: int, lengths: int, keys: int, inner: int,
-    thresholds: int, own_row: int, seed_address: int, limits: int,
+    rows: int, size: int, threshold: int, certain: int, exact: int, span: int, min_keep: int, lengths: int, keys: int,
+    inner: int, thresholds: int, row_bytes: int, seed: int, limits: int,
 ) -> None:  # fmt: skip
     """Write each row's cutoff to `limits`, 16 bytes a row: the (draw, position) below which candidates drop."""
     counts = cuda.shared.array(BINS, np.int64)
     chosen = cuda.shared.array(3, np.int64)
-    seed, row = _load_word(seed_address), np.int64(cuda.blockIdx.x)
-    while row < rows:
-        key = _row_key(keys, inner, row)
-        valid, phase, own = _valid(lengths, row, size), _phase(seed, key, span), thresholds + own_row * row
-        limit = _dropped_exactly(valid, threshold, min_keep) if exact else max(np.int64(0), valid - min_keep)
+    rule = Rule(threshold, certain, exact, span, min_keep)
+    bits, index = _load_word(seed), np.int64(cuda.blockIdx.x)
+    while index < rows:
+        key, valid = _row_key(keys, inner, index), _valid(lengths, index, size)
+        row = Row(bits, key, valid, _phase(bits, key, span), thresholds + row_bytes * index)
+        limit = _dropped_exactly(rule, valid) if exact else max(np.int64(0), valid - min_keep)
         prefix, shift, end, digit = np.uint64(0), np.uint64(32), np.int64(0), np.int64(0)
         while shift > np.uint64(0) and digit >= 0:
             shift -= np.uint64(BITS)
@@ -186,7 +204,7 @@ def select(
                 j += cuda.blockDim.x
             chosen[0] = -1
             cuda.syncthreads()
-            _count(counts, prefix, shift, valid, seed, key, phase, span, exact, threshold, own)
+            _count(counts, prefix, shift, rule, row)
             cuda.syncthreads()
             _choose(counts, chosen, limit)
             cuda.syncthreads()
@@ -196,18 +214,18 @@ def select(
                 prefix = (prefix << np.uint64(BITS)) | np.uint64(digit)
             cuda.syncthreads()
         while digit >= 0 and limit > 0:
-            end = _next_tie(chosen, end, prefix, valid, seed, key, phase, span, exact, threshold, own) + 1
+            end = _next_tie(chosen, end, prefix, rule, row) + 1
             limit -= 1
         if cuda.threadIdx.x == 0:
-            _store_word(limits + 16 * row, prefix if digit >= 0 else EVERYTHING)
-            _store_int(limits + 16 * row + 8, end)
-        row += cuda.gridDim.x
+            _store_word(limits + 16 * index, prefix if digit >= 0 else EVERYTHING)
+            _store_int(limits + 16 * index + 8, end)
+        index += cuda.gridDim.x
 
 
 def _make_copy(unit: int, kind: int) -> Device:
-    """`copy(source, target, by, width)`: all threads of a block write a tile's messages, UNROLL a line of them."""
+    """`copy(source, target, scales, width)`: all threads of a block write a tile's messages, UNROLL a line of them."""
     load, store = number(_PIECES[unit])
-    scale = None if kind == COPY else scaler(unit, kind)
+    multiply = None if kind == COPY else scaler(unit, kind)
     zero = (np.uint32(0),) * 4 if unit == 16 else _PIECES[unit](0)  # type: ignore[misc]
 
     @_device
@@ -218,36 +236,34 @@ def _make_copy(unit: int, kind: int) -> Device:
         return piece
 
     @_device
-    def put(target: Any, by: Any, j: Any, at: Any, piece: Any) -> None:
+    def put(target: Any, scales: Any, j: Any, at: Any, piece: Any) -> None:
         if target[j]:
-            if kind != COPY and by[j] != 0:
-                piece = scale(piece, by[j])  # type: ignore[misc]
+            if kind != COPY and scales[j] != 0:
+                piece = multiply(piece, scales[j])  # type: ignore[misc]
             store(target[j] + at, piece)
 
     @_device
-    def copy(source: Any, target: Any, by: Any, width: int) -> None:
+    def copy(source: Any, target: Any, scales: Any, width: int) -> None:
         j, lines = cuda.threadIdx.y, cuda.blockDim.y
         k, m, n = j + lines, j + 2 * lines, j + 3 * lines
         at = (np.int64(cuda.blockIdx.y) * cuda.blockDim.x + cuda.threadIdx.x) * unit
         while at < width:  # all loads before the first store: they are in flight together
             a, b, c, d = fetch(source, j, at), fetch(source, k, at), fetch(source, m, at), fetch(source, n, at)
-            put(target, by, j, at, a)
-            put(target, by, k, at, b)
-            put(target, by, m, at, c)
-            put(target, by, n, at, d)
+            put(target, scales, j, at, a)
+            put(target, scales, k, at, b)
+            put(target, scales, m, at, c)
+            put(target, scales, n, at, d)
             at += np.int64(cuda.gridDim.y) * cuda.blockDim.x * unit
 
     return copy
 
 
 @_device
-def _factor(
-    row: Any, i: Any, valid: Any, own_row: int, factors: int, factor: float, exactly: int, threshold: int,
-    min_keep: int,
-) -> float:  # fmt: skip
-    if exactly:
-        return float(valid) / float(max(np.int64(1), valid - _dropped_exactly(valid, threshold, min_keep)))
-    return _load_float(factors + own_row * row + 8 * i) if factors else factor
+def _kept_scale(rule: Rule, valid: Any, scale: float, place: Any) -> float:
+    """What a kept message is multiplied by; `place` is where its own scale lies, 0: it has none."""
+    if rule.exact and not rule.certain:
+        return float(valid) / float(max(np.int64(1), valid - _dropped_exactly(rule, valid)))
+    return _load_float(place) if place else scale
 
 
 def _make_drop(unit: int, kind: int) -> Device:
@@ -256,55 +272,54 @@ def _make_drop(unit: int, kind: int) -> Device:
     scaled, places = kind != COPY, THREADS
 
     def drop(
-        messages: int, size: int, width: int, x_row: int, x_step: int, out_row: int, out_step: int, span: int,
-        exact: int, exactly: int, min_keep: int, threshold: int, fill: int, given: int, lengths: int, keys: int,
-        inner: int, thresholds: int, own_row: int, factors: int, x: int, out: int, mask: int, seed_address: int,
-        limits: int, factor: float,
+        messages: int, size: int, width: int, x_row: int, x_step: int, out_row: int, out_step: int, threshold: int,
+        certain: int, exact: int, span: int, min_keep: int, fill: int, given: int, lengths: int, keys: int, inner: int,
+        thresholds: int, row_bytes: int, scales: int, x: int, out: int, mask: int, seed: int, limits: int, scale: float,
     ) -> None:  # fmt: skip
-        source = cuda.shared.array(places, np.int64)
-        target = cuda.shared.array(places, np.int64)
-        by = cuda.shared.array(places if scaled else 1, np.float64)
+        tile_source = cuda.shared.array(places, np.int64)
+        tile_target = cuda.shared.array(places, np.int64)
+        tile_scale = cuda.shared.array(places if scaled else 1, np.float64)
+        rule = Rule(threshold, certain, exact, span, min_keep)
         j, tile = cuda.threadIdx.x + cuda.blockDim.x * cuda.threadIdx.y, UNROLL * cuda.blockDim.y
-        seed = _load_word(seed_address) if seed_address else np.uint64(0)
+        bits = _load_word(seed) if seed else np.uint64(0)
         if j < tile:  # no loop: what it carries would take half of the registers
-            message, from_, to, times = np.int64(cuda.blockIdx.x) * tile + j, np.int64(0), np.int64(0), 0.0
+            message, from_, to, kept_scale = np.int64(cuda.blockIdx.x) * tile + j, np.int64(0), np.int64(0), 0.0
             if message < messages:
-                row = np.int64(np.uint64(message) // np.uint64(size))
-                i, valid, keep = message - row * size, _valid(lengths, row, size), True
+                index = np.int64(np.uint64(message) // np.uint64(size))
+                i, valid, keep = message - index * size, _valid(lengths, index, size), True
                 if given:
                     keep = i >= valid or _load_byte(mask + message) != 0
                 elif i < valid:
-                    own = thresholds + own_row * row if thresholds else np.int64(0)
-                    keep = _keeps(seed, _row_key(keys, inner, row), row, i, span, exact, threshold, own, limits)
+                    key = _row_key(keys, inner, index)
+                    place = thresholds + row_bytes * index if thresholds else np.int64(0)
+                    row = Row(bits, key, valid, _phase(bits, key, span), place)
+                    keep = _keeps(rule, row, i, limits + 16 * index if limits else np.int64(0))
                 if mask and not given and cuda.blockIdx.y == 0:
                     _store_byte(mask + message, np.uint8(keep))
                 if out:
-                    from_ = x + row * x_row + i * x_step
-                    to = out + row * out_row + i * out_step
+                    from_ = x + index * x_row + i * x_step
+                    to = out + index * out_row + i * out_step
                     if not keep:
                         from_ = np.int64(fill)
                     elif scaled and i < valid:
-                        times = _factor(row, i, valid, own_row, factors, factor, exactly, threshold, min_keep)
+                        place = scales + row_bytes * index + 8 * i if scales else np.int64(0)
+                        kept_scale = _kept_scale(rule, valid, scale, place)
                     elif from_ == to:
                         to = np.int64(0)
-            source[j], target[j] = from_ if to else 0, to
+            tile_source[j], tile_target[j] = from_ if to else 0, to
             if scaled:
-                by[j] = times
+                tile_scale[j] = kept_scale
         if out:
             cuda.syncthreads()
-            copy(source, target, by, width)
+            copy(tile_source, tile_target, tile_scale, width)
 
     return drop
 
 
-SELECT_ARGUMENTS, DROP_ARGUMENTS = 13, 25  # integers; `drop` takes a float behind them
-
-
-def signature(drop: bool) -> Any:
-    """What the kernels are compiled for, once: addresses and counts are int64."""
-    if drop:
-        return cuda.types.void(*(cuda.types.int64,) * DROP_ARGUMENTS, cuda.types.float64)
-    return cuda.types.void(*(cuda.types.int64,) * SELECT_ARGUMENTS)
+def signature(kernel: Device) -> Any:
+    """What a kernel is compiled for, once: addresses and counts are int64."""
+    types = {"int": cuda.types.int64, "float": cuda.types.float64}
+    return cuda.types.void(*(types[given.annotation] for given in inspect.signature(kernel).parameters.values()))
 
 
 def function(unit: int, kind: int) -> Callable[..., Any]:

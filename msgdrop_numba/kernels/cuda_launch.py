@@ -6,17 +6,19 @@ Compiling touches no device; only `load` must not happen while a graph is captur
 
 from __future__ import annotations
 
+import inspect
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from operator import itemgetter
 from typing import Any, NoReturn
 
 from msgdrop_numba.kernels import cuda
-from msgdrop_numba.kernels.cpu import COPY
 from msgdrop_numba.kernels.cuda import THREADS, UNROLL
 from msgdrop_numba.kernels.cuda_memory import ELEMENT
 from msgdrop_numba.kernels.cuda_memory import SIMULATOR as SIMULATOR
+from msgdrop_numba.kernels.records import COPY, Addresses, DrawNumbers, PlanNumbers
 
 if not SIMULATOR:
     from cuda import core
@@ -47,21 +49,33 @@ _loaded = _Loaded()  # by bytes in a piece (0: `select`), kind and device
 
 def load(unit: int, kind: int, device: int, capability: tuple[int, int]) -> None:
     """Bring a kernel to a device of that compute capability, which must be the current one."""
+    function = cuda.function(unit, kind)
     if SIMULATOR:
-        _loaded[unit, kind, device] = cuda.cuda.jit(cuda.function(unit, kind))
+        kernel = cuda.cuda.jit(function)
     else:
         name, code = _machine_code(unit, kind, capability)
-        _loaded[unit, kind, device] = code.get_kernel(name)
+        kernel = code.get_kernel(name)
+    _loaded[unit, kind, device] = kernel, _picker(function)
 
 
 @cache
 def _machine_code(unit: int, kind: int, capability: tuple[int, int]) -> tuple[str, Any]:
     """A kernel's name and its code for a capability, linked here: the driver may be too old to take numba's PTX."""
-    ptx, _ = cuda.cuda.compile_ptx(cuda.function(unit, kind), cuda.signature(bool(unit)), cc=capability)
+    function = cuda.function(unit, kind)
+    ptx, _ = cuda.cuda.compile_ptx(function, cuda.signature(function), cc=capability)
     target = core.LinkerOptions(arch=f"sm_{capability[0]}{capability[1]}")
     name = re.search(r"\.entry\s+(\w+)", ptx)
     assert name is not None
     return name[1], core.Linker(core.ObjectCode.from_ptx(ptx.encode()), options=target).link("cubin")
+
+
+# What the kernels' parameters are called, in the order of `launch`'s values.
+_NAMES = [*PlanNumbers._fields, *DrawNumbers._fields, "messages", "rows", "inner", "row_bytes", *Addresses._fields]
+
+
+def _picker(function: Callable[..., Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What takes from `launch`'s values those that the kernel's parameters name."""
+    return itemgetter(*(_NAMES.index(name) for name in inspect.signature(function).parameters))
 
 
 @lru_cache(maxsize=1024)
@@ -92,56 +106,51 @@ def piece_size(kind: int, *places: int) -> int:
 
 
 def launch(
-    plan: Sequence[Any], draw: Sequence[int], messages: int, inner: int, x: int, out: int, mask: int, seed: int,
-    limits: int, stream: int, device: int,
-) -> None:  # fmt: skip
+    plan: Any, draw: Sequence[int], messages: int, inner: int, addresses: Addresses, stream: int, device: int
+) -> None:
     """Drop among `messages` messages on a stream of the current device; nothing is copied, allocated or waited for.
 
     Args:
-        plan: the fields of one PLAN; draw: those of one DRAW, its arrays on the device, without sources.
-        inner: rows that share a key of draw's, into which their index is folded; 0: each row has its own.
-        x, out, mask: addresses on the device. Equal x and out: in place; no out: the mask alone; `mask` is written,
-            or read where `draw` says that it is given.
-        seed: the address of an int64 on the device; 0 where the mask is given.
-        limits: the address of 16 bytes a row, for `exact` and `min_keep`; else 0.
+        plan: a PlanNumbers. draw: the fields of one DRAW, its arrays on the device, without sources.
+        inner: rows that share a key of draw's, into which their index is folded; 0: each row has one.
         stream: a cudaStream_t, 0 for the default one. The caller keeps all memory alive until it has run.
 
     Raises:
         NotLoadedError: a kernel must be loaded first. Nothing was started.
     """
-    size, width, kind, factor, x_row, x_step, out_row, out_step, _, _, threshold, certain, exact, span, min_keep = plan
-    fill, given, lengths, keys, thresholds, per_row, factors, _, _ = draw
     if not messages:
         return
-    limited, own_row = bool((exact or min_keep) and not given), 8 * size * bool(per_row)
-    if limited and not limits:
-        raise ValueError("exact and min_keep need `limits`, 16 bytes a row")
-    kind = kind if out else COPY
-    unit = piece_size(kind, x, out, x_row, x_step, out_row, out_step, width, fill) if out else 16
-    grid, block = geometry(messages, width if out else 1, unit)
+    drawn, out, size = DrawNumbers._make(draw), addresses.out, plan.size
+    limited, rows = plan.limited and not drawn.given, messages // size
+    if limited and not addresses.limits:
+        raise ValueError("a rule that limits how many drop needs `limits`, 16 bytes a row")
+    kind, width, unit = COPY, 1, 16
+    if out:
+        kind, width = plan.kind, plan.width
+        unit = piece_size(
+            kind, addresses.x, out, plan.x_row, plan.x_step, plan.out_row, plan.out_step, width, drawn.fill
+        )
+    grid, block = geometry(messages, width, unit)
     if not SIMULATOR and device not in _bound.devices:
         core.Device(device).set_current()  # torch's autograd thread, or a new one, may have no context yet
         _bound.devices.add(device)
     drop = _loaded[unit, kind, device]
-    if limited:
-        rows, threads = messages // size, min(SELECT_THREADS, -(-size // 32) * 32)
-        _start(
-            _loaded[0, COPY, device], (min(rows, MAX_GRID[0]), 1), (threads, 1), stream,
-            rows, size, span, exact, min_keep, threshold, lengths, keys, inner, thresholds, own_row, seed, limits,
-        )  # fmt: skip
-    _start(
-        drop, grid, block, stream,
-        messages, size, width, x_row, x_step, out_row, out_step, span, exact, int(exact and not certain), min_keep,
-        threshold, fill, given, lengths, keys, inner, thresholds, own_row, factors, x, out, mask, seed,
-        limits if limited else 0, factor,
+    values = (
+        *plan, *drawn, messages, rows, inner, 8 * size * bool(drawn.per_row),
+        addresses.x, out, addresses.mask, addresses.seed, addresses.limits if limited else 0,
     )  # fmt: skip
+    if limited:
+        threads = min(SELECT_THREADS, -(-size // 32) * 32)
+        _start(_loaded[0, COPY, device], (min(rows, MAX_GRID[0]), 1), (threads, 1), stream, values)
+    _start(drop, grid, block, stream, values)
 
 
-def _start(kernel: Any, grid: tuple[int, int], block: tuple[int, int], stream: int, *arguments: Any) -> None:
+def _start(loaded: Any, grid: tuple[int, int], block: tuple[int, int], stream: int, values: tuple[Any, ...]) -> None:
+    kernel, pick = loaded
     if SIMULATOR:
-        kernel[grid, block](*arguments)
+        kernel[grid, block](*pick(values))
     else:
-        core.launch(_stream(stream), _shape(grid, block), kernel, *arguments)
+        core.launch(_stream(stream), _shape(grid, block), kernel, *pick(values))
 
 
 @lru_cache(maxsize=1024)

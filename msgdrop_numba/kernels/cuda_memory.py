@@ -12,8 +12,8 @@ import numba
 import numpy as np
 from llvmlite import ir
 
-from msgdrop_numba.kernels.cpu import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from msgdrop_numba.kernels.memory import brain_to_float, float_to_brain, view
+from msgdrop_numba.kernels.records import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 SIMULATOR = bool(numba.config.ENABLE_CUDASIM)  # type: ignore[attr-defined]
 types: Any = None
@@ -83,20 +83,22 @@ def _unpack(builder: Any, vector: Any) -> Any:
 
 
 def scaler(unit: int, kind: int) -> Device:
-    """`scale(piece, factor)`: every element of a piece times the factor, as `kind` says, rounding to nearest even."""
+    """`multiply(piece, scale)`: every element of a piece times the scale, as `kind` says, rounding to nearest even."""
     lanes = unit // ELEMENT[kind]
 
-    def plain(piece: Any, factor: float) -> Any:
+    def plain(piece: Any, scale: float) -> Any:
         words = np.array(piece)
-        s = np.float32(factor)
+        single = np.float32(scale)
         if kind == BFLOAT16:
-            halves: list[Any] = [float_to_brain(brain_to_float(half) * s) for half in words.reshape(-1).view(np.uint16)]
+            halves: list[Any] = [
+                float_to_brain(brain_to_float(half) * single) for half in words.reshape(-1).view(np.uint16)
+            ]
             scaled: Any = np.array(halves, np.uint16)
         elif kind == FLOAT16:
-            scaled = (words.reshape(-1).view(np.float16).astype(np.float32) * s).astype(np.float16)
+            scaled = (words.reshape(-1).view(np.float16).astype(np.float32) * single).astype(np.float16)
         else:
             x: Any = words.reshape(-1).view(np.float64 if kind == FLOAT64 else np.float32)
-            scaled = x * x.dtype.type(factor)
+            scaled = x * x.dtype.type(scale)
         words = scaled.view(words.dtype)
         return tuple(words) if unit == 16 else words[0]
 
@@ -104,23 +106,23 @@ def scaler(unit: int, kind: int) -> Device:
         packed = _pack(builder, values[0])
         single, short, integer = (_wide(t, lanes) for t in (ir.FloatType(), ir.IntType(16), ir.IntType(32)))
         accumulator = _wide(ir.DoubleType(), lanes) if kind == FLOAT64 else single
-        factor = values[1] if kind == FLOAT64 else builder.fptrunc(values[1], ir.FloatType())
-        factors = _splat(builder, factor, lanes)
+        scale = values[1] if kind == FLOAT64 else builder.fptrunc(values[1], ir.FloatType())
+        scales = _splat(builder, scale, lanes)
         if kind == FLOAT16:
             half = _wide(ir.HalfType(), lanes)
-            product = builder.fmul(builder.fpext(builder.bitcast(packed, half), single), factors)
+            product = builder.fmul(builder.fpext(builder.bitcast(packed, half), single), scales)
             scaled = builder.fptrunc(product, half)
         elif kind == BFLOAT16:
             bits = builder.shl(builder.zext(builder.bitcast(packed, short), integer), _constant(integer, 16))
-            product = builder.fmul(builder.bitcast(bits, single), factors)
+            product = builder.fmul(builder.bitcast(bits, single), scales)
             scaled = builder.trunc(_round_to_brain(builder, product, integer), short)
         else:
-            scaled = builder.fmul(builder.bitcast(packed, accumulator), factors)
+            scaled = builder.fmul(builder.bitcast(packed, accumulator), scales)
         return _unpack(builder, builder.bitcast(scaled, packed.type))
 
     if SIMULATOR:
         return plain
-    return intrinsic(lambda typingctx, piece, factor: (piece(piece, types.float64), emit))
+    return intrinsic(lambda typingctx, piece, scale: (piece(piece, types.float64), emit))
 
 
 def _constant(kind: Any, number: int) -> Any:

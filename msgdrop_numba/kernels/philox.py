@@ -43,7 +43,7 @@ def philox4x32_10(c0: U64, c1: U64, c2: U64, c3: U64, k0: U64, k1: U64) -> tuple
 
 @inlined_jit
 def fold_in(seed: U64, data: U64) -> U64:
-    """A new uint64 seed from a uint64 seed and uint64 data (contract, section 2)."""
+    """A new uint64 seed from a uint64 seed and uint64 data (CONTRACT.md, 2)."""
     w0, w1, _, _ = philox4x32_10(_0, _FOLD_STREAM, data & _M32, data >> _32, seed & _M32, seed >> _32)
     return w0 | (w1 << _32)
 

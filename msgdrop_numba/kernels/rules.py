@@ -7,7 +7,7 @@ functions of the position alone, so that a row may be cut anywhere.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,42 +16,6 @@ from msgdrop_numba.kernels.memory import view
 from msgdrop_numba.kernels.philox import draw_block, fold_in
 
 Array = np.ndarray[Any, Any]
-
-# What of a call depends on the array's shape and the rule alone: the plan, read by the kernels through its address.
-PLAN = np.dtype(
-    [
-        ("size", np.int64),  # positions in a row
-        ("width", np.int64),  # bytes in a message
-        ("kind", np.int64),  # what is done to the elements of a kept message
-        ("factor", np.float64),  # what they are multiplied by, where kind says so
-        ("x_row", np.int64),  # bytes from row to row, and from position to position
-        ("x_step", np.int64),
-        ("out_row", np.int64),
-        ("out_step", np.int64),
-        ("words", np.int64),  # whether messages are words, side by side
-        ("stream", np.int64),  # whether to write past the cache
-        ("threshold", np.int64),  # T(p)
-        ("certain", np.int64),  # p = 1
-        ("exact", np.int64),
-        ("span", np.int64),
-        ("min_keep", np.int64),
-    ]
-)
-
-# What of a call its arguments decide beside: addresses, 0 where there is none, and a flag or two.
-DRAW = np.dtype(
-    [
-        ("fill", np.int64),  # one message; none: zeros
-        ("given", np.int64),  # whether the mask is there already, to be read
-        ("lengths", np.int64),  # int64, one a row
-        ("keys", np.int64),  # uint64, one a row; none: the row's index
-        ("thresholds", np.int64),  # uint64, one a position or, where per_row, one a message
-        ("per_row", np.int64),
-        ("factors", np.int64),  # float64 as the thresholds, where kept messages are scaled by them
-        ("sources", np.int64),  # int64, one a row: where its messages lie, each row in memory of its own
-        ("padding", np.int64),  # one message, for what lies behind a row that has a source; none: zeros
-    ]
-)
 
 # Positions drawn at a time: words and flags stay in the first-level cache.
 BLOCK = 1024
@@ -67,6 +31,18 @@ _8, _255 = np.uint64(8), np.uint64(255)
 def whole_groups(count: int) -> int:
     """`count` rounded up: as many positions are drawn."""
     return (count + GROUP - 1) & -GROUP
+
+
+class Row(NamedTuple):
+    """What holds for a whole row."""
+
+    seed: Any
+    key: Any
+    valid: Any  # its messages before the padding
+    thresholds: int  # where p is an array: uint64, one a position
+    phase: Any  # where in a span it begins
+    cutoff: Any  # candidates drop whose draw lies below; EVERYTHING: all of them
+    ties_end: Any  # and of those whose draw is the cutoff, all before this position
 
 
 @inner_jit
@@ -100,28 +76,34 @@ def dropped_exactly(plan: Any, valid: int) -> Any:
     return min(wanted, max(0, valid - plan["min_keep"]))
 
 
+@inlined_jit
+def row_scale(plan: Any, valid: int) -> float:
+    """What the kept messages of a row are multiplied by: n / (n - d) where exactly d of n drop."""
+    if not plan["exact"] or plan["certain"]:
+        return float(plan["scale"])
+    return valid / float(max(1, valid - dropped_exactly(plan, valid)))
+
+
 @inner_jit
-def _candidates(
-    memory: int, count: int, words: int, plan: Any, seed: Any, key: Any, phase: int, first: int, thresholds: int
-) -> None:
+def _candidates(memory: int, words: int, plan: Any, row: Row, first: int, count: int) -> None:
     """Set the flags in `memory`: whether position first + j drops by the rule itself, before any limit."""
     drop = view(memory, whole_groups(count), np.bool_)
     if plan["exact"]:
         drop[:] = True
         return
     span, threshold = plan["span"], np.uint64(plan["threshold"])
-    if span == 1 and not thresholds:
-        draws = view(_draw(words, seed, key, STREAM_DRAW, first, count), drop.size, np.uint32)
+    if span == 1 and not row.thresholds:
+        draws = view(_draw(words, row.seed, row.key, STREAM_DRAW, first, count), drop.size, np.uint32)
         for j in range(drop.size):
             drop[j] = np.uint64(draws[j]) < threshold
         return
-    group, inside = (first + phase) // span, (first + phase) % span
-    groups = (first + phase + count - 1) // span - group + 1
-    draws = view(_draw(words, seed, key, STREAM_DRAW, group, groups), groups, np.uint32)
-    own = view(thresholds + 8 * first, count if thresholds else 0, np.uint64)
+    group, inside = (first + row.phase) // span, (first + row.phase) % span
+    groups = (first + row.phase + count - 1) // span - group + 1
+    draws = view(_draw(words, row.seed, row.key, STREAM_DRAW, group, groups), groups, np.uint32)
+    thresholds = view(row.thresholds + 8 * first, count if row.thresholds else 0, np.uint64)
     group = 0
     for j in range(count):
-        drop[j] = np.uint64(draws[group]) < (own[j] if thresholds else threshold)
+        drop[j] = np.uint64(draws[group]) < (thresholds[j] if row.thresholds else threshold)
         inside += 1
         if inside == span:
             inside = 0
@@ -129,14 +111,18 @@ def _candidates(
 
 
 @inlined_jit
-def _cutoff(
-    memory: int, words: int, plan: Any, seed: Any, key: Any, phase: int, valid: int, thresholds: int
-) -> tuple[Any, int]:
+def _limit_stream(plan: Any) -> Any:
+    """The stream of the draws that decide which candidates drop, where not all of them may."""
+    return STREAM_DRAW if plan["exact"] else STREAM_LIMIT
+
+
+@inlined_jit
+def _cutoff(memory: int, words: int, plan: Any, row: Row) -> tuple[Any, Any]:
     """The (draw, position) below which candidates drop, so that no more do than may.
 
     Radix selection on the 32-bit draws, eight bits a pass, drawn anew in each pass: O(n), no memory of size n.
     """
-    stream = STREAM_DRAW if plan["exact"] else STREAM_LIMIT
+    stream, valid = _limit_stream(plan), row.valid
     limit = dropped_exactly(plan, valid) if plan["exact"] else max(0, valid - plan["min_keep"])
     prefix, counts, drop = np.uint64(0), np.zeros(256, np.int64), view(memory, BLOCK, np.bool_)
     for shift in (24, 16, 8, 0):
@@ -144,8 +130,8 @@ def _cutoff(
         counts[:] = 0
         for first in range(0, valid, BLOCK):
             count = min(BLOCK, valid - first)
-            _candidates(memory, count, words, plan, seed, key, phase, first, thresholds)
-            draws = view(_draw(words, seed, key, stream, first, count), count, np.uint32)
+            _candidates(memory, words, plan, row, first, count)
+            draws = view(_draw(words, row.seed, row.key, stream, first, count), count, np.uint32)
             for j in range(count):
                 digits = np.uint64(draws[j]) >> low
                 if drop[j] and digits >> _8 == prefix:
@@ -159,57 +145,48 @@ def _cutoff(
         prefix = (prefix << _8) | np.uint64(digit)
         if limit == 0:
             return prefix << low, 0
-    return prefix, _after_ties(memory, words, plan, seed, key, phase, valid, thresholds, stream, prefix, limit)
+    return prefix, _after_ties(memory, words, plan, row, prefix, limit)
 
 
 @inlined_jit
-def _after_ties(
-    memory: int, words: int, plan: Any, seed: Any, key: Any, phase: int, valid: int, thresholds: int,
-    stream: Any, draw: Any, ties: int,
-) -> int:  # fmt: skip
+def _after_ties(memory: int, words: int, plan: Any, row: Row, draw: Any, ties: int) -> Any:
     """The position behind the first `ties` candidates with exactly this draw."""
     drop = view(memory, BLOCK, np.bool_)
-    for first in range(0, valid, BLOCK):
-        count = min(BLOCK, valid - first)
-        _candidates(memory, count, words, plan, seed, key, phase, first, thresholds)
-        draws = view(_draw(words, seed, key, stream, first, count), count, np.uint32)
+    for first in range(0, row.valid, BLOCK):
+        count = min(BLOCK, row.valid - first)
+        _candidates(memory, words, plan, row, first, count)
+        draws = view(_draw(words, row.seed, row.key, _limit_stream(plan), first, count), count, np.uint32)
         for j in range(count):
             if drop[j] and draws[j] == draw:
                 ties -= 1
                 if ties == 0:
                     return first + j + 1
-    return valid
+    return row.valid
 
 
 @inner_jit
-def row_rule(
-    memory: int, words: int, plan: Any, seed: Any, key: Any, valid: int, thresholds: int
-) -> tuple[int, Any, int]:
-    """What holds for a whole row: its phase, and the (draw, position) below which candidates drop."""
-    phase = _phase(words, plan, seed, key)
-    if not (plan["exact"] or plan["min_keep"]):
-        return phase, EVERYTHING, 0
-    draw, position = _cutoff(memory, words, plan, seed, key, phase, valid, thresholds)
-    return phase, draw, position
+def row_rule(memory: int, words: int, plan: Any, seed: Any, key: Any, valid: int, thresholds: int) -> Row:
+    """What the rule finds out about a whole row before its first block."""
+    row = Row(seed, key, valid, thresholds, _phase(words, plan, seed, key), EVERYTHING, np.int64(0))
+    if not plan["limited"]:
+        return row
+    cutoff, ties_end = _cutoff(memory, words, plan, row)
+    return Row(seed, key, valid, thresholds, row.phase, cutoff, ties_end)
 
 
 @inner_jit
-def keep_block(
-    memory: int, count: int, words: int, plan: Any, seed: Any, key: Any, phase: int, cutoff: Any, ties_end: int,
-    first: int, thresholds: int,
-) -> None:  # fmt: skip
-    """Set the flags in `memory`: whether a row's positions from `first` on are kept; the rest is `row_rule`'s."""
-    _candidates(memory, count, words, plan, seed, key, phase, first, thresholds)
+def keep_block(memory: int, words: int, plan: Any, row: Row, first: int, count: int) -> None:
+    """Set the flags in `memory`: whether a row's positions from `first` on are kept."""
+    _candidates(memory, words, plan, row, first, count)
     keep = view(memory, whole_groups(count), np.bool_)
-    if cutoff == EVERYTHING:
+    if row.cutoff == EVERYTHING:
         for j in range(keep.size):
             keep[j] = not keep[j]
         return
-    stream = STREAM_DRAW if plan["exact"] else STREAM_LIMIT
-    draws = view(_draw(words, seed, key, stream, first, count), count, np.uint32)
+    draws = view(_draw(words, row.seed, row.key, _limit_stream(plan), first, count), count, np.uint32)
     for j in range(count):
         draw = np.uint64(draws[j])
-        keep[j] = not (keep[j] and (draw < cutoff or (draw == cutoff and first + j < ties_end)))
+        keep[j] = not (keep[j] and (draw < row.cutoff or (draw == row.cutoff and first + j < row.ties_end)))
 
 
 @jit

@@ -24,7 +24,7 @@ class Leaf(NamedTuple):
     shapes: list[tuple[int, ...]]
 
 
-def own(chunk: pa.Array) -> pa.Array:
+def unsliced(chunk: pa.Array) -> pa.Array:
     """The chunk without what it was sliced from: a copy of its own, where it is a slice."""
     if chunk.get_total_buffer_size() == chunk.nbytes:
         return chunk
@@ -87,9 +87,9 @@ def with_numbers(array: pa.Array, values: np.ndarray) -> pa.Array:
         parts = [with_numbers(array.field("data"), values), array.field("shape")]
         return pa.StructArray.from_arrays([parts[f.name == "shape"] for f in array.type], fields=list(array.type))
     if _is_list(array.type):
-        own = array.buffers()[: 1 if pa.types.is_fixed_size_list(array.type) else 2]
+        buffers = array.buffers()[: 1 if pa.types.is_fixed_size_list(array.type) else 2]
         return pa.Array.from_buffers(
-            array.type, len(array), own, array.null_count, array.offset, [with_numbers(array.values, values)]
+            array.type, len(array), buffers, array.null_count, array.offset, [with_numbers(array.values, values)]
         )
     return pa.Array.from_buffers(array.type, len(array), [None, pa.py_buffer(values)])
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from msgdrop_numba.call.arguments import check_is_number, check_key, check_seed, position_p
 from msgdrop_numba.call.keys import sample_keys
+from msgdrop_numba.call.request import Options, Request
 from msgdrop_numba.call.rule import DropRule
-from msgdrop_numba.functional import fold_in, message_dropout
+from msgdrop_numba.functional import drop_messages, fold_in
 
 MASK = "keep_mask"
 
@@ -20,14 +21,16 @@ MASK = "keep_mask"
 class MessageDropoutBatch:
     """Drop messages in the columns of a batch; the same sample gets the same mask in any batch, on any machine.
 
-    For `ray.data.Dataset.map_batches`, `datasets.Dataset.map(batched=True)` with a format, `dask.delayed`, or
-    by hand. A mask depends on seed, epoch and the sample's id alone, so partitions, order and retries don't matter.
+    For `ray.data.Dataset.map_batches` (functions, or actors by `fn_constructor_kwargs`), `dask.delayed`,
+    `datasets.Dataset.map(batched=True)` with a format, best Arrow's, or by hand. A mask depends on seed, epoch and the
+    sample's id alone, so partitions, order and retries don't matter.
 
     Args:
         p: probability that a message is **dropped**; a number, or an array with one for each position.
         columns: name or names of the columns that hold messages. They share one mask: as many messages in each row.
         key: name of the column of sample ids, integers or strings (bytes and UUIDs too). Needed: a position in a
-            block is no id. Rows with equal ids get equal masks.
+            block is no id. Rows with equal ids get equal masks. Floats, bools and nulls are refused (a null among
+            integers makes all of them floats).
         seed: integer in [0, 2**64).
         epoch: integer in [-2**63, 2**64); the masks are those of `fold_in(seed, epoch)`.
         lengths: name of a column with each row's count of valid messages. What lies behind is padding, left as it is.
@@ -39,8 +42,10 @@ class MessageDropoutBatch:
     dict (a DataFrame, a table) and never writes its input; with p = 0 the columns are the input's own. A column may be
 
     - an array or tensor `(rows, messages, *features)`;
-    - ragged: a list or object array of arrays or tensors `(messages, *features)`; comes back as a list;
-    - Arrow's: tensors or lists of lists, ragged or not; comes back with the same type.
+    - ragged: a list or object array of arrays or tensors `(messages, *features)`; taken row by row, comes back as a
+      list;
+    - Arrow's: tensors or lists of lists of numbers, ragged or not; comes back with the same type. Bools, nulls and
+      tensors with permuted dims are refused. A table that is a slice is copied twice, others once.
 
     Raises:
         TypeError, ValueError: an argument is wrong; at a call: a column is missing, or isn't what it must be.
@@ -52,8 +57,10 @@ class MessageDropoutBatch:
         array([[False, False,  True,  True],
                [False,  True,  True, False]])
 
-    Source: the mask contract, version 1 (README), on ids, keys and epochs.
+    Source: the mask contract, version 1 (CONTRACT.md), on ids, keys and epochs.
     """
+
+    __module__ = "msgdrop_numba"  # where a pickle looks for it, wherever it stands
 
     def __init__(
         self,
@@ -72,7 +79,7 @@ class MessageDropoutBatch:
         fill: Any = 0.0,
         return_mask: bool = False,
     ) -> None:
-        number, self.p = position_p(p)
+        number, array = position_p(p)
         names = (columns,) if isinstance(columns, str) else columns
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"columns must be a name or a list of names, but got {columns!r}")
@@ -85,11 +92,19 @@ class MessageDropoutBatch:
             )
         self.key, self.lengths = key, lengths
         self.seed = fold_in(check_seed(seed), check_key("epoch", epoch))
-        self.rule = DropRule(number, exact, span, min_keep)
-        self.scale, self.return_mask, self.passthrough = scale, return_mask, passthrough
+        rule = DropRule(number, exact, span, min_keep)
+        self.return_mask, self.passthrough = return_mask, passthrough
         if not isinstance(fill, np.ndarray):
             check_is_number("fill", fill)
-        self.fill = fill.copy() if isinstance(fill, np.ndarray) else fill
+        fill = fill.copy() if isinstance(fill, np.ndarray) else fill
+        self.options = Options(rule.p if array is None else array, rule.rest, scale, fill, message_dims=2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The options as a plain tuple: a pickle names no inner class."""
+        return {**self.__dict__, "options": tuple(self.options)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, options=Options(*state["options"]))
 
     def __call__(self, batch: Any) -> Any:
         there = _names(batch)
@@ -124,16 +139,18 @@ class MessageDropoutBatch:
         for what, array in (("key", keys), ("lengths", lengths)):
             if array is not None and len(array) != count:
                 raise ValueError(f"it has {count} rows, but the {what} column has {len(array)}")
+        p, fill = self.options.p, self.options.fill
         done, masks, first = [], [], 0
         for block in rows.blocks:
-            own = slice(first, first + len(block))
-            first = own.stop
-            y, mask = message_dropout(
-                block, self.rule.p if self.p is None else self.p[: block.shape[1]], inplace=rows.writable,
-                scale=self.scale, exact=self.rule.exact, span=self.rule.span, min_keep=self.rule.min_keep,
-                lengths=None if lengths is None else lengths[own], fill=_like(self.fill, block), message_dims=2,
-                seed=self.seed, keys=keys[own], return_mask=True,
-            )  # fmt: skip
+            here = slice(first, first + len(block))
+            first = here.stop
+            options = self.options._replace(
+                p=p[: block.shape[1]] if isinstance(p, np.ndarray) else p, fill=_like(fill, block)
+            )
+            lengths_here = None if lengths is None else lengths[here]
+            y, mask = drop_messages(
+                block, Request(*options, True, rows.writable, lengths_here, self.seed, keys[here], return_mask=True)
+            )
             done.append(y)
             masks.append(mask)
         sizes = [block.shape[1] for block in rows.blocks for _ in range(len(block))]
@@ -241,7 +258,7 @@ def _read_arrow(column: Any, field: Any) -> _Rows:
     from msgdrop_numba.pipelines import arrow
 
     whole = not hasattr(column, "chunks")
-    chunks = [arrow.own(chunk) for chunk in ([column] if whole else column.chunks)]
+    chunks = [arrow.unsliced(chunk) for chunk in ([column] if whole else column.chunks)]
     blocks: list[np.ndarray] = []
     copies = []
     for chunk in chunks:

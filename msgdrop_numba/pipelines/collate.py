@@ -12,13 +12,14 @@ from torch import Tensor
 
 from msgdrop_numba.call.arguments import address, check_is_number, check_seed, position_p
 from msgdrop_numba.call.keys import hash64, sample_key
+from msgdrop_numba.call.request import Options, Request
 from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.call.threads import load
-from msgdrop_numba.functional import fold_in, message_dropout
+from msgdrop_numba.functional import drop_messages, fold_in
 from msgdrop_numba.pipelines.datasets import Keyed
-from msgdrop_numba.pipelines.fields import at, collate, extend, find, requested
-from msgdrop_numba.pipelines.stack import Options, Stack
-from msgdrop_numba.tensors.dropout import fresh_seed
+from msgdrop_numba.pipelines.fields import Field, at, collate, extend, find, requested
+from msgdrop_numba.pipelines.stack import Padding, Stack
+from msgdrop_numba.tensors.seeds import fresh_seed
 
 
 class MessageDropoutCollate:
@@ -42,10 +43,15 @@ class MessageDropoutCollate:
         pad_value: number that padding holds.
         seed: integer in [0, 2**64); needs the samples' ids, without which every epoch would repeat its masks.
         collate_fn: a collate function of your own: it gets the bare samples and returns as many rows in the same
-            order, in which messages are then dropped in place, its own padding too. Not with `pad`.
-        scale, exact, span, min_keep, fill: as for `message_dropout`.
+            order, in which messages are then dropped in place, its own padding too, and the dataset itself if it
+            returns the samples' own memory. Not with `pad`.
+        scale, exact, span, min_keep, fill: as for `message_dropout`; a vector fill may be an array or a tensor.
         return_mask: add the keep mask after the lengths, or under `"keep_mask"`, as the lengths are: a tensor, or an
             array where `collate_fn` returned arrays.
+
+    Samples that aren't contiguous, or not in the machine's byte order, are copied before messages are dropped. In
+    workers the fields and the keep mask are made in shared memory; lengths and other leaves are what torch makes of
+    them.
 
     Raises:
         TypeError, ValueError: an argument is wrong; at a call: samples that don't fit together, naming the field, the
@@ -60,8 +66,21 @@ class MessageDropoutCollate:
         >>> batch.shape, lengths
         (torch.Size([3, 9, 12]), tensor([7, 9, 8]))
 
-    Source: the mask contract, version 1 (README).
+        Nested samples, two of whose fields share a mask:
+
+        >>> samples = [{"id": f"clip-{n}", "in": {"audio": torch.ones(n, 40), "video": torch.ones(n, 3, 8, 8)},
+        ...             "text": torch.ones(9, 16)} for n in (120, 80)]
+        >>> fields = {("in", "audio"): "av", ("in", "video"): "av", "text": "text"}  # each with the name of its mask
+        >>> collate = MessageDropoutCollate(0.3, fields=fields, pad=True, seed=1)
+        >>> dataset = KeyedDataset(samples, key=lambda sample: sample["id"])
+        >>> batch = next(iter(DataLoader(dataset, batch_size=2, collate_fn=collate)))
+        >>> batch["in"]["video"].shape, batch["lengths"], batch["id"]
+        (torch.Size([2, 120, 3, 8, 8]), {'av': tensor([120,  80]), 'text': tensor([9, 9])}, ['clip-120', 'clip-80'])
+
+    Source: the mask contract, version 1 (CONTRACT.md).
     """
+
+    __module__ = "msgdrop_numba"  # where a pickle looks for it, wherever it stands
 
     def __init__(
         self,
@@ -93,10 +112,10 @@ class MessageDropoutCollate:
         check_is_number("pad_value", pad_value)
         if isinstance(fill, np.ndarray):
             fill = torch.from_numpy(fill.copy())
-        self._options = Options(
-            DropRule(number, exact, span, min_keep),
-            array, scale, fill.detach() if isinstance(fill, Tensor) else fill, pad, pad_value,
-        )  # fmt: skip
+        rule = DropRule(number, exact, span, min_keep)
+        fill = fill.detach() if isinstance(fill, Tensor) else fill
+        self._options = Options(rule.p if array is None else array, rule.rest, scale, fill, message_dims=2)
+        self._padding = Padding(pad, pad_value)
         load()  # workers made by fork inherit the compiled kernel
         # Shared memory: persistent workers keep the collate that they were started with, and must see a new epoch.
         with torch.inference_mode(False):
@@ -105,7 +124,8 @@ class MessageDropoutCollate:
     def set_epoch(self, epoch: int) -> None:
         """Draw other masks from the next batch on: call before each epoch, as with `DistributedSampler`.
 
-        A running persistent worker sees it too. Copies made by deepcopy or pickle keep the epoch that they had.
+        A running persistent worker sees it too: the workers of a DataLoader, however they are started, follow their
+        collate. Copies made by deepcopy or pickle keep the epoch that they had, and have one of their own from then on.
 
         Args:
             epoch: integer in [0, 2**63); 0 until it is set. No loader saves it: set it again when a run is resumed.
@@ -122,8 +142,17 @@ class MessageDropoutCollate:
             raise ValueError(f"epoch must be an integer in [0, 2**63), but got {epoch!r}")
         self._epoch.fill_(int(epoch))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The same as plain tuples: a pickle names no inner class."""
+        masks = None if self._masks is None else {path: tuple(field) for path, field in self._masks.items()}
+        plain = {"_masks": masks, "_options": tuple(self._options), "_padding": tuple(self._padding)}
+        return {**self.__dict__, **plain}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._options, self._padding = Options(*self._options), Padding(*self._padding)
+        if self._masks is not None:
+            self._masks = {path: Field(*field) for path, field in self._masks.items()}
         if not self._epoch.is_shared():  # a copy's epoch must reach that copy's workers; one sent to a worker is shared
             self._epoch.share_memory_()
 
@@ -139,11 +168,11 @@ class MessageDropoutCollate:
         if self.collate_fn is None:
             fields = find(self._masks, samples[0], "a sample")
             masks = [field.mask for field in fields.values()]
-            stacks = {mask: Stack(self._options, _mask_seed(seed, mask), ids, keys) for mask in masks}
+            stacks = {mask: Stack(self._options, self._padding, _mask_seed(seed, mask), ids, keys) for mask in masks}
             batch = collate(
                 samples, fields, lambda path, leaves: stacks[fields[path].mask].build(fields[path].label, leaves)
             )
-            if self._options.pad:
+            if self._padding.wanted:
                 extras["lengths"] = {mask: torch.tensor(stack.lengths, device="cpu") for mask, stack in stacks.items()}
             if self.return_mask:
                 extras["keep_mask"] = {mask: stack.mask() for mask, stack in stacks.items()}
@@ -152,15 +181,16 @@ class MessageDropoutCollate:
             keys = np.arange(len(samples), dtype=np.uint64) if keys is None else keys
             fields = find(self._masks, batch, "what collate_fn returned")
             for mask in dict.fromkeys(field.mask for field in fields.values()):
-                own = {field.label: at(batch, path) for path, field in fields.items() if field.mask == mask}
-                keep[mask] = self._drop_in(own, _mask_seed(seed, mask), keys)
+                sharing = {field.label: at(batch, path) for path, field in fields.items() if field.mask == mask}
+                keep[mask] = self._drop_in(sharing, _mask_seed(seed, mask), keys)
             if self.return_mask:
                 extras["keep_mask"] = keep
         return extend(batch, {name: by_mask.get(None, by_mask) for name, by_mask in extras.items()})
 
     def _seed(self, keyed: bool) -> int:
         if self.seed is None:
-            return 0 if self._options.rule.p == 0 else fresh_seed(None)  # p = 0 draws nothing, in a batch as elsewhere
+            p = self._options.p
+            return 0 if isinstance(p, float) and p == 0 else fresh_seed(None)  # p = 0 draws nothing, as elsewhere
         if not keyed:
             raise ValueError(
                 f"seed={self.seed} needs the samples' ids, or every batch would repeat the masks of the one before: "
@@ -184,15 +214,13 @@ class MessageDropoutCollate:
                 f"{', '.join(fields)} must have as many messages each, but got {sorted(sizes)}: they share one mask; "
                 "give them their own with fields={name: mask name, ...}"
             )
-        rule, p, scale, fill, _, _ = self._options
-        probability = rule.p if p is None else p[: max(sizes)]
+        p, fill = self._options.p, self._options.fill
+        request = Request(*self._options, inplace=True, seed=seed, keys=keys, return_mask=True)
         once = {_memory(x): x for x in fields.values()}  # memory that has two names is dropped in once
         for x in once.values():
-            own_fill = fill.numpy() if isinstance(fill, Tensor) and isinstance(x, np.ndarray) else fill
-            _, mask = message_dropout(
-                x, probability, inplace=True, scale=scale, exact=rule.exact, span=rule.span, min_keep=rule.min_keep,
-                fill=own_fill, message_dims=2, seed=seed, keys=keys, return_mask=True,
-            )  # fmt: skip
+            like_x = fill.numpy() if isinstance(fill, Tensor) and isinstance(x, np.ndarray) else fill
+            first = p[: max(sizes)] if isinstance(p, np.ndarray) else p
+            _, mask = drop_messages(x, request._replace(p=first, fill=like_x))
         return mask
 
 

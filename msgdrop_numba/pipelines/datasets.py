@@ -24,17 +24,21 @@ class Keyed(NamedTuple):
         >>> Keyed("clip-1", [2.5]).sample
         [2.5]
 
-    Source: the mask contract, version 1 (README), on ids and keys.
+    Source: the mask contract, version 1 (CONTRACT.md), on ids and keys.
     """
 
     key: Any
     sample: Any
 
 
+Keyed.__module__ = "msgdrop_numba"  # where a pickle looks for it, wherever it stands
+
+
 class KeyedDataset(Dataset[Keyed]):
     """A dataset whose samples carry their ids, so that a sample's mask depends on nothing else.
 
-    Samples with equal ids get equal masks, in one batch too. A dataset whose state can be saved stays one.
+    Samples with equal ids get equal masks, in one batch too: wrap a concatenation of datasets, not its parts, whose
+    indices are the same. A dataset whose state can be saved stays one.
 
     Args:
         dataset: a map-style or iterable dataset.
@@ -53,8 +57,10 @@ class KeyedDataset(Dataset[Keyed]):
         >>> KeyedDataset([2.5, 3.5])[1]
         Keyed(key=1, sample=3.5)
 
-    Source: the mask contract, version 1 (README), on ids and keys.
+    Source: the mask contract, version 1 (CONTRACT.md), on ids and keys.
     """
+
+    __module__ = "msgdrop_numba"  # where a pickle looks for it, wherever it stands
 
     def __new__(cls, dataset: Any = None, key: Callable[[Any], Any] | None = None) -> KeyedDataset:
         if isinstance(dataset, IterableDataset) and not issubclass(cls, IterableDataset):
@@ -97,6 +103,9 @@ class KeyedDataset(Dataset[Keyed]):
 
 
 class _KeyedIterable(KeyedDataset, IterableDataset[Keyed]):
+    def __reduce__(self) -> Any:
+        return KeyedDataset, (self.dataset, self.key), self.__dict__  # the public class, which makes this one
+
     def __iter__(self) -> Iterator[Keyed]:
         return _KeyedIterator(iter(self.dataset), self.key)
 

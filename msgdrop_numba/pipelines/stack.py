@@ -13,32 +13,28 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from msgdrop_numba import outputs
-from msgdrop_numba.call.arguments import address, factors, thresholds
-from msgdrop_numba.call.plan import Draw, Plan
+from msgdrop_numba.call.arguments import address, scales, thresholds
+from msgdrop_numba.call.plan import Draw, Plan, Rows
 from msgdrop_numba.call.plan import plan as make_plan
-from msgdrop_numba.call.rule import DropRule
+from msgdrop_numba.call.request import Job, Options
 from msgdrop_numba.call.threads import launch
-from msgdrop_numba.kernels.cpu import COPY
-from msgdrop_numba.tensors import dropout as torch_ops
+from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors.arguments import check_number, fill_message, scaled_kind
+from msgdrop_numba.tensors.write import draw_mask, where
 from msgdrop_numba.torch_private import all_dense, is_eager, is_plain
 
 # One call for a whole batch: an expression in a loop of Python's would cost more than a small sample's copy.
 _start, _shape, _dtype = Tensor.data_ptr, attrgetter("shape"), attrgetter("dtype")
 
 
-class Options(NamedTuple):
-    """What a collate does to every batch."""
+class Padding(NamedTuple):
+    """Whether samples are padded to the longest, and with what."""
 
-    rule: DropRule
-    p: np.ndarray[Any, Any] | None  # one probability a position, where the rule has none
-    scale: bool
-    fill: Any
-    pad: bool
-    pad_value: Any
+    wanted: bool
+    value: Any
 
 
-class _Rows(NamedTuple):
+class _Samples(NamedTuple):
     """The samples of one field: contiguous memory, kept alive by `owners`."""
 
     owners: list[Any]
@@ -51,8 +47,10 @@ class _Rows(NamedTuple):
 class Stack:
     """The fields of one batch that share a mask, by sharing rule, seed, keys and lengths."""
 
-    def __init__(self, options: Options, seed: int, ids: list[Any] | None, keys: np.ndarray | None) -> None:
-        self.options, self.seed, self.ids, self.keys = options, seed, ids, keys
+    def __init__(
+        self, options: Options, padding: Padding, seed: int, ids: list[Any] | None, keys: np.ndarray | None
+    ) -> None:
+        self.options, self.padding, self.seed, self.ids, self.keys = options, padding, seed, ids, keys
         self.lengths: list[int] | None = None
 
     def build(self, field: str, samples: list[Any]) -> Tensor:
@@ -60,44 +58,44 @@ class Stack:
         options, rows = self.options, self._rows(field, samples)
         out = _empty((len(samples), max(rows.lengths), *rows.features), rows.dtype)
         plan = self._plan(tuple(out.shape), rows.dtype.itemsize, scaled_kind(rows.dtype) if options.scale else COPY)
-        pad_value: Any = check_number("pad_value", options.pad_value, rows.dtype) if options.pad else None
-        padding = fill_message(pad_value, out, 2) if options.pad else None
-        draw = self._draw(plan, fill_message(options.fill, out, 2), np.array(rows.starts, np.int64), padding)
+        wanted, pad_value = self.padding
+        padding = fill_message(check_number("pad_value", pad_value, rows.dtype), out, 2) if wanted else None
+        draw = self._draw(plan, fill_message(options.fill, out, 2), Rows(np.array(rows.starts, np.int64), padding))
         if plan.messages and plan.followed:
             launch(plan, draw, self.seed, 0, out.data_ptr(), 0)
         elif plan.messages:
-            self._by_torch(plan, draw, rows, out, pad_value)
+            self._by_torch(plan, draw, rows, out)
         return out
 
     @torch.no_grad()
-    def _by_torch(self, plan: Plan, draw: Draw, rows: _Rows, out: Tensor, pad_value: Any) -> None:
+    def _by_torch(self, plan: Plan, draw: Draw, rows: _Samples, out: Tensor) -> None:
         """What the kernels do, in torch's operations: for dtypes that they can't scale."""
-        if self.options.pad:
-            out.fill_(pad_value)
+        if self.padding.wanted:
+            out.fill_(self.padding.value)
         for row, (owner, length) in enumerate(zip(rows.owners, rows.lengths, strict=True)):
             out[row, :length] = owner
-        out.copy_(torch_ops.where(plan, draw, out, torch_ops.draw_mask(plan, draw, self.seed)))
+        out.copy_(where(plan, draw, out, draw_mask(Job(plan, draw, self.seed))))
 
     def mask(self) -> Tensor:
         """The keep mask `(samples, messages)` of the fields built, padding kept."""
         assert self.lengths is not None
         plan = self._plan((len(self.lengths), max(self.lengths), 0), 0, COPY)
-        return torch_ops.draw_mask(plan, self._draw(plan), self.seed, _empty(plan.shape, torch.bool))
+        return draw_mask(Job(plan, self._draw(plan), self.seed, mask=_empty(plan.shape, torch.bool)))
 
     def _plan(self, shape: tuple[int, ...], itemsize: int, kind: int) -> Plan:
-        rule = self.options.rule
-        return make_plan(shape, itemsize, kind, 2, rule.p, rule.exact, rule.span, rule.min_keep)
+        p, rule = self.options.p, self.options.rule
+        return make_plan(shape, itemsize, kind, 2, (None if isinstance(p, np.ndarray) else p, *rule))
 
-    def _draw(self, plan: Plan, fill: Any = None, sources: Any = None, padding: Any = None) -> Draw:
+    def _draw(self, plan: Plan, fill: Any = None, rows: Rows | None = None) -> Draw:
         assert self.lengths is not None
         full = self.lengths.count(plan.size) == len(self.lengths)
         lengths = None if full else np.array(self.lengths, np.int64)
-        p, t, f = self.options.p, None, None
-        if p is not None:
-            t, f = thresholds(p[: plan.size]), factors(p[: plan.size]) if self.options.scale else None
-        return Draw(fill, lengths, self.keys, t, f, sources=sources, padding=padding)
+        p, at, by = self.options.p, None, None
+        if isinstance(p, np.ndarray):
+            at, by = thresholds(p[: plan.size]), scales(p[: plan.size]) if self.options.scale else None
+        return Draw(fill, lengths, self.keys, at, by, rows=rows)
 
-    def _rows(self, field: str, samples: list[Any]) -> _Rows:
+    def _rows(self, field: str, samples: list[Any]) -> _Samples:
         """Where the samples lie; refused if they don't fit together, or to the fields that were built before."""
         if is_eager() and set(map(type, samples)) == {Tensor} and all_dense(samples):
             owners, starts = samples, [*map(_start, samples)]
@@ -113,7 +111,7 @@ class Stack:
         if 0 in starts and math.prod(features):
             self._check_memory(field, starts, lengths)
         self._check_lengths(field, lengths)
-        return _Rows(owners, starts, lengths, features, dtype)
+        return _Samples(owners, starts, lengths, features, dtype)
 
     def _laid_out(self, field: str, row: int, sample: Any) -> tuple[Any, int, Any, torch.dtype]:
         """A sample as contiguous memory: the array that owns it, its address, shape and dtype."""
@@ -155,7 +153,7 @@ class Stack:
                 )
 
     def _check_lengths(self, field: str, lengths: list[int]) -> None:
-        if not self.options.pad and lengths.count(lengths[0]) < len(lengths):
+        if not self.padding.wanted and lengths.count(lengths[0]) < len(lengths):
             row = next(row for row, length in enumerate(lengths) if length != lengths[0])
             raise ValueError(
                 f"{self._at(field, row)} must have {lengths[0]} messages, as the batch's first, but got "
@@ -169,7 +167,7 @@ class Stack:
             )
         self.lengths = lengths
         p = self.options.p
-        if p is not None and max(lengths) > len(p):
+        if isinstance(p, np.ndarray) and max(lengths) > len(p):
             raise ValueError(
                 f"p must have one probability for each of the {max(lengths)} messages of a sample, but has {len(p)}"
             )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call import arguments
-from msgdrop_numba.kernels.cpu import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, OTHER
-from msgdrop_numba.torch_private import is_eager, is_plain
+from msgdrop_numba.kernels.records import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, OTHER
+from msgdrop_numba.tensors.placement import move
+from msgdrop_numba.torch_private import is_plain
 
 _SCALED = {
     torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float32: FLOAT32, torch.float64: FLOAT64,
@@ -90,41 +91,30 @@ def _check_inference(name: str, target: Tensor) -> None:
         raise ValueError(f"{name} is an inference tensor, which can only be written under torch.inference_mode()")
 
 
-def probabilities_on(p: Any, shape: tuple[int, ...], device: torch.device) -> tuple[float | None, Tensor | None]:
-    """p as a number, or as a float64 tensor on the device."""
-    if torch.compiler.is_compiling() and not isinstance(p, Tensor) and getattr(p, "ndim", None):
-        p = _constant(p)
+def split_p_of_device(p: Any) -> tuple[float | None, Any]:
+    """`arguments.split_p`; a tensor on a device is an array, as its value isn't looked at."""
+    return (None, p) if isinstance(p, Tensor) and not p.is_cpu else arguments.split_p(p)
+
+
+def split_p_traced(p: Any) -> tuple[float | None, Any]:
+    """`arguments.split_p`; a tensor whose value can't be looked at is an array."""
+    if isinstance(p, Tensor):
+        return arguments.split_p(p) if is_plain(p) else (None, p)
+    if torch.compiler.is_compiling() and getattr(p, "ndim", None):
+        return None, _constant(p)
+    return arguments.split_p(p)
+
+
+def probabilities_on(p: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """An array of probabilities as a float64 tensor on the device; clamped, not checked, where it can't be seen."""
     if not isinstance(p, Tensor) or is_plain(p):
-        number, array = arguments.split_p(p)
-        if array is None:
-            return number, None
-        return None, _move("p", torch.from_numpy(arguments.probabilities(array, shape)), device)
+        return move("p", torch.from_numpy(arguments.probabilities(p, shape)), device)
     if p.dtype == torch.bool or p.is_complex():
         raise TypeError(f"p must hold floating-point numbers, but got dtype {p.dtype}")
     if p.ndim and p.shape not in (shape[-1:], shape):
         raise ValueError(f"p must be a number or have shape {shape[-1:]} or {shape}, but got {tuple(p.shape)}")
-    values = _move("p", p.detach(), device).to(torch.float64).nan_to_num(nan=0.0).clamp(0, 1)
-    return None, values if p.ndim else values.expand(shape[-1:])
-
-
-def seed_on(seed: Any, generator: Any, device: torch.device, draw: bool) -> Tensor | None:
-    """The seed as a 0-d int64 tensor on the device, drawn as torch draws where there is none; None if not needed."""
-    if isinstance(seed, Tensor):
-        arguments.check_seed_tensor(seed)
-        if generator is not None:
-            raise ValueError(f"give seed or generator, not both: got a seed tensor and generator={generator!r}")
-        return _move("seed", seed, device) if draw else None
-    seed = arguments.check_source(seed, generator, torch.Generator)
-    if generator is not None:
-        check_generator(generator, device)
-    if not draw:
-        return None
-    if seed is None:
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
-    bits = seed if seed < 2**63 else seed - 2**64
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        return torch.ops.msgdrop_numba.seed(bits, device)  # type: ignore[no-any-return]
-    return torch.full((), bits, dtype=torch.int64, device=device)
+    values: Tensor = move("p", p.detach(), device).to(torch.float64).nan_to_num(nan=0.0).clamp(0, 1)
+    return values if p.ndim else values.expand(shape[-1:])
 
 
 def keys_on(keys: Any, rows: tuple[int, ...], device: torch.device) -> Tensor | None:
@@ -136,11 +126,11 @@ def keys_on(keys: Any, rows: tuple[int, ...], device: torch.device) -> Tensor | 
     if not isinstance(keys, Tensor):
         host = arguments.row_keys(keys, rows)
         assert host is not None
-        return _move("keys", torch.from_numpy(host.view("int64")).reshape(rows), device)
+        return move("keys", torch.from_numpy(host.view("int64")).reshape(rows), device)
     _check_rows("keys", keys)
     if keys.shape != rows[: keys.ndim]:
         raise ValueError(f"keys must have shape {rows} or a leading part of it, but got {tuple(keys.shape)}")
-    keys = _move("keys", keys, device)
+    keys = move("keys", keys, device)
     return keys.view(torch.int64) if keys.dtype == torch.uint64 else keys.to(torch.int64)  # type: ignore[no-any-return]
 
 
@@ -154,11 +144,11 @@ def lengths_on(lengths: Any, shape: tuple[int, ...], device: torch.device) -> Te
     if not isinstance(lengths, Tensor) or is_plain(lengths):
         host = arguments.row_lengths(lengths, rows, size)
         assert host is not None
-        return _move("lengths", torch.from_numpy(host).reshape(rows), device)
+        return move("lengths", torch.from_numpy(host).reshape(rows), device)
     _check_rows("lengths", lengths)
     if lengths.shape != rows:
         raise ValueError(f"lengths must have shape {rows}, one a row, but got {tuple(lengths.shape)}")
-    return _move("lengths", lengths, device).to(torch.int64).clamp(0, size)
+    return move("lengths", lengths, device).to(torch.int64).clamp(0, size)
 
 
 def _constant(values: Any) -> Tensor:
@@ -171,32 +161,3 @@ def _constant(values: Any) -> Tensor:
 def _check_rows(name: str, values: Tensor) -> None:
     if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
         raise TypeError(f"{name} must be integers, but got dtype {values.dtype}")
-
-
-def check_generator(generator: Any, device: torch.device) -> None:
-    """Refuse a generator of another device than x."""
-    if not _same(generator.device, device):
-        raise ValueError(f"generator must be on {device}, as x is, but it is on {generator.device}")
-
-
-def _same(a: torch.device, b: torch.device) -> bool:
-    return a.type == b.type and (a.index == b.index or None in (a.index, b.index))
-
-
-def _move(name: str, values: Tensor, device: torch.device) -> Tensor:
-    """A tensor on x's device or on the host, on the device; nothing waits for a copy to CUDA to be done."""
-    if values.device.type != "cpu" and not _same(values.device, device):
-        raise ValueError(f"{name} must be on {device}, as x is, or on the CPU, but it is on {values.device}: move it")
-    if device.type != "cuda" or values.device.type == "cuda":
-        return values.to(device)
-    if not is_eager():
-        return values.to(device, non_blocking=True)
-    if _is_capturing(device):
-        raise ValueError(f"{name} must be on {device} while a CUDA graph is captured, but it is on the host: move it")
-    # Of pageable memory the copy may wait for the stream; pinned memory is read later, and the caller's may change.
-    return values.clone().pin_memory().to(device, non_blocking=True)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()

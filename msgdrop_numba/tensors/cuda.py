@@ -13,30 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.arguments import address, split_p
+from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.plan import PLAIN, Draw, Plan
-from msgdrop_numba.tensors import operations as tensor
+from msgdrop_numba.kernels.records import Addresses
+from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.arguments import keys_on, lengths_on, probabilities_on
-from msgdrop_numba.torch_private import is_plain, is_plain_cuda, raw_stream
+from msgdrop_numba.torch_private import raw_stream
 
 _INSTALL = 'pip install "msgdrop_numba[cuda]"'
-_broken: set[int] = set()  # devices that a kernel couldn't be brought to
+_broken: dict[int, str] = {}  # devices that a kernel couldn't be brought to, and why
+
+
+def _look() -> tuple[Any, str, str]:
+    """The module that launches the kernels; or None, why it can't be had, and what to do."""
+    if torch.version.hip is not None:
+        return None, "numba doesn't know ROCm, which calls itself CUDA", ""
+    try:
+        from msgdrop_numba.kernels import cuda_launch
+    except Exception as error:  # whatever an old numba-cuda, or numba's built-in target, lacks
+        return None, f"numba-cuda is missing or too old ({type(error).__name__}: {error})", _INSTALL
+    if cuda_launch.SIMULATOR:
+        reason = "numba's simulator would read addresses of the device on the host"
+        return None, reason, "unset NUMBA_ENABLE_CUDASIM"
+    return cuda_launch, "", ""
 
 
 @cache
 def _kernels() -> Any:
     """The module that launches the kernels, None where it can't be had."""
-    if torch.version.hip is not None:  # calls itself CUDA; numba doesn't know it
-        return None
-    try:
-        from msgdrop_numba.kernels import cuda_launch
-    except Exception as error:  # whatever an old numba-cuda, or numba's built-in target, lacks
-        _say(f"numba-cuda is missing or too old ({type(error).__name__}: {error})", _INSTALL)
-        return None
-    if cuda_launch.SIMULATOR:
-        _say("numba's simulator would read addresses of the device on the host", "unset NUMBA_ENABLE_CUDASIM")
-        return None
-    return cuda_launch
+    module, reason, advice = _look()
+    if advice:
+        _say(reason, advice)
+    return module
 
 
 @cache
@@ -51,37 +59,35 @@ def usable(device: torch.device) -> bool:
     return device.type == "cuda" and device.index not in _broken and _kernels() is not None
 
 
-def takes(x: Tensor, *others: Any) -> bool:
-    """Whether x is an ordinary CUDA tensor, as the other arguments are, or on the host, and kernels can be had."""
-    if not is_plain_cuda(x) or not all(is_ordinary(value) for value in others if isinstance(value, Tensor)):
-        return False
-    return usable(x.device)
+def obstacle(device: torch.device) -> str:
+    """Why `usable` says no; empty: it says yes."""
+    if device.type != "cuda":
+        return f"there are no kernels for the device {device.type}"
+    return _broken.get(device.index, "") or ("" if _kernels() is not None else _look()[1])
 
 
-def is_ordinary(value: Tensor) -> bool:
-    """Whether a tensor is a dense eager one on the host or a CUDA device."""
-    return is_plain(value) or is_plain_cuda(value)
-
-
-def number_or_array(p: Any) -> tuple[float | None, Any]:
-    """`arguments.split_p`; a tensor on the device is an array, as its value isn't looked at."""
-    return (None, p) if isinstance(p, Tensor) and not p.is_cpu else split_p(p)
+def reset() -> None:
+    """Look for the kernels again, and say again what is missing."""
+    _broken.clear()
+    _kernels.cache_clear()
+    _say.cache_clear()
 
 
 def row_arguments(
-    plan: Plan, p: Any, scale: bool, fill: Tensor | None, lengths: Any, keys: Any, device: torch.device
+    plan: Plan, p: Any, fill: Tensor | None, scale: bool, lengths: Any, keys: Any, device: torch.device
 ) -> Draw:
     """`plan.row_arguments` on a device; keys keep their shape, which may lack trailing dims."""
     if p is None and fill is None and lengths is None and keys is None:
         return PLAIN
-    own = scales = None
+    thresholds = scales = None
     if p is not None:
-        _, p = probabilities_on(p, plan.shape, device)
-        own, scales = tensor.thresholds(p).contiguous(), tensor.scales(p).contiguous() if scale else None
-    row_keys, row_lengths = keys_on(keys, plan.shape[:-1], device), lengths_on(lengths, plan.shape, device)
+        p = probabilities_on(p, plan.shape, device)
+        thresholds = operations.thresholds(p).contiguous()
+        scales = operations.scales(p).contiguous() if scale else None
+    row_lengths, row_keys = lengths_on(lengths, plan.shape, device), keys_on(keys, plan.shape[:-1], device)
     if row_keys is not None:
         row_keys = row_keys.clone(memory_format=torch.contiguous_format)  # the caller's memory may be written
-    return Draw(fill, None if row_lengths is None else row_lengths.contiguous(), row_keys, own, scales)
+    return Draw(fill, None if row_lengths is None else row_lengths.contiguous(), row_keys, thresholds, scales)
 
 
 def launch(plan: Plan, draw: Draw, seed: Tensor, x: int, out: int, mask: int) -> bool:
@@ -94,11 +100,11 @@ def launch(plan: Plan, draw: Draw, seed: Tensor, x: int, out: int, mask: int) ->
             return launch(plan, draw, seed, x, out, mask)
     rows = plan.messages // plan.size
     inner = 0 if draw.keys is None or draw.keys.ndim == len(plan.shape) - 1 else rows // draw.keys.numel()
-    limited = (plan.rule.exact or plan.rule.min_keep) and not draw.given
+    limited = plan.numbers.limited and not draw.given
     limits = torch.empty((rows, 2), dtype=torch.int64, device=seed.device) if limited else None
     try:
         kernels.launch(
-            plan.numbers, draw.record, plan.messages, inner, x, out, mask, seed.data_ptr(), address(limits),
+            plan.numbers, draw.record, plan.messages, inner, Addresses(x, out, mask, seed.data_ptr(), address(limits)),
             raw_stream(index), index,
         )  # fmt: skip
     except kernels.NotLoadedError as needed:
@@ -114,8 +120,8 @@ def _load(kernels: Any, variant: tuple[int, int, int], index: int) -> bool:
     try:
         kernels.load(*variant, torch.cuda.get_device_capability(index))
     except Exception as error:  # a driver that is too old, a device that the compiler doesn't know
-        _broken.add(index)
-        _say(f"a kernel can't be loaded ({type(error).__name__}: {error})", f"update the driver, or {_INSTALL}")
+        _broken[index] = f"a kernel can't be loaded ({type(error).__name__}: {error})"
+        _say(_broken[index], f"update the driver, or {_INSTALL}")
         return False
     return True
 
@@ -125,5 +131,5 @@ def draw_mask(plan: Plan, draw: Draw, seed: Tensor, mask: Tensor | None = None) 
     if mask is None:
         mask = torch.empty(plan.shape, dtype=torch.bool, device=seed.device)
     if plan.messages and not draw.given and not launch(plan, draw, seed, 0, 0, mask.data_ptr()):
-        mask.copy_(tensor.keep_mask(plan.shape, plan.rule, seed, draw.keys, draw.lengths, draw.thresholds))
+        mask.copy_(operations.keep_mask(plan.shape, plan.rule, seed, draw.keys, draw.lengths, draw.thresholds))
     return mask

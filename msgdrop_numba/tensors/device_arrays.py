@@ -13,36 +13,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.tensors import dropout as torch_ops
+from msgdrop_numba.call.request import Request
+from msgdrop_numba.call.ways import DEVICE_ARRAY, Answer
+from msgdrop_numba.tensors import dropout
 
 
-def message_dropout(
-    x: Any, p: Any, training: bool, inplace: bool, scale: bool, exact: bool, span: int, min_keep: int,
-    lengths: Any, fill: Any, message_dims: int | None, seed: Any, keys: Any, generator: Any, out: Any,
-    return_mask: bool,
-) -> Any:  # fmt: skip
+def message_dropout(x: Any, request: Request) -> Any:
     """`functional.message_dropout` for such an object; gives back one of the same library, without a gradient."""
-    if inplace or out is not None:
-        _check_writable("x" if inplace else "out", x if inplace else out)
+    if request.inplace or request.out is not None:
+        _check_writable("x" if request.inplace else "out", x if request.inplace else request.out)
     give_back, tensor = _importer(x), as_tensor("x", x)
-    others = p, lengths, fill, seed, keys, out
-    own = _stream(x, tensor.device)
+    others = request.p, request.lengths, request.fill, request.seed, request.keys, request.out
+    current = _stream(x, tensor.device)
     streams = [_stream(value, tensor.device) for value in others]
-    waited = {stream for stream in streams if stream not in (None, own)}
-    with torch.cuda.stream(own) if own is not None else nullcontext(), torch.no_grad():
+    waited = {stream for stream in streams if stream not in (None, current)}
+    with torch.cuda.stream(current) if current is not None else nullcontext(), torch.no_grad():
         for stream in waited:
             torch.cuda.current_stream(tensor.device).wait_stream(stream)
-        result = torch_ops.message_dropout(
-            tensor, as_tensor("p", p), training, inplace, scale, exact, span, min_keep, as_tensor("lengths", lengths),
-            as_tensor("fill", fill), message_dims, as_tensor("seed", seed), as_tensor("keys", keys), generator,
-            as_tensor("out", out), return_mask,
-        )  # fmt: skip
+        result = dropout.message_dropout(tensor, _as_tensors(request))
         for stream in waited.intersection(streams[-1:]):
             stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        y, keep = result if return_mask else (result, None)
-        given = x if y is tensor else out
+        y, keep = result if request.return_mask else (result, None)
+        given = x if y is tensor else request.out
         y = give_back(y) if given is None else given
         return y if keep is None else (y, give_back(keep))
+
+
+def explain(x: Any, request: Request) -> Answer:
+    """Which way a call takes: that of a tensor on the same memory."""
+    answer = dropout.explain(as_tensor("x", x), _as_tensors(request))
+    return answer if answer.reason else answer._replace(way=DEVICE_ARRAY)
+
+
+def _as_tensors(request: Request) -> Request:
+    """The same request, its device arrays as tensors."""
+    names = ("p", "lengths", "fill", "seed", "keys", "out")
+    return request._replace(**{name: as_tensor(name, getattr(request, name)) for name in names})
+
+
+plain = None  # every one takes the usual door
 
 
 def is_device_array(value: Any) -> bool:

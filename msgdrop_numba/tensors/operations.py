@@ -71,8 +71,8 @@ def _fewer(keys: Tensor, count: Tensor) -> Tensor:
 
 def _exactly(valid: Tensor, rule: DropRule) -> Tensor:
     """How many of `valid` messages the exact rule drops, in two steps since the product may not fit into 64 bits."""
-    factor = 2 * rule.threshold + 1
-    high, low = factor // 2**17, factor % 2**17  # what Inductor follows in symbolic integers
+    share = 2 * rule.threshold + 1
+    high, low = share // 2**17, share % 2**17  # what Inductor follows in symbolic integers
     wanted = (valid * high + ((valid * low) >> 17)) >> 16
     return torch.minimum(wanted, (valid - rule.min_keep).clamp(min=0))
 
@@ -89,12 +89,12 @@ def scales(p: Tensor) -> Tensor:
 
 def keep_mask(
     shape: tuple[int, ...], rule: DropRule, seed: Tensor, keys: Tensor | None, lengths: Tensor | None,
-    own: Tensor | None,
+    thresholds: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The keep mask over the message dims `shape`, on the seed's device.
 
     Args:
-        rule: its p is None where the tensor `own` (thresholds, broadcastable to `shape`) takes its place.
+        rule: its p is None where the tensor `thresholds`, broadcastable to `shape`, takes its place.
         seed: 0-d int64; keys: int64, one a row or lacking trailing dims; lengths: integers, one a row.
     """
     *rows, size = shape
@@ -105,7 +105,7 @@ def keep_mask(
     if rule.exact:
         drawn = torch.where(inside, draws(seed, keys, size, 0), 2**33)
         return ~(_fewer(drawn, _exactly(valid, rule)) & inside)
-    threshold: Any = rule.threshold if own is None else own
+    threshold: Any = rule.threshold if thresholds is None else thresholds
     if rule.span > 1:
         first = draws(seed, keys, 1, 1)
         # In two steps since the product may not fit into 64 bits.
@@ -121,30 +121,30 @@ def keep_mask(
     return torch.logical_not(dropped)
 
 
-def factors(
-    shape: tuple[int, ...], rule: DropRule, lengths: Tensor | None, own: Tensor | None, device: torch.device
+def row_scales(
+    shape: tuple[int, ...], rule: DropRule, lengths: Tensor | None, scales: Tensor | None, device: torch.device
 ) -> tuple[Any, Tensor | None]:
     """What each message is multiplied by (a number, or float64), and where, not in padding; None: everywhere.
 
-    `own` are the scales of a p that is an array.
+    `scales` are those of a p that is an array.
     """
     valid = None if lengths is None else torch.arange(shape[-1], device=device) < lengths.unsqueeze(-1)
-    if own is not None:
-        return own, valid
+    if scales is not None:
+        return scales, valid
     if rule.exact and lengths is not None and rule.p != 1:
         rest = lengths - _exactly(lengths, rule)
         return (lengths.to(torch.float64) / rest.clamp(min=1)).unsqueeze(-1), valid
     return rule.row_scale(shape[-1]), valid
 
 
-def select(x: Tensor, keep: Tensor, fill: Any, factor: Any = None, valid: Tensor | None = None) -> Tensor:
-    """`where(keep, x * factor, fill)`, padding unscaled; fill None is 0, factor a number or over the message dims."""
+def select(x: Tensor, keep: Tensor, fill: Any, scale: Any = None, valid: Tensor | None = None) -> Tensor:
+    """`where(keep, x * scale, fill)`, padding unscaled; fill None is 0, scale a number or over the message dims."""
     features = (1,) * (x.ndim - keep.ndim)
     y = x
-    if factor is not None:
-        if isinstance(factor, Tensor):
-            factor = factor.reshape(*factor.shape, *features)
-        y = _multiply(x, factor)
+    if scale is not None:
+        if isinstance(scale, Tensor):
+            scale = scale.reshape(*scale.shape, *features)
+        y = _multiply(x, scale)
         if valid is not None:
             y = torch.where(valid.reshape(*valid.shape, *features), y, x)
     if fill is None:
@@ -152,14 +152,14 @@ def select(x: Tensor, keep: Tensor, fill: Any, factor: Any = None, valid: Tensor
     return torch.where(keep.reshape(*keep.shape, *features), y, fill)
 
 
-def _multiply(x: Tensor, factor: Any) -> Tensor:
-    """x * factor, the factor rounded once to the accumulator, the product once to x's dtype; complex as two reals."""
+def _multiply(x: Tensor, scale: Any) -> Tensor:
+    """x * scale, the scale rounded once to the accumulator, the product once to x's dtype; complex as two reals."""
     if x.is_complex():
-        if isinstance(factor, Tensor):
-            factor = factor.unsqueeze(-1)
-        return torch.view_as_complex(_multiply(torch.view_as_real(x.resolve_conj()), factor))
+        if isinstance(scale, Tensor):
+            scale = scale.unsqueeze(-1)
+        return torch.view_as_complex(_multiply(torch.view_as_real(x.resolve_conj()), scale))
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if isinstance(factor, Tensor):
-        factor = factor.to(accumulator)
-    product: Tensor = x.to(accumulator) * factor
+    if isinstance(scale, Tensor):
+        scale = scale.to(accumulator)
+    product: Tensor = x.to(accumulator) * scale
     return product.to(x.dtype)

@@ -1,4 +1,4 @@
-"""No fork, thread, layer, loader or signal kills or hangs anybody, and all give equal bytes (README, Threads)."""
+"""No fork, thread, layer, loader or signal kills or hangs anybody, and all give equal bytes (LIMITS.md, Threads and forks)."""
 
 from __future__ import annotations
 

@@ -168,31 +168,35 @@ def test_the_paths_that_info_names_are_those_taken(monkeypatch):
     import torch
     from helpers import internals, stand_in
 
-    from msgdrop_numba import message_dropout
-    from msgdrop_numba.command import info
+    from msgdrop_numba import functional, message_dropout
+    from msgdrop_numba.call import ways
+    from msgdrop_numba.call.request import Request
 
-    said = {kind: path for kind, path, _ in info.PATHS}
-    launched = internals.watch_launches(monkeypatch)
+    def paths(x):
+        """What runs for x, and what is said of it."""
+        launched.clear()
+        told.append(functional.explain(x, Request(0.5, (False, 1, 0), seed=1)))
+        message_dropout(x, 0.5, seed=1)
+        drawn = "compiled mask" if launched else "tensor operations"
+        runs.append("compiled kernel" if any(launch.out for launch in launched) else drawn)
+        return x
+
+    launched, told, runs = internals.watch_launches(monkeypatch), [], []
     x = np.ones((4, 6, 8), np.float32)
     t = torch.from_numpy(x)
-    for kind, call in [
-        ("NumPy array", lambda: message_dropout(x, 0.5)),
-        ("NumPy array, other layouts", lambda: message_dropout(x[..., ::2], 0.5)),
-        ("CPU or CUDA tensor", lambda: message_dropout(t, 0.5)),
-        ("CPU or CUDA tensor, other layouts", lambda: message_dropout(t[..., ::2], 0.5)),
-        ("export, vmap, jvp, fake tensors", lambda: torch.vmap(lambda t: message_dropout(t, 0.5, seed=1))(t[None])),
-        ("ROCm, MPS and XPU tensors", lambda: message_dropout(t.to("meta"), 0.5, seed=1)),
-    ]:
-        launched.clear()
+    by_kind = {
+        ways.ARRAY: lambda: paths(x),
+        ways.ARRAY_APART: lambda: paths(x[..., ::2]),
+        ways.TENSOR: lambda: paths(t),
+        ways.TENSOR_APART: lambda: paths(t[..., ::2]),
+        ways.TRACED: lambda: torch.vmap(paths)(t[None]),
+        ways.ELSEWHERE: lambda: paths(t.to("meta")),
+    }
+    for way, call in by_kind.items():
         call()
-        path = (
-            "compiled kernel"
-            if any(launch.out for launch in launched)
-            else "compiled mask"
-            if launched
-            else "tensor operations"
-        )
-        assert said[kind].startswith(path), kind
+        assert way.path.startswith(runs[-1]), way
+        assert told[-1].way == way
+        assert bool(told[-1].reason) == (way not in (ways.ARRAY, ways.TENSOR))
     kernels = stand_in.Kernels()
     stand_in.install(monkeypatch, kernels)
     message_dropout(t, 0.5)
@@ -201,7 +205,23 @@ def test_the_paths_that_info_names_are_those_taken(monkeypatch):
     internals.unusable_devices(monkeypatch)
     message_dropout(t, 0.5)
     assert kernels.launches == 2
-    assert said["CUDA tensor without numba-cuda"] == "tensor operations"
+    assert ways.WITHOUT_KERNELS.path == "tensor operations"
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        (["8,64,128", "--dtype", "bfloat16"], "tensor: compiled kernel, 1 thread: "),
+        (["8,16,128"], "NumPy array: compiled kernel, 1 thread: "),
+        (["4,4,4", "--device", "meta"], "tensor: tensor operations, as x: there are no kernels for the device meta"),
+        (["4,4,4", "--dtype", "float24"], "has float24 on cpu"),
+        (["4"], "x must have 1 message dims and at least one feature dim"),
+    ],
+)
+def test_info_of_a_case(case, said):
+    result = CliRunner().invoke(main, ["info", "--shape", *case])
+    assert said in result.output
+    assert result.exit_code == (0 if "kernel" in said else 1)
 
 
 def test_bench():

@@ -6,7 +6,7 @@ Nothing of the package is imported before it is asked for: the simulator's tests
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,13 +50,13 @@ def reset_plans() -> None:
     """Forget plans that were made."""
     from msgdrop_numba.call import plan
 
-    plan._cached.cache_clear()
+    plan.reset()
 
 
 def watch_launches(patch: pytest.MonkeyPatch) -> list[Any]:
     """A list that grows with each launch: its arguments by name, and whether it was `usual`, without `launch`."""
     from msgdrop_numba import arrays
-    from msgdrop_numba.tensors import dropout
+    from msgdrop_numba.tensors import write
 
     seen: list[Any] = []
 
@@ -69,7 +69,7 @@ def watch_launches(patch: pytest.MonkeyPatch) -> list[Any]:
 
         return call
 
-    for module, name in ((arrays, "launch"), (dropout, "launch"), (dropout, "drop_range")):
+    for module, name in ((arrays, "launch"), (write, "launch"), (write, "drop_range")):
         patch.setattr(module, name, watched(getattr(module, name), usual=name == "drop_range"))
     return seen
 
@@ -79,10 +79,12 @@ def watch_launches(patch: pytest.MonkeyPatch) -> list[Any]:
 
 def no_plain_tensors(patch: pytest.MonkeyPatch) -> None:
     """CPU tensors count as tensors that no kernel knows: they take torch's operations."""
-    from msgdrop_numba.tensors import dropout
+    from msgdrop_numba.tensors import autograd, dropout, ways
 
-    patch.setattr(dropout, "is_plain", lambda _: False)
-    patch.setattr(dropout, "dense_address", lambda _: 0)
+    for module in (ways, autograd):
+        patch.setattr(module, "is_plain", lambda _: False)
+    for module in (dropout, autograd):
+        patch.setattr(module, "dense_address", lambda _: 0)
 
 
 def unseen_values(patch: pytest.MonkeyPatch) -> None:
@@ -94,16 +96,16 @@ def unseen_values(patch: pytest.MonkeyPatch) -> None:
 
 def is_plain(tensor: Any) -> bool:
     """Whether a tensor counts as an ordinary one of the CPU's: whether `no_plain_tensors` is over."""
-    from msgdrop_numba.tensors import dropout
+    from msgdrop_numba.tensors import autograd, ways
 
-    return dropout.is_plain(tensor)
+    return ways.is_plain(tensor) and autograd.is_plain(tensor)
 
 
 def no_long_way(patch: pytest.MonkeyPatch) -> None:
     """A call that the short way doesn't take fails."""
     from msgdrop_numba.tensors import dropout
 
-    patch.setattr(dropout, "_in_full", None)
+    patch.setattr(dropout, "message_dropout", None)
 
 
 # ---- CUDA
@@ -112,12 +114,12 @@ def no_long_way(patch: pytest.MonkeyPatch) -> None:
 def cuda_tensors(patch: pytest.MonkeyPatch, kernels: Any) -> None:
     """CPU tensors take the way of CUDA tensors, with these kernels."""
     from msgdrop_numba import torch_private
-    from msgdrop_numba.tensors import cuda, dropout
+    from msgdrop_numba.tensors import autograd, cuda, ways
 
     no_plain_tensors(patch)
-    patch.setattr(dropout, "is_plain_cuda", torch_private.is_plain)
-    patch.setattr(cuda, "is_plain_cuda", torch_private.is_plain)
-    patch.setattr(cuda, "_broken", set())
+    for module in (ways, autograd):
+        patch.setattr(module, "is_plain_cuda", torch_private.is_plain)
+    patch.setattr(cuda, "_broken", {})
     patch.setattr(cuda, "usable", lambda device: device.index not in cuda._broken)
     cuda_kernels(patch, kernels)
     stream_of(patch, lambda _: 0)
@@ -147,12 +149,12 @@ def stream_of(patch: pytest.MonkeyPatch, handle: Callable[[Any], Any]) -> None:
 
 def captured_device(patch: pytest.MonkeyPatch, index: int) -> None:
     """A graph is captured on that device."""
-    from msgdrop_numba.tensors import arguments
+    from msgdrop_numba.tensors import placement
 
-    patch.setattr(arguments, "_is_capturing", lambda device: device.index == index)
+    patch.setattr(placement, "_is_capturing", lambda device: device.index == index)
 
 
-def cuda_state() -> tuple[set[Any], Any]:
+def cuda_state() -> tuple[dict[int, str], Any]:
     """The devices that a kernel couldn't be brought to, and the kernels that are loaded."""
     from msgdrop_numba.tensors import cuda
 
@@ -163,9 +165,7 @@ def reset_cuda() -> None:
     """Ask again whether there are kernels, say again why not."""
     from msgdrop_numba.tensors import cuda
 
-    cuda._kernels.cache_clear()
-    cuda._say.cache_clear()
-    cuda._broken.clear()
+    cuda.reset()
 
 
 def reset_launches(patch: pytest.MonkeyPatch) -> None:
@@ -221,26 +221,6 @@ def before_tensor_calls(patch: pytest.MonkeyPatch, note: Callable[[], Any]) -> N
     patch.setattr(dropout, "message_dropout", noted)
 
 
-def plan_fields(plan: Any) -> dict[str, Any]:
-    """By name, what a kernel launch is told as its plan."""
-    from msgdrop_numba.kernels import rules
-
-    return _by_name(rules.PLAN, plan)
-
-
-def draw_fields(draw: Any) -> dict[str, int]:
-    """By name, what a kernel launch is told as its draw."""
-    from msgdrop_numba.kernels import rules
-
-    return _by_name(rules.DRAW, draw)
-
-
-def _by_name(record: np.dtype[Any], values: Any) -> dict[str, Any]:
-    if isinstance(values, Mapping):
-        return dict(values)
-    return dict(zip(record.names or (), values, strict=True))
-
-
 # ---- memory for outputs
 
 
@@ -265,7 +245,7 @@ def reset_outputs() -> None:
     """Hold no memory of earlier outputs."""
     from msgdrop_numba import outputs
 
-    outputs._kept.clear()
+    outputs.reset()
 
 
 def watch_advice(patch: pytest.MonkeyPatch, advice: int) -> list[tuple[int, int, int]]:

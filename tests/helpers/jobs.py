@@ -21,7 +21,7 @@ def serial(tasks):
 
 
 def settings(p=0.5, seed=7, exact=False, span=1, min_keep=0, columns=None, key=None, ids=None):
-    return shards.Settings(p, seed, exact, span, min_keep, columns, key, ids)
+    return shards.Settings(p, seed, (exact, span, min_keep), columns, key, ids)
 
 
 def job(source, output, epochs=1, engine=serial, **options):

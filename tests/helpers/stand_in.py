@@ -15,6 +15,7 @@ import torch
 from helpers import internals
 from msgdrop_numba.kernels import cpu, rules
 from msgdrop_numba.kernels.memory import view
+from msgdrop_numba.kernels.records import DRAW, PLAN, DrawNumbers
 
 
 class Kernels:
@@ -35,39 +36,37 @@ class Kernels:
             raise self.fails
         self.loaded.add(variant[:-1])
 
-    def refuse_overlap(
-        self, plan: dict[str, Any], draw: dict[str, int], messages: int, inner: int, out: int, seed: int
-    ) -> None:
+    def refuse_overlap(self, plan: Any, draw: Any, messages: int, inner: int, out: int, seed: int) -> None:
         """Blocks on a device read their arguments while others write."""
-        size, width = plan["size"], plan["width"]
-        rows = messages // size
-        end = out + (rows - 1) * plan["out_row"] + (size - 1) * plan["out_step"] + width if out else out
+        rows = messages // plan.size
+        end = out + (rows - 1) * plan.out_row + (plan.size - 1) * plan.out_step + plan.width
+        written = range(out, end if out else out)
         read = {
-            seed: 8, draw["fill"]: width, draw["lengths"]: 8 * rows, draw["keys"]: 8 * rows // (inner or 1),
-            draw["thresholds"]: 8, draw["factors"]: 8,
+            seed: 8, draw.fill: plan.width, draw.lengths: 8 * rows, draw.keys: 8 * rows // (inner or 1),
+            draw.thresholds: 8, draw.scales: 8,
         }  # fmt: skip
-        for start, nbytes in read.items():
-            assert not start or start >= end or start + nbytes <= out
+        for start, size in read.items():
+            assert not start or start >= written.stop or start + size <= written.start
 
     def launch(
-        self, plan: Any, draw: Any, messages: int, inner: int, x: int, out: int, mask: int, seed: int, limits: int,
-        stream: int, device: Any,
+        self, plan: Any, draw: Any, messages: int, inner: int, addresses: Any, stream: int, device: Any
     ) -> None:  # fmt: skip
-        plan, draw = internals.plan_fields(plan), internals.draw_fields(draw)
-        variant = (16, plan["kind"] if out else 0, device)
+        x, out, mask, seed, limits = addresses
+        draw = DrawNumbers._make(draw)
+        variant = (16, plan.kind if out else 0, device)
         if variant not in self.loaded:
             raise self.NotLoadedError(*variant)
         self.launches += 1
         self.stream = stream
         self.refuse_overlap(plan, draw, messages, inner, out, seed)
-        record, arguments = np.zeros(1, rules.PLAN), np.zeros(1, rules.DRAW)
-        record[0], arguments[0] = tuple(plan.values()), tuple(draw.values())
-        rows = messages // plan["size"]
-        if draw["keys"] and inner:
+        record, arguments = np.zeros(1, PLAN), np.zeros(1, DRAW)
+        record[0], arguments[0] = tuple(plan), tuple(draw)
+        rows = messages // plan.size
+        if draw.keys and inner:
             keys = np.empty(rows, np.uint64)
-            rules.fold_rows(view(draw["keys"], rows // inner, np.uint64), inner, 0, keys)
+            rules.fold_rows(view(draw.keys, rows // inner, np.uint64), inner, 0, keys)
             arguments["keys"] = keys.ctypes.data
-        if (plan["exact"] or plan["min_keep"]) and not draw["given"]:
+        if plan.limited and not draw.given:
             view(limits, 2 * rows, np.int64)[:] = -1  # memory that is there
         bits = int(view(seed, 1, np.int64)[0])
         addresses = record.ctypes.data, arguments.ctypes.data

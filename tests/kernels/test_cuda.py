@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 import random
+from dataclasses import fields
 from typing import Any
 
 import naive
@@ -18,14 +19,16 @@ from helpers.simulator import compiled, in_the_simulator, needs_numba_cuda, simu
 from helpers.vectors import MASKS, arguments, probability
 
 from msgdrop_numba.call import plan as plans
-from msgdrop_numba.kernels import cpu, rules
+from msgdrop_numba.call.rule import DropRule
+from msgdrop_numba.kernels import records
+from msgdrop_numba.kernels.records import Addresses
 
 RULES: list[dict[str, Any]] = [
     {}, {"exact": True}, {"span": 3}, {"min_keep": 4}, {"exact": True, "min_keep": 7}, {"span": 2, "min_keep": 5},
 ]  # fmt: skip
 KINDS = {
-    "float32": cpu.FLOAT32, "float64": cpu.FLOAT64, "float16": cpu.FLOAT16, "bfloat16": cpu.BFLOAT16,
-    "complex64": cpu.FLOAT32,
+    "float32": records.FLOAT32, "float64": records.FLOAT64, "float16": records.FLOAT16, "bfloat16": records.BFLOAT16,
+    "complex64": records.FLOAT32,
 }  # fmt: skip
 
 
@@ -36,15 +39,15 @@ def test_in_the_simulator(tmp_path):
     assert in_the_simulator(__file__, tmp_path) > 50
 
 
-def launch(plan: dict[str, Any], draw: dict[str, int], **arguments: int) -> None:
-    """As the caller of `cuda_launch.launch` does, on the only stream of the only device."""
+def launch(*arguments: Any) -> None:
+    """As the caller of `cuda_launch.launch` does."""
     from msgdrop_numba.kernels import cuda_launch
 
     try:
-        cuda_launch.launch(tuple(plan.values()), tuple(draw.values()), stream=0, device=0, **arguments)
+        cuda_launch.launch(*arguments)
     except cuda_launch.NotLoadedError as needed:
         cuda_launch.load(*needed.args, (9, 0))
-        launch(plan, draw, **arguments)
+        launch(*arguments)
 
 
 def numbers(rng: random.Random, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -94,26 +97,26 @@ class Call:
         given: Any = None,
     ) -> np.ndarray:  # fmt: skip
         number = self.p if isinstance(self.p, float) else None
-        kind = KINDS[dtype] if scale else cpu.COPY
+        kind = KINDS[dtype] if scale else records.COPY
         like = np.empty((self.rows, self.size, 1), np.uint8) if x is None else x
         target = like if out is None else out
-        numbers = [self.rule.get(name, default) for name, default in (("exact", False), ("span", 1), ("min_keep", 0))]
-        plan = plans._make(like.shape, like.itemsize, kind, 2, number, *numbers, like.strides, target.strides)
+        rule = (number, *(self.rule.get(f.name, f.default) for f in fields(DropRule)[1:]))
+        plan = plans.plan(like.shape, like.itemsize, kind, 2, rule, like.strides, target.strides)
         assert plan.followed
         lengths = None if self.lengths is None else self.lengths.ravel()
-        draw = plans.row_arguments(plan, None if number is not None else self.p, scale, fill, lengths, None)
+        draw = plans.row_arguments(plan, None if number is not None else self.p, fill, scale, lengths, None)
         inner = 0
         if self.keys is not None:
-            draw = plans.Draw(fill, draw.lengths, self.keys, draw.thresholds, draw.factors)
+            draw = plans.Draw(fill, draw.lengths, self.keys, draw.thresholds, draw.scales)
             inner = self.rows // self.keys.size if self.keys.ndim < len(self.shape) - 1 else 0
         mask = np.full(self.shape, 7, np.uint8) if given is None else given.astype(np.uint8)
-        told = internals.draw_fields(draw.record) | {"given": int(given is not None)}
+        record = records.DrawNumbers._make(draw.record)._replace(given=given is not None)
         seed, limits = np.array([self.seed], np.uint64), np.empty((self.rows, 2), np.int64)
-        launch(
-            internals.plan_fields(plan.numbers), told, messages=plan.messages, inner=inner,
-            x=0 if x is None else x.ctypes.data, out=0 if out is None else out.ctypes.data, mask=mask.ctypes.data,
-            seed=0 if given is not None else seed.ctypes.data, limits=limits.ctypes.data,
+        addresses = Addresses(
+            0 if x is None else x.ctypes.data, 0 if out is None else out.ctypes.data, mask.ctypes.data,
+            0 if given is not None else seed.ctypes.data, limits.ctypes.data,
         )  # fmt: skip
+        launch(plan.numbers, record, plan.messages, inner, addresses, 0, 0)
         return mask
 
     def check(
@@ -279,19 +282,14 @@ def test_large_geometry_is_what_the_device_takes():
 def test_alignment_and_missing_memory():
     from msgdrop_numba.kernels import cuda_launch
 
-    assert [cuda_launch.piece_size(cpu.COPY, n, 64) for n in (0, 8, 12, 6, 5)] == [16, 8, 4, 2, 1]
-    assert [cuda_launch.piece_size(cpu.FLOAT32, n) for n in (32, 8, 4)] == [16, 4, 4]
+    assert [cuda_launch.piece_size(records.COPY, n, 64) for n in (0, 8, 12, 6, 5)] == [16, 8, 4, 2, 1]
+    assert [cuda_launch.piece_size(records.FLOAT32, n) for n in (32, 8, 4)] == [16, 4, 4]
     with pytest.raises(ValueError, match="off by 2"):
-        cuda_launch.piece_size(cpu.FLOAT32, 6)
-    plan = dict.fromkeys(rules.PLAN.names, 0) | {
-        "size": 4, "width": 1, "kind": cpu.COPY, "factor": 1.0, "x_row": 4, "x_step": 1, "out_row": 4, "out_step": 1,
-        "threshold": 2**31, "exact": 1, "span": 1,
-    }  # fmt: skip
-    draw = dict.fromkeys(rules.DRAW.names, 0)
-    addresses = {"inner": 0, "x": 0, "out": 0, "mask": 1, "seed": 1, "limits": 0}
+        cuda_launch.piece_size(records.FLOAT32, 6)
+    plan, nowhere = plans.plan((1, 4, 1), 1, records.COPY, 2, (0.5, True)).numbers, Addresses(0, 0, 1, 1, 0)
     with pytest.raises(ValueError, match="limits"):
-        launch(plan, draw, messages=4, **addresses)
-    launch(plan, draw, messages=0, **addresses)  # nothing to do
+        launch(plan, plans.PLAIN.record, 4, 0, nowhere, 0, 0)
+    assert cuda_launch.launch(plan, plans.PLAIN.record, 0, 0, nowhere, 0, 0) is None
 
 
 @simulated

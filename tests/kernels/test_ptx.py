@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 from helpers.simulator import compiled, needs_numba_cuda
 
-from msgdrop_numba.kernels import cpu
+from msgdrop_numba.kernels import records
 
 ARCHITECTURES = [(7, 5), (8, 0), (9, 0), (10, 0)]
 pytestmark = [needs_numba_cuda, compiled]
@@ -56,15 +56,16 @@ def copy_loop(ptx: str, store: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("unit", "kind"),
-    [(unit, cpu.COPY) for unit in (16, 8, 4, 2, 1)]
-    + [(16, kind) for kind in (cpu.FLOAT32, cpu.FLOAT64, cpu.FLOAT16, cpu.BFLOAT16)]
-    + [(4, cpu.FLOAT32), (8, cpu.FLOAT64), (2, cpu.FLOAT16), (2, cpu.BFLOAT16)],
+    [(unit, records.COPY) for unit in (16, 8, 4, 2, 1)]
+    + [(16, kind) for kind in (records.FLOAT32, records.FLOAT64, records.FLOAT16, records.BFLOAT16)]
+    + [(4, records.FLOAT32), (8, records.FLOAT64), (2, records.FLOAT16), (2, records.BFLOAT16)],
 )
 def test_ptx_of_drop(unit, kind):
     from msgdrop_numba.kernels import cuda
 
     word = r"(v4\.[bu]32|v2\.[bu]64)" if unit == 16 else rf"[bu]{8 * unit}"  # sm_100 multiplies two floats at once
-    for (major, minor), ptx in ptx_of(cuda._make_drop(unit, kind), cuda.signature(True)).items():
+    drop = cuda.function(unit, kind)
+    for (major, minor), ptx in ptx_of(drop, cuda.signature(drop)).items():
         assert f".target sm_{major}{minor}" in ptx
         assert ".local" not in ptx
         assert "fma." not in ptx
@@ -72,14 +73,14 @@ def test_ptx_of_drop(unit, kind):
         moves = "".join(m[1] for line in loop if (m := re.search(rf"(ld|st)\.global\.{word}\b", line)))
         assert re.fullmatch(f"({'ld' * 4}{'st' * 4})+", moves)  # four in flight together
         assert not re.search(r"\b(div|rem|call)\b", "\n".join(loop))
-        assert any("mul" in line and ".f" in line for line in loop) == (kind != cpu.COPY)
+        assert any("mul" in line and ".f" in line for line in loop) == (kind != records.COPY)
         assert registers(ptx, major, minor) <= (80 if major == 7 else 64)  # 3 and 4 blocks on a multiprocessor
 
 
 def test_ptx_of_select():
     from msgdrop_numba.kernels import cuda
 
-    for (major, minor), ptx in ptx_of(cuda.select, cuda.signature(False)).items():
+    for (major, minor), ptx in ptx_of(cuda.select, cuda.signature(cuda.select)).items():
         assert f".target sm_{major}{minor}" in ptx
         assert ".local" not in ptx
         assert registers(ptx, major, minor) <= 85  # three blocks of 512 threads
@@ -90,6 +91,6 @@ def test_ptx_of_select():
 def test_machine_code_is_linked_under_its_name(unit):
     from msgdrop_numba.kernels import cuda_launch
 
-    name, code = cuda_launch._machine_code(unit, cpu.COPY, (9, 0))
+    name, code = cuda_launch._machine_code(unit, records.COPY, (9, 0))
     assert code.code.startswith(b"\x7fELF")
     assert name.encode() in code.code

@@ -14,6 +14,7 @@ from helpers.cases import OPTIONS, SHAPE, equal, mask_alone
 from msgdrop_numba import keep_mask, message_dropout
 from msgdrop_numba.tensors import arguments as tensors
 from msgdrop_numba.tensors import cuda as torch_cuda
+from msgdrop_numba.tensors import placement
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -112,8 +113,8 @@ def test_bad_input_leaves_all_as_it_was(options, error, match, device):
 def test_generators_of_another_device():
     for other in ("cpu", "cuda:1"):
         with pytest.raises(ValueError, match=f"generator must be on cuda:0, as x is, but it is on {other}"):
-            tensors.check_generator(SimpleNamespace(device=torch.device(other)), torch.device("cuda:0"))
-    tensors.check_generator(SimpleNamespace(device=torch.device("cuda:0")), torch.device("cuda:0"))
+            placement.check_generator(SimpleNamespace(device=torch.device(other)), torch.device("cuda:0"))
+    placement.check_generator(SimpleNamespace(device=torch.device("cuda:0")), torch.device("cuda:0"))
 
 
 def test_arguments_on_another_device():

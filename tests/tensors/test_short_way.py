@@ -73,6 +73,7 @@ def test_tensors_that_only_look_plain():
     kept += [torch.randn(4, 6, 3, dtype=torch.complex64).conj()]
     for x in kept:
         assert torch_state.dense_address(x) == 0
+        assert torch_state.is_plain(x) == (torch_state.not_plain_because(x) == "")
     assert torch_state.dense_address(torch.randn(4, 6, 3).to_mkldnn()) == 0
     assert torch_state.dense_address(torch.randn(4, 6, 3).to_sparse()) == 0
     with warnings.catch_warnings():
@@ -87,10 +88,11 @@ def test_tensors_that_only_look_plain():
 
 @pytest.mark.parametrize("state", ["mode", "trace", "dual level", "vmap", "grad"])
 def test_no_address_where_operations_are_not_eager(state):
-    x, told = torch.randn(4, 6, 3), []
+    x, told, reasons = torch.randn(4, 6, 3), [], []
 
     def ask(x):
         told.append((torch_state.is_eager(), torch_state.dense_address(x)))
+        reasons.append((torch_state.not_eager_because(), torch_state.not_plain_because(x)))
         return x.sum()
 
     if state == "mode":
@@ -106,6 +108,8 @@ def test_no_address_where_operations_are_not_eager(state):
     else:
         {"vmap": torch.vmap, "grad": torch.func.grad}[state](lambda t: ask(x) + t.sum())(x)  # x itself looks plain
     assert told == [(False, 0)]
+    words = {"mode": "mode", "trace": "jit", "dual level": "forward AD", "vmap": "transform", "grad": "transform"}
+    assert all(words[state] in why for why in reasons[0])
 
 
 def test_the_gradient_of_a_conjugate():

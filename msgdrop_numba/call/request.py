@@ -1,0 +1,147 @@
+"""One call, described once, and checked in one order for all libraries.
+
+`Options` are what a layer, a collate or a batch keeps for life, a `Request` is a call's own arguments beside them, and
+a `Job` is what `prepare` makes of both: checked, laid out for the kernels, nothing written yet. A library brings its
+primitives alone: how it reads a dtype, a fill, a seed, arrays over rows; and how it runs a job.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from msgdrop_numba.call.arguments import ZERO, check_seed
+
+
+class Options(NamedTuple):
+    """What decides how messages drop, whatever the array.
+
+    Fields:
+        p: probability of dropping, a number or an array of them.
+        rule: the fields of `DropRule` behind p, in their order.
+        scale, fill, message_dims: as for `message_dropout`.
+    """
+
+    p: Any
+    rule: tuple[Any, ...]
+    scale: Any = False
+    fill: Any = ZERO
+    message_dims: Any = None
+
+
+class Request(NamedTuple):
+    """What one call asks for: the fields of `Options`, and its own arguments, as for `message_dropout`."""
+
+    p: Any
+    rule: tuple[Any, ...]
+    scale: Any = False
+    fill: Any = ZERO
+    message_dims: Any = None
+    training: Any = True
+    inplace: Any = False
+    lengths: Any = None
+    seed: Any = None
+    keys: Any = None
+    generator: Any = None
+    out: Any = None
+    return_mask: Any = False
+
+
+class Job(NamedTuple):
+    """A checked call.
+
+    Fields:
+        plan: what is the same for all arrays of this shape, its rule too.
+        draw: what the call's arrays decide beside.
+        seed: of the kind that the library draws from; None: nothing drops.
+        target: the array to write; None: a new one.
+        mask: where the keep mask goes; None: nobody asks for it.
+        given: a keep mask to be read; None: it is drawn.
+    """
+
+    plan: Any
+    draw: Any
+    seed: Any
+    target: Any = None
+    mask: Any = None
+    given: Any = None
+
+
+class Library(Protocol):
+    """The primitives of an array library. All but the last five check, and write nothing."""
+
+    def kind(self, x: Any, scale: Any) -> int:
+        """What is done to the elements of a kept message, see kernels.records."""
+
+    def split_p(self, p: Any) -> tuple[float | None, Any]:
+        """p as (number, None) or (None, array)."""
+
+    def plan(self, x: Any, kind: int, message_dims: Any, rule: tuple[Any, ...]) -> Any:
+        """The plan for an array, of `DropRule(*rule)`."""
+
+    def mask_plan(self, shape: tuple[int, ...], rule: tuple[Any, ...]) -> Any:
+        """The plan for a mask alone."""
+
+    def fill(self, fill: Any, x: Any, message_dims: int) -> Any:
+        """One message of the fill; None: zeros."""
+
+    def target(self, x: Any, request: Request, active: bool, fill: Any) -> Any:
+        """The array to write, asked where the call names one; None: x stays as it is."""
+
+    def check_seed(self, seed: Any, generator: Any, device: Any) -> Any:
+        """The seed, read; None: to be drawn."""
+
+    def draw(self, plan: Any, p: Any, fill: Any, request: Request, device: Any) -> Any:
+        """The arrays over rows or messages, laid out; p None: a number."""
+
+    def seed(self, given: Any, generator: Any, device: Any) -> Any:
+        """The seed given, where it is needed, or one drawn."""
+
+    def mask(self, shape: tuple[int, ...], device: Any) -> Any:
+        """Memory for a keep mask."""
+
+    def kept(self, shape: tuple[int, ...], device: Any) -> Any:
+        """The keep mask of a call in which nothing drops."""
+
+    def copy(self, x: Any, target: Any) -> Any:
+        """Write x to the target, and give that back."""
+
+    def run(self, x: Any, job: Job, request: Request) -> Any:
+        """Do the job: the array, or a pair with the mask where the request asks for it."""
+
+
+def prepare(library: Library, x: Any, request: Request) -> Job:
+    """The job of a call. Raises before anything is written or drawn."""
+    p, rule, scale, fill, message_dims, training, inplace, _, seed, _, generator, out, return_mask = request
+    kind = library.kind(x, scale)
+    number, array = library.split_p(p)
+    plan = library.plan(x, kind, message_dims, (number, *rule))
+    fill = library.fill(fill, x, len(plan.shape))
+    active = training and number != 0
+    target = None if out is None and not inplace else library.target(x, request, active, fill)
+    device = getattr(x, "device", None)
+    seed = library.check_seed(seed, generator, device)
+    draw = library.draw(plan, array, fill, request, device)
+    if not active:
+        return Job(plan, draw, None, target)
+    seed = library.seed(seed, generator, device)
+    return Job(plan, draw, seed, target, library.mask(plan.shape, device) if return_mask else None)
+
+
+def prepare_mask(library: Library, shape: tuple[int, ...], request: Request, device: Any = None) -> Job:
+    """The job of a mask alone, over the message dims `shape`."""
+    number, array = library.split_p(request.p)
+    plan = library.mask_plan(shape, (number, *request.rule))
+    seed = library.check_seed(request.seed, None, device)
+    if seed is None:
+        check_seed(seed)
+    draw = library.draw(plan, array, None, request, device)
+    return Job(plan, draw, library.seed(seed, None, device))
+
+
+def perform(library: Library, x: Any, request: Request) -> Any:
+    """`functional.message_dropout` by a library's primitives."""
+    job = prepare(library, x, request)
+    if job.seed is not None:
+        return library.run(x, job, request)
+    y = x if job.target is None or job.target is x else library.copy(x, job.target)
+    return (y, library.kept(job.plan.shape, getattr(x, "device", None))) if request.return_mask else y

@@ -1,0 +1,48 @@
+"""The ways that an array can take, in words: `msgdrop info` and LIMITS.md show this table, and ask which one it is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Way(NamedTuple):
+    """What runs for a kind of array, and why."""
+
+    array: str
+    path: str
+    why: str
+
+
+ARRAY = Way("NumPy array", "compiled kernel", "its features are contiguous and its rows lie evenly")
+ARRAY_APART = Way(
+    "NumPy array, other layouts", "compiled mask, NumPy's where", "the kernel can't follow its strides or byte order"
+)
+TENSOR = Way("CPU or CUDA tensor", "compiled kernel", "as for arrays; under autograd with a backward of ours")
+TENSOR_APART = Way(
+    "CPU or CUDA tensor, other layouts", "compiled kernel on a copy", "in place, or features apart: torch's where"
+)
+COMPILED = Way("CPU or CUDA tensor, torch.compile", "compiled mask, torch's where", "one graph, fused by the compiler")
+TRACED = Way("export, vmap, jvp, fake tensors", "tensor operations", "nothing of this package may be called there")
+DEVICE_ARRAY = Way("CuPy or numba device array", "as a CUDA tensor", "on its own stream; needs torch")
+WITHOUT_KERNELS = Way(
+    "CUDA tensor without numba-cuda", "tensor operations", "the same mask; a log line says what to install"
+)
+ELSEWHERE = Way("ROCm, MPS and XPU tensors", "tensor operations", "no kernels for them")
+
+WAYS = (
+    ARRAY, ARRAY_APART, TENSOR, TENSOR_APART, COMPILED, TRACED, DEVICE_ARRAY, WITHOUT_KERNELS, ELSEWHERE,
+)  # fmt: skip
+
+
+class Answer(NamedTuple):
+    """Which way a call takes.
+
+    Fields:
+        way: one of WAYS.
+        reason: why not the kernels, of this very call; empty: it takes them.
+        nbytes: that its kernel writes; 0: none runs.
+    """
+
+    way: Way
+    reason: str
+    nbytes: int = 0

@@ -1,0 +1,74 @@
+"""What the kernels are told: the kinds of elements, and the two records that they read through an address."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# What is done to the elements of a kept message: nothing, or multiply as this type.
+COPY, FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(5)
+OTHER = -1  # multiply, as a type that the kernels don't know
+LINE = 64  # bytes that a streaming store writes at once; a line of the cache
+
+# The rule, as the kernels need it: which of a row's messages drop. Each is an attribute of what a call asks for.
+RULE = [
+    ("threshold", np.int64),  # T(p)
+    ("certain", np.int64),  # p = 1
+    ("limited", np.int64),  # whether fewer may drop than the draws alone say
+    ("exact", np.int64),
+    ("span", np.int64),
+    ("min_keep", np.int64),
+]
+
+# What of a call depends on the array's shape and the rule alone: the plan.
+PLAN = np.dtype(
+    [
+        ("size", np.int64),  # positions in a row
+        ("width", np.int64),  # bytes in a message
+        ("kind", np.int64),  # what is done to the elements of a kept message
+        ("scale", np.float64),  # what they are multiplied by, where kind says so
+        ("x_row", np.int64),  # bytes from row to row, and from position to position
+        ("x_step", np.int64),
+        ("out_row", np.int64),
+        ("out_step", np.int64),
+        ("words", np.int64),  # whether messages are words, side by side
+        ("stream", np.int64),  # whether to write past the cache
+        *RULE,
+    ]
+)
+
+# What of a call its arguments decide beside: addresses, 0 where there is none, and a flag or two.
+DRAW = np.dtype(
+    [
+        ("fill", np.int64),  # one message; none: zeros
+        ("given", np.int64),  # whether the mask is there already, to be read
+        ("lengths", np.int64),  # int64, one a row
+        ("keys", np.int64),  # uint64, one a row; none: the row's index
+        ("thresholds", np.int64),  # uint64, one a position or, where per_row, one a message
+        ("per_row", np.int64),
+        ("scales", np.int64),  # float64 as the thresholds, where kept messages are scaled by them
+        ("sources", np.int64),  # int64, one a row: where its messages lie, each row in memory of its own
+        ("padding", np.int64),  # one message, for what lies behind a row that has a source; none: zeros
+    ]
+)
+
+
+def _named(name: str, record: np.dtype[Any]) -> Any:
+    """A record's fields as a tuple of Python's numbers, which cost nothing to read."""
+    return namedtuple(name, record.names or ())
+
+
+PlanNumbers = _named("PlanNumbers", PLAN)
+DrawNumbers = _named("DrawNumbers", DRAW)
+
+
+class Addresses(NamedTuple):
+    """Where a launch on a device finds things there; 0: nowhere."""
+
+    x: int
+    out: int  # x: in place; 0: the mask alone is made
+    mask: int  # written, or read where it is given
+    seed: int  # an int64; 0 where the mask is given
+    limits: int  # 16 bytes a row, where the rule is limited

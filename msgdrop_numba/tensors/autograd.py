@@ -1,0 +1,71 @@
+"""The gradient: backward is the same map, with fill 0. Nothing of the data is kept for it.
+
+Kept is the seed alone, or the mask, one byte a message, where arrays decide it too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msgdrop_numba.call.plan import GIVEN, PLAIN, Draw
+from msgdrop_numba.call.request import Job
+from msgdrop_numba.kernels.records import COPY
+from msgdrop_numba.tensors import operations
+from msgdrop_numba.tensors.write import draw_mask, where, write, write_new
+from msgdrop_numba.torch_private import dense_address, is_plain, is_plain_cuda, quick_apply
+
+
+class _DropMessages(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fill: Tensor | None, job: Job) -> Tensor:
+        plan, draw, seed, target, mask, given = job
+        if draw.seeded:
+            ctx.again = plan, PLAIN, seed
+        else:
+            if given is None and mask is None:
+                mask = torch.empty(plan.shape, dtype=torch.bool, device=x.device)
+                job = Job(plan, draw, seed, target, mask)
+            ctx.save_for_backward(mask if given is None else given)
+            # Unscaled, padding passes like any kept message.
+            again = GIVEN if plan.kind == COPY else Draw(None, draw.lengths, None, None, draw.scales, given=True)
+            ctx.again = plan, again, seed
+        if target is not None:
+            ctx.mark_dirty(x)
+        return write(job, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        plan, draw, seed = ctx.again
+        needs_x, needs_fill, _ = ctx.needs_input_grad
+        differentiable = grad.requires_grad and torch.is_grad_enabled()
+        usual = plan.followed and draw is PLAIN and type(seed) is int and not (needs_fill or differentiable)
+        if usual and (start := dense_address(grad)):
+            return write_new((plan, PLAIN, seed, None, None, None), grad, start), None, None  # type: ignore[arg-type]
+        # Hooks may have changed the layout of what was saved.
+        job = Job(plan, draw, seed, given=ctx.saved_tensors[0].contiguous() if draw.given else None)
+        if grad.layout != torch.strided:
+            grad = grad.to_dense()
+        grad_x = grad_fill = None
+        if needs_fill:
+            grad_fill = _fill_gradient(grad, draw_mask(job))
+        if needs_x:
+            if not (is_plain if type(seed) is int else is_plain_cuda)(grad):
+                grad_x = where(plan, draw, grad, draw_mask(job))
+            elif differentiable:
+                grad_x = drop_messages(grad, None, job)
+            else:
+                grad_x = write(job, grad)
+        return grad_x, grad_fill, None
+
+
+# What autograd runs for a tensor, its fill or None, and a job whose target is None or the tensor itself.
+drop_messages: Any = quick_apply(_DropMessages)
+
+
+def _fill_gradient(grad: Tensor, keep: Tensor) -> Tensor:
+    if grad.is_cpu:
+        return grad[~keep].sum(0)
+    return operations.select(grad, ~keep, None).flatten(0, keep.ndim - 1).sum(0)  # picking them would synchronise

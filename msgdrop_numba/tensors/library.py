@@ -1,0 +1,114 @@
+"""Torch's primitives, see call.request.Library: those of all tensors, and of ordinary ones that the kernels reach."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msgdrop_numba.call import arguments
+from msgdrop_numba.call.plan import Draw, Plan, mask_plan, row_arguments
+from msgdrop_numba.call.plan import plan as make_plan
+from msgdrop_numba.call.request import Job, Request
+from msgdrop_numba.kernels.records import COPY
+from msgdrop_numba.tensors import cuda
+from msgdrop_numba.tensors.arguments import check_target, fill_message, scaled_kind, split_p_of_device
+from msgdrop_numba.tensors.autograd import drop_messages
+from msgdrop_numba.tensors.seeds import check_device_seed, check_host_seed, device_seed, fresh_seed
+from msgdrop_numba.tensors.write import draw_mask, where, write
+from msgdrop_numba.torch_private import is_view
+
+
+class Tensors:
+    """What all tensors share."""
+
+    def kind(self, x: Tensor, scale: Any) -> int:
+        return scaled_kind(x.dtype) if scale else COPY
+
+    def fill(self, fill: Any, x: Tensor, message_dims: int) -> Tensor | None:
+        return fill_message(fill, x, message_dims)
+
+    def target(self, x: Tensor, request: Request, active: bool, fill: Tensor | None) -> Tensor | None:
+        return check_target(x, request.inplace, request.out, active, fill)
+
+    def mask(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return torch.empty(shape, dtype=torch.bool, device=device)
+
+    def kept(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+
+    def copy(self, x: Tensor, target: Tensor) -> Tensor:
+        return target.copy_(x)
+
+
+class _Ordinary(Tensors):
+    """Tensors whose memory the kernels read by address."""
+
+    mask_plan = staticmethod(mask_plan)
+
+    def plan(self, x: Tensor, kind: int, message_dims: Any, rule: tuple[Any, ...]) -> Plan:
+        return make_plan(x.shape, x.itemsize, kind, message_dims, rule)
+
+    def target(self, x: Tensor, request: Request, active: bool, fill: Tensor | None) -> Tensor | None:
+        target = super().target(x, request, active, fill)
+        if target is not None and not _apart(x, target):
+            name = "x, to be changed in place," if request.inplace else "out"
+            arguments.check_memory(name, _memory(x), _memory(target))
+        return target
+
+    def run(self, x: Tensor, job: Job, request: Request) -> Any:
+        plan, draw, seed, target, mask, _ = job
+        fill = draw.fill
+        graph = torch.is_grad_enabled() and (x.requires_grad or (fill is not None and fill.requires_grad))
+        if seed is request.seed and type(seed) is not int and (graph or target is not None):
+            job = job._replace(seed=seed.clone())  # the caller may change it before backward, or have it written here
+        if not graph:
+            result = write(job, x)
+        elif request.inplace and is_view(x):
+            result = x.copy_(where(plan, draw, x, draw_mask(job)))
+        else:
+            result = drop_messages(x, fill, job)
+        return (result, mask) if request.return_mask else result
+
+
+class _OnHost(_Ordinary):
+    split_p = staticmethod(arguments.split_p)
+    check_seed = staticmethod(check_host_seed)
+
+    def draw(self, plan: Plan, p: Any, fill: Any, request: Request, device: torch.device) -> Draw:
+        fill = _own_fill(fill, request)
+        return row_arguments(plan, p, fill, request.scale, request.lengths, request.keys)
+
+    def seed(self, given: int | None, generator: Any, device: torch.device) -> int:
+        return fresh_seed(generator) if given is None else given
+
+
+class _OnDevice(_Ordinary):
+    split_p = staticmethod(split_p_of_device)
+    check_seed = staticmethod(check_device_seed)
+    seed = staticmethod(device_seed)
+
+    def draw(self, plan: Plan, p: Any, fill: Any, request: Request, device: torch.device) -> Draw:
+        fill = _own_fill(fill, request)
+        return cuda.row_arguments(plan, p, fill, request.scale, request.lengths, request.keys, device)
+
+
+ON_HOST, ON_DEVICE = _OnHost(), _OnDevice()
+
+
+def _own_fill(fill: Tensor | None, request: Request) -> Tensor | None:
+    """The fill, in memory of its own where something else is written that may be the caller's fill too."""
+    return fill.clone() if fill is not None and (request.inplace or request.out is not None) else fill
+
+
+def _apart(x: Tensor, target: Tensor) -> bool:
+    """Whether it is plain that writing `target` can't disturb x, or that it is x: no need to look closer."""
+    if not (x.is_contiguous() and target.is_contiguous()):
+        return False
+    return target is x or abs(target.data_ptr() - x.data_ptr()) >= x.numel() * x.element_size()
+
+
+def _memory(x: Tensor) -> tuple[Any, ...]:
+    size = x.element_size()
+    return x.data_ptr(), tuple(x.shape), tuple(step * size for step in x.stride()), size

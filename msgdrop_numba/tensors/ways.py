@@ -1,0 +1,74 @@
+"""Which way a tensor takes, and why: by the kernels on the host, by those on its device, or by torch's operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from msgdrop_numba.call.plan import follow
+from msgdrop_numba.call.request import Library, Request, prepare
+from msgdrop_numba.call.ways import COMPILED, ELSEWHERE, TENSOR, TENSOR_APART, WITHOUT_KERNELS, Answer
+from msgdrop_numba.call.ways import TRACED as BY_OPERATIONS
+from msgdrop_numba.tensors import cuda
+from msgdrop_numba.tensors.library import ON_DEVICE, ON_HOST
+from msgdrop_numba.tensors.traced import TRACED
+from msgdrop_numba.torch_private import is_eager, is_plain, is_plain_cuda, not_plain_because
+
+
+def way(x: Tensor, request: Request) -> Library:
+    """The library of a call: that of the first kernels that reach x and all its tensors, else torch's operations."""
+    if is_plain(x):
+        return ON_HOST if _all_on_host(request) else TRACED
+    if is_plain_cuda(x) and all(is_plain(t) or is_plain_cuda(t) for _, t in _tensors(request)):
+        return ON_DEVICE if cuda.usable(x.device) else TRACED
+    return TRACED
+
+
+def mask_way(device: torch.device, request: Request) -> Library:
+    """The same for a mask alone on a device."""
+    if device.type == "cpu" and is_eager() and _all_on_host(request):
+        return ON_HOST
+    if is_eager() and cuda.usable(device) and all(is_plain(t) or is_plain_cuda(t) for _, t in _tensors(request)):
+        return ON_DEVICE
+    return TRACED
+
+
+def explain(x: Tensor, request: Request) -> Answer:
+    """Which way a call takes, and why; nothing is dropped."""
+    reason = why_not_kernels(x, request)
+    if reason:
+        if torch.compiler.is_compiling():
+            return Answer(COMPILED, reason)
+        if x.device.type == "cuda" and torch.version.hip is None and not not_plain_because(x):
+            return Answer(WITHOUT_KERNELS, reason)
+        return Answer(ELSEWHERE if x.device.type not in ("cpu", "cuda") else BY_OPERATIONS, reason)
+    plan = prepare(way(x, request), x, request._replace(seed=0)).plan
+    if not x.is_contiguous():
+        strides = tuple(step * x.element_size() for step in x.stride())
+        plan = follow(plan, strides, strides)
+    return Answer(TENSOR_APART, plan.obstacle) if plan.obstacle else Answer(TENSOR, "", plan.nbytes)
+
+
+def why_not_kernels(x: Tensor, request: Request) -> str:
+    """Why `way` names torch's operations; empty: it names kernels."""
+    for name, tensor in (("x", x), *_tensors(request)):
+        if reason := not_plain_because(tensor):
+            return f"{name}: {reason}"
+    if x.is_cpu:
+        return "" if _all_on_host(request) else "x lies on the host, but another argument on a device"
+    return cuda.obstacle(x.device)
+
+
+def _all_on_host(request: Request) -> bool:
+    p, _, _, fill, _, _, _, lengths, seed, keys, _, out, _ = request
+    for value in (lengths, fill, seed, keys, p, out):  # noqa: SIM110  a generator would cost half a microsecond
+        if isinstance(value, Tensor) and not is_plain(value):
+            return False
+    return True
+
+
+def _tensors(request: Request) -> Iterator[tuple[str, Tensor]]:
+    named = ((name, getattr(request, name)) for name in ("lengths", "fill", "seed", "keys", "p", "out"))
+    return ((name, value) for name, value in named if isinstance(value, Tensor))

@@ -1,0 +1,126 @@
+"""A job's bytes: the ways from a tensor to its output, by the kernels wherever they can follow.
+
+A seed that is an integer belongs to the CPU's kernels, one that is a tensor to those of its CUDA device. A job may come
+as the plain tuple of its fields, which spares the smallest calls a constructor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from msgdrop_numba import outputs
+from msgdrop_numba.call.arguments import address
+from msgdrop_numba.call.plan import Draw, Plan, follow
+from msgdrop_numba.call.plan import plan as make_plan
+from msgdrop_numba.call.request import Job
+from msgdrop_numba.call.threads import launch
+from msgdrop_numba.kernels.cpu import drop_range
+from msgdrop_numba.kernels.records import COPY
+from msgdrop_numba.tensors import cuda, operations
+
+
+def write(job: Job, x: Tensor) -> Tensor:
+    """x with its messages dropped, in the job's target or in a new tensor."""
+    plan, _, seed, target, _, _ = job
+    if target is None and plan.followed and type(seed) is int and x.is_contiguous() and (start := x.data_ptr()):
+        return write_new(job, x, start)
+    # A mask alone doesn't tell what to scale by.
+    if plan.nbytes >= outputs.HUGE_BYTES and type(seed) is int and plan.kind == COPY and not x.is_contiguous():
+        order = _memory_order(x, len(plan.shape))
+        if order is not None:
+            return _write_in_order(job, x, order)
+    result = torch.empty_like(x) if target is None else target
+    return _write_over(job, x, result)
+
+
+def write_new(job: Job, x: Tensor, start: int) -> Tensor:
+    """`write` into a new tensor on the CPU, from x in C order at the address `start`."""
+    plan, draw, seed, _, mask, given = job
+    if plan.serial and mask is None and given is None and seed < 2**63:  # what `launch` would do, for the smallest
+        result = torch.empty_like(x)
+        drop_range(0, plan.messages, plan.address, draw.address, start, result.data_ptr(), 0, seed)
+        return result
+    result = torch.empty_like(x) if plan.nbytes < outputs.HUGE_BYTES else outputs.empty(x.shape, x.dtype)
+    launch(plan, draw, seed, start, result.data_ptr(), address(mask if given is None else given))
+    return result
+
+
+def _memory_order(x: Tensor, dims: int) -> list[int] | None:
+    """How to permute the message dims so that x lies in C order, as an RNN's output with batch_first; or None."""
+    order = [*sorted(range(dims), key=x.stride, reverse=True), *range(dims, x.ndim)]
+    return order if x.permute(order).is_contiguous() else None
+
+
+def _write_in_order(job: Job, x: Tensor, order: list[int]) -> Tensor:
+    """The mask first, then the messages as they lie: from one of a row to its next would be far."""
+    plan, draw, seed, target, _, _ = job
+    keep = draw_mask(job).permute(order[: len(plan.shape)]).contiguous()
+    turned = x.permute(order)
+    as_turned = make_plan(turned.shape, x.itemsize, COPY, len(plan.shape), (None,))
+    to = None if target is None else target.permute(order)
+    y = write(Job(as_turned, Draw(draw.fill, given=True), seed, to, None, keep), turned)
+    if to is not None:
+        return target  # type: ignore[no-any-return]
+    return outputs.over(y.untyped_storage(), x.shape, x.dtype, x.stride())  # no view: it may be changed in place
+
+
+def _write_over(job: Job, x: Tensor, result: Tensor) -> Tensor:
+    """Into `result`, by the kernels where they can follow both, by operations where they can't."""
+    plan, draw, seed, target, mask, given = job
+    if not plan.messages:
+        return result
+    if not (x.is_contiguous() and result.is_contiguous()):
+        strides, out_strides = (tuple(step * x.element_size() for step in t.stride()) for t in (x, result))
+        plan, alone = follow(plan, strides, out_strides), follow(plan, out_strides, out_strides)
+        if alone.followed and not plan.followed:  # as of the gradient of a sum, whose strides are 0
+            plan, x = alone, result.copy_(x)
+    if plan.followed:
+        if x.data_ptr() == 0 and plan.nbytes and x.numel():
+            raise ValueError(f"x has no memory, though its shape is {tuple(x.shape)}: its storage was freed")
+        if _launch(plan, draw, seed, x, result, mask if given is None else given):
+            if target is not None and not target.is_inference():
+                increment_version(target)  # torch can't see a write through a pointer
+            return result
+    done: Tensor = result.copy_(where(plan, draw, x, draw_mask(job)))
+    return done
+
+
+def _launch(plan: Plan, draw: Draw, seed: Any, x: Tensor, result: Tensor, mask: Tensor | None) -> bool:
+    places = x.data_ptr(), result.data_ptr(), address(mask)
+    if type(seed) is not int:
+        return cuda.launch(plan, draw, seed, *places)
+    launch(plan, draw, seed, *places)
+    return True
+
+
+def draw_mask(job: Job) -> Tensor:
+    """The mask alone: the one given, or drawn into the job's memory, new where it has none."""
+    plan, draw, seed, _, mask, given = job
+    if given is not None:
+        return given  # type: ignore[no-any-return]
+    if type(seed) is not int:
+        return cuda.draw_mask(plan, draw, seed, mask)
+    if mask is None:
+        mask = torch.empty(plan.shape, dtype=torch.bool, device="cpu")
+    if plan.messages:
+        launch(plan, draw, seed, 0, 0, mask.data_ptr())
+    return mask  # type: ignore[no-any-return]
+
+
+def where(plan: Plan, draw: Draw, x: Tensor, mask: Tensor) -> Tensor:
+    """What the kernels do, in torch's operations: for layouts that they can't follow and what autograd must see."""
+    scales = valid = None
+    if plan.kind != COPY:
+        lengths, given = _tensor(draw.lengths), _tensor(draw.scales)
+        lengths = None if lengths is None else lengths.reshape(plan.shape[:-1])
+        scales, valid = operations.row_scales(plan.shape, plan.rule, lengths, given, x.device)
+    return operations.select(x, mask, draw.fill, scales, valid)
+
+
+def _tensor(values: Any) -> Tensor | None:
+    return torch.from_numpy(values) if isinstance(values, np.ndarray) else values

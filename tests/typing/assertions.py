@@ -1,0 +1,41 @@
+"""What a type checker knows of the public names. Checked by mypy, never run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from typing_extensions import assert_type
+
+from msgdrop_numba import MessageDropout, fold_in, keep_mask, message_dropout
+
+
+def arrays(x: NDArray[np.float32]) -> None:
+    assert_type(message_dropout(x), NDArray[np.float32])
+    assert_type(message_dropout(x, 0.5, exact=True, seed=1), NDArray[np.float32])
+    assert_type(message_dropout(x, 0.5, return_mask=True), tuple[NDArray[np.float32], NDArray[np.bool_]])
+    assert_type(keep_mask((2, 3), 0.5, seed=1), NDArray[np.bool_])
+    assert_type(fold_in(1, 2), int)
+
+
+def tensors(x: Tensor) -> None:
+    assert_type(message_dropout(x, 0.5, True, True), Tensor)
+    assert_type(message_dropout(x, 0.5, return_mask=True, span=2), tuple[Tensor, Tensor])
+    assert_type(keep_mask((2, 3), 0.5, seed=1, min_keep=1, device="cpu"), Tensor)
+
+
+def device_arrays(x: Any, told: bool) -> None:
+    assert_type(message_dropout(x, return_mask=told), Any)
+
+
+def layer(x: Tensor) -> None:
+    drop = MessageDropout(0.5)
+    assert_type(drop(x), Tensor)
+    assert_type(drop(x, lengths=[1, 2], return_mask=True), tuple[Tensor, Tensor])
+
+
+def wrong(x: Tensor) -> None:
+    message_dropout(x, 0.5, rate=0.5)  # type: ignore[call-overload]
+    keep_mask((2, 3), seed=1, exact="yes")  # type: ignore[call-overload]
