@@ -73,7 +73,7 @@ def marked(block):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("block", map(marked, BLOCKS.values()), ids=BLOCKS)
+@pytest.mark.parametrize("block", [*map(marked, BLOCKS.values())], ids=BLOCKS)
 def test_code(block, tmp_path):
     script = tmp_path / "block.py"
     script.write_text(block)

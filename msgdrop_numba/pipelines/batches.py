@@ -51,6 +51,7 @@ class MessageDropoutBatch:
         TypeError, ValueError: an argument is wrong; at a call: a column is missing, or isn't what it must be.
 
     Example:
+        >>> import numpy as np
         >>> drop = MessageDropoutBatch(0.5, columns="frames", key="id", seed=7)
         >>> batch = {"id": np.array(["a", "b"]), "frames": np.ones((2, 4, 3), np.float32)}
         >>> drop(batch)["frames"].any(axis=-1)

@@ -58,6 +58,7 @@ class MessageDropoutCollate:
             sample's position and its key.
 
     Example:
+        >>> import torch
         >>> from torch.utils.data import DataLoader
         >>> from msgdrop_numba import KeyedDataset
         >>> frames = [torch.randn(n, 12) for n in (7, 9, 8)]
