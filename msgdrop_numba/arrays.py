@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import address
-from msgdrop_numba.call.plan import Draw, Plan, follow, kept_scales, mask_plan, row_arguments
-from msgdrop_numba.call.plan import plan as make_plan
+from msgdrop_numba.call.plan import PLAIN, Draw, Plan, array_plan, follow, kept_scales, mask_plan, row_arguments
 from msgdrop_numba.call.request import Job, Request, perform, prepare, prepare_mask
 from msgdrop_numba.call.threads import launch
 from msgdrop_numba.call.ways import ARRAY, ARRAY_APART, Answer
@@ -18,13 +18,6 @@ from msgdrop_numba.kernels.records import COPY, FLOAT16, FLOAT32, FLOAT64
 
 _SCALED = {"f2": FLOAT16, "f4": FLOAT32, "c8": FLOAT32, "f8": FLOAT64, "c16": FLOAT64}
 FOREIGN = "its bytes aren't in this machine's order"
-
-plain = None  # every array takes the usual door
-
-
-def message_dropout(x: np.ndarray, request: Request) -> Any:
-    """`functional.message_dropout` for an array."""
-    return perform(NUMPY, x, request)
 
 
 def keep_mask(shape: tuple[int, ...], request: Request) -> np.ndarray:
@@ -58,6 +51,8 @@ class _NumPy:
     """NumPy's primitives, see call.request.Library."""
 
     split_p = staticmethod(arguments.split_p)
+    nothing = PLAIN
+    plan = staticmethod(array_plan)
     mask_plan = staticmethod(mask_plan)
 
     def kind(self, x: np.ndarray, scale: Any) -> int:
@@ -71,12 +66,9 @@ class _NumPy:
             )
         return _SCALED[x.dtype.str[1:]]
 
-    def plan(self, x: np.ndarray, kind: int, message_dims: Any, rule: tuple[Any, ...]) -> Plan:
-        return make_plan(x.shape, x.itemsize, kind, message_dims, rule)
-
     def fill(self, fill: Any, x: np.ndarray, message_dims: int) -> np.ndarray | None:
         """A message of x's dtype."""
-        if arguments.is_zero(fill):
+        if fill is arguments.ZERO or arguments.is_zero(fill):
             return None
         dtype, features = x.dtype, x.shape[message_dims:]
         if isinstance(fill, np.ndarray):
@@ -139,8 +131,12 @@ class _NumPy:
 
     def run(self, x: np.ndarray, job: Job, request: Request) -> Any:
         plan, draw, seed, target, mask, _ = job
-        result = np.empty_like(x, subok=False) if target is None else target
-        if not (x.flags.c_contiguous and result.flags.c_contiguous):
+        in_order = x.flags.c_contiguous
+        if target is not None:
+            result = target
+        else:  # NumPy takes longer to make one like x
+            result = np.empty(x.shape, x.dtype) if in_order else np.empty_like(x, subok=False)
+        if not (in_order and result.flags.c_contiguous):
             plan = follow(plan, x.strides, result.strides)
         if plan.messages and not obstacle(plan, x.dtype):
             launch(plan, draw, seed, address(x), address(result), address(mask))
@@ -151,6 +147,7 @@ class _NumPy:
 
 
 NUMPY = _NumPy()
+message_dropout = partial(perform, NUMPY)  # `functional.message_dropout` for an array
 
 
 def _write(plan: Plan, draw: Draw, x: np.ndarray, result: np.ndarray, mask: np.ndarray) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 import numpy as np
 
 from msgdrop_numba import arrays
-from msgdrop_numba.call import arguments
+from msgdrop_numba.call.arguments import ZERO, check_key, check_seed, is_zero
 from msgdrop_numba.call.plan import mask_shape
-from msgdrop_numba.call.request import Request
+from msgdrop_numba.call.request import Request, ShortDoor
 from msgdrop_numba.call.ways import Answer
 from msgdrop_numba.kernels import philox
 
@@ -79,7 +79,7 @@ def message_dropout(
     span: int = 1,
     min_keep: int = 0,
     lengths: Any = None,
-    fill: Any = arguments.ZERO,
+    fill: Any = ZERO,
     message_dims: int | None = None,
     seed: Any = None,
     keys: Any = None,
@@ -138,19 +138,24 @@ def message_dropout(
 
     Source: the mask contract, version 1 (CONTRACT.md), on Philox4x32-10 (Salmon et al., SC'11).
     """
-    library = _libraries.get(type(x)) or _library(x)
+    door = _short_doors.get(type(x))
     if (
-        lengths is None and keys is None and seed is None and generator is None and out is None
-        and type(p) is float and p and (fill is arguments.ZERO or arguments.is_zero(fill))
-        and training and not inplace and not return_mask and library.plain is not None
+        door is not None and lengths is None and keys is None and seed is None and generator is None and out is None
+        and type(p) is float and p and (fill is ZERO or is_zero(fill)) and training and not inplace and not return_mask
+        and (address := door.address(x))
     ):  # fmt: skip
-        y = library.plain(x, p, scale, message_dims, exact, span, min_keep)
-        if y is not None:
-            return y
-    return library.message_dropout(x, Request(
+        try:
+            plan = door.plan(x.shape, x.dtype, bool(scale), message_dims, p, exact, span, min_keep)
+        except TypeError:  # what is wrong is said below
+            plan = None
+        if plan is not None:
+            return door.run(plan, x, address)
+    told = (
         p, (exact, span, min_keep), scale, fill, message_dims, training, inplace, lengths, seed, keys, generator,
         out, return_mask,
-    ))  # fmt: skip
+    )  # fmt: skip
+    request = tuple.__new__(Request, told)  # twice as fast as the constructor
+    return (_libraries.get(type(x)) or _library(x)).message_dropout(x, request)
 
 
 def drop_messages(x: Any, request: Request) -> Any:
@@ -164,6 +169,7 @@ def explain(x: Any, request: Request) -> Answer:
 
 
 _libraries: dict[type, Any] = {np.ndarray: arrays}  # of exact types; torch's once a tensor has come
+_short_doors: dict[type, ShortDoor] = {}
 
 
 def _library(x: Any) -> Any:
@@ -172,6 +178,7 @@ def _library(x: Any) -> Any:
         from msgdrop_numba.tensors import dropout
 
         _libraries[torch.Tensor] = _libraries[torch.nn.Parameter] = dropout
+        _short_doors[torch.Tensor] = _short_doors[torch.nn.Parameter] = dropout.SHORT_DOOR
         return dropout
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError("x must be a plain NumPy array, but got a masked one, whose mask would be lost: give filled()")
@@ -230,7 +237,7 @@ def keep_mask(
     Source: the mask contract, version 1 (CONTRACT.md).
     """
     dims = mask_shape(shape)
-    request = Request(p, (exact, span, min_keep), lengths=lengths, seed=seed, keys=keys)
+    request = Request(p, (exact, span, min_keep), False, ZERO, None, True, False, lengths, seed, keys)
     if device is None:
         return arrays.keep_mask(dims, request)
     from msgdrop_numba.tensors import dropout
@@ -257,4 +264,4 @@ def fold_in(seed: Any, data: Any) -> int:
 
     Source: the mask contract, version 1 (CONTRACT.md); the name is JAX's.
     """
-    return int(philox.fold_in(np.uint64(arguments.check_seed(seed)), np.uint64(arguments.check_key("data", data))))
+    return int(philox.fold_in(np.uint64(check_seed(seed)), np.uint64(check_key("data", data))))

@@ -107,6 +107,11 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in _PLAIN_TYPES and is_eager() and _dispatch_keys(tensor) in _PLAIN
 
 
+def is_plain_too(tensor: torch.Tensor) -> bool:
+    """`is_plain`, where operations are known to be eager."""
+    return type(tensor) in _PLAIN_TYPES and _dispatch_keys(tensor) in _PLAIN
+
+
 def is_plain_cuda(tensor: torch.Tensor) -> bool:
     """The same on a CUDA device."""
     return type(tensor) in _PLAIN_TYPES and is_eager() and _dispatch_keys(tensor) in _PLAIN_CUDA

@@ -67,6 +67,8 @@ def check_key(name: str, value: Any) -> int:
 
 def check_source(seed: Any, generator: Any, kind: type) -> int | None:
     """The seed as Python int, or None where it is to be drawn from `generator`, None or of type `kind`."""
+    if generator is None and (seed is None or (type(seed) is int and 0 <= seed <= _U64)):  # the usual ones, asked first
+        return seed
     if generator is not None:
         if seed is not None:
             raise ValueError(f"give seed or generator, not both: got seed={seed!r} and generator={generator!r}")

@@ -140,6 +140,14 @@ def _make(
     )  # fmt: skip
 
 
+def array_plan(x: Any, kind: int, message_dims: int | None, rule: tuple[Any, ...]) -> Plan:
+    """The plan for an array or tensor as if it were in C order."""
+    try:
+        return _cached(x.shape, x.itemsize, kind, message_dims, None, None, *rule)
+    except TypeError:  # as in `plan`
+        return plan(x.shape, x.itemsize, kind, message_dims, rule)
+
+
 def mask_plan(shape: tuple[int, ...], rule: tuple[Any, ...]) -> Plan:
     """The plan for a mask alone, over the message dims `shape`."""
     return plan((*shape, 0), 0, COPY, len(shape), rule)
@@ -151,8 +159,6 @@ reset = _cached.cache_clear
 
 def row_arguments(plan: Plan, p: Any, fill: Any, scale: bool, lengths: Any, keys: Any) -> Draw:
     """The arguments that are arrays over rows or messages, checked and laid out for the kernels; p None: a number."""
-    if p is None and fill is None and lengths is None and keys is None:
-        return PLAIN
     rows = plan.shape[:-1]
     thresholds = scales = None
     if p is not None:

@@ -30,7 +30,7 @@ def scaled_kind(dtype: torch.dtype) -> int:
 
 def fill_message(fill: Any, x: Tensor, message_dims: int) -> Tensor | None:
     """One message of `fill`, a number or a tensor over the features, of x's dtype; None: zeros."""
-    if arguments.is_zero(fill) and x.dtype not in WITHOUT_ZERO:
+    if (fill is arguments.ZERO or arguments.is_zero(fill)) and x.dtype not in WITHOUT_ZERO:
         return None
     features = x.shape[message_dims:]
     if not isinstance(fill, Tensor):
@@ -79,7 +79,8 @@ def check_target(x: Tensor, inplace: bool, out: Any, active: bool, fill: Tensor 
             f"but got {tuple(out.shape)} {out.dtype} on {out.device}"
         )
     _check_inference("out", out)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, out, fill)):
+    tracked = x.requires_grad or out.requires_grad or (fill is not None and fill.requires_grad)
+    if tracked and torch.is_grad_enabled():
         raise ValueError("out can't be used where a gradient is needed: leave it out, or call under torch.no_grad()")
     return out
 

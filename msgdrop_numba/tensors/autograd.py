@@ -43,7 +43,7 @@ class _DropMessages(torch.autograd.Function):
         differentiable = grad.requires_grad and torch.is_grad_enabled()
         usual = plan.followed and draw is PLAIN and type(seed) is int and not (needs_fill or differentiable)
         if usual and (start := dense_address(grad)):
-            return write_new((plan, PLAIN, seed, None, None, None), grad, start), None, None  # type: ignore[arg-type]
+            return write_new(plan, PLAIN, seed, grad, start), None, None
         # Hooks may have changed the layout of what was saved.
         job = Job(plan, draw, seed, given=ctx.saved_tensors[0].contiguous() if draw.given else None)
         if grad.layout != torch.strided:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call.arguments import address
-from msgdrop_numba.call.plan import PLAIN, Draw, Plan
+from msgdrop_numba.call.plan import Draw, Plan
 from msgdrop_numba.kernels.records import Addresses
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.arguments import keys_on, lengths_on, probabilities_on
@@ -77,8 +77,6 @@ def row_arguments(
     plan: Plan, p: Any, fill: Tensor | None, scale: bool, lengths: Any, keys: Any, device: torch.device
 ) -> Draw:
     """`plan.row_arguments` on a device; keys keep their shape, which may lack trailing dims."""
-    if p is None and fill is None and lengths is None and keys is None:
-        return PLAIN
     thresholds = scales = None
     if p is not None:
         p = probabilities_on(p, plan.shape, device)

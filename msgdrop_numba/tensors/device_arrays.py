@@ -51,9 +51,6 @@ def _as_tensors(request: Request) -> Request:
     return request._replace(**{name: as_tensor(name, getattr(request, name)) for name in names})
 
 
-plain = None  # every one takes the usual door
-
-
 def is_device_array(value: Any) -> bool:
     """Whether an object that is no tensor describes memory on a CUDA device."""
     return not isinstance(value, Tensor) and hasattr(value, "__cuda_array_interface__")

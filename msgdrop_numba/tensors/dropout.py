@@ -10,7 +10,7 @@ from torch import Tensor
 
 from msgdrop_numba.call.plan import PLAIN, Plan
 from msgdrop_numba.call.plan import plan as make_plan
-from msgdrop_numba.call.request import Request, perform, prepare_mask
+from msgdrop_numba.call.request import Request, ShortDoor, perform, prepare_mask
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import nested, traced, ways
 from msgdrop_numba.tensors.arguments import WITHOUT_ZERO, scaled_kind
@@ -22,26 +22,6 @@ from msgdrop_numba.torch_private import dense_address
 _QUANTIZED = {torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4}
 
 
-def plain(x: Tensor, p: float, scale: Any, message_dims: Any, *rule: Any) -> Tensor | None:
-    """A call of numbers alone on an ordinary CPU tensor, in as few steps as it takes; None: it needs more.
-
-    It drops out of place, as in training, by a seed drawn from torch's default generator, and fills with zeros.
-    """
-    address = dense_address(x)
-    if not address:
-        return None
-    try:
-        plan = _usual_plan(x.shape, x.dtype, bool(scale), message_dims, p, *rule)
-    except TypeError:  # `perform` says what is wrong
-        return None
-    if plan is None:
-        return None
-    job: Any = plan, PLAIN, fresh_seed(None), None, None, None
-    if x.requires_grad and torch.is_grad_enabled():
-        return drop_messages(x, None, job)  # type: ignore[no-any-return]
-    return write_new(job, x, address)
-
-
 @lru_cache(maxsize=1024, typed=True)
 def _usual_plan(shape: tuple[int, ...], dtype: torch.dtype, scale: bool, message_dims: Any, *rule: Any) -> Plan | None:
     """The plan where the kernels do it all; None otherwise. Cached once more: what is asked here takes longer."""
@@ -49,6 +29,15 @@ def _usual_plan(shape: tuple[int, ...], dtype: torch.dtype, scale: bool, message
     return plan if plan.followed and dtype not in WITHOUT_ZERO | _QUANTIZED else None
 
 
+def _run(plan: Plan, x: Tensor, address: int) -> Tensor:
+    """The usual call, by a seed drawn from torch's default generator."""
+    seed = fresh_seed(None)
+    if x.requires_grad and torch.is_grad_enabled():
+        return drop_messages(x, None, (plan, PLAIN, seed, None, None, None))  # type: ignore[no-any-return]
+    return write_new(plan, PLAIN, seed, x, address)
+
+
+SHORT_DOOR = ShortDoor(dense_address, _usual_plan, _run)
 explain = ways.explain
 
 

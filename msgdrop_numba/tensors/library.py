@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call import arguments
-from msgdrop_numba.call.plan import Draw, Plan, mask_plan, row_arguments
-from msgdrop_numba.call.plan import plan as make_plan
+from msgdrop_numba.call.plan import PLAIN, Draw, Plan, array_plan, mask_plan, row_arguments
 from msgdrop_numba.call.request import Job, Request
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import cuda
@@ -23,11 +22,10 @@ from msgdrop_numba.torch_private import is_view
 class Tensors:
     """What all tensors share."""
 
+    fill = staticmethod(fill_message)
+
     def kind(self, x: Tensor, scale: Any) -> int:
         return scaled_kind(x.dtype) if scale else COPY
-
-    def fill(self, fill: Any, x: Tensor, message_dims: int) -> Tensor | None:
-        return fill_message(fill, x, message_dims)
 
     def target(self, x: Tensor, request: Request, active: bool, fill: Tensor | None) -> Tensor | None:
         return check_target(x, request.inplace, request.out, active, fill)
@@ -45,13 +43,12 @@ class Tensors:
 class _Ordinary(Tensors):
     """Tensors whose memory the kernels read by address."""
 
+    nothing = PLAIN
+    plan = staticmethod(array_plan)
     mask_plan = staticmethod(mask_plan)
 
-    def plan(self, x: Tensor, kind: int, message_dims: Any, rule: tuple[Any, ...]) -> Plan:
-        return make_plan(x.shape, x.itemsize, kind, message_dims, rule)
-
     def target(self, x: Tensor, request: Request, active: bool, fill: Tensor | None) -> Tensor | None:
-        target = super().target(x, request, active, fill)
+        target = check_target(x, request.inplace, request.out, active, fill)
         if target is not None and not _apart(x, target):
             name = "x, to be changed in place," if request.inplace else "out"
             arguments.check_memory(name, _memory(x), _memory(target))

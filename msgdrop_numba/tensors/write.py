@@ -26,9 +26,9 @@ from msgdrop_numba.tensors import cuda, operations
 
 def write(job: Job, x: Tensor) -> Tensor:
     """x with its messages dropped, in the job's target or in a new tensor."""
-    plan, _, seed, target, _, _ = job
+    plan, draw, seed, target, mask, given = job
     if target is None and plan.followed and type(seed) is int and x.is_contiguous() and (start := x.data_ptr()):
-        return write_new(job, x, start)
+        return write_new(plan, draw, seed, x, start, mask if given is None else given)
     # A mask alone doesn't tell what to scale by.
     if plan.nbytes >= outputs.HUGE_BYTES and type(seed) is int and plan.kind == COPY and not x.is_contiguous():
         order = _memory_order(x, len(plan.shape))
@@ -38,15 +38,14 @@ def write(job: Job, x: Tensor) -> Tensor:
     return _write_over(job, x, result)
 
 
-def write_new(job: Job, x: Tensor, start: int) -> Tensor:
-    """`write` into a new tensor on the CPU, from x in C order at the address `start`."""
-    plan, draw, seed, _, mask, given = job
-    if plan.serial and mask is None and given is None and seed < 2**63:  # what `launch` would do, for the smallest
+def write_new(plan: Plan, draw: Draw, seed: int, x: Tensor, start: int, mask: Tensor | None = None) -> Tensor:
+    """`write` into a new tensor on the CPU, from x in C order at the address `start`; `mask` as for the kernels."""
+    if plan.serial and mask is None and seed < 2**63:  # what `launch` would do, for the smallest
         result = torch.empty_like(x)
         drop_range(0, plan.messages, plan.address, draw.address, start, result.data_ptr(), 0, seed)
         return result
     result = torch.empty_like(x) if plan.nbytes < outputs.HUGE_BYTES else outputs.empty(x.shape, x.dtype)
-    launch(plan, draw, seed, start, result.data_ptr(), address(mask if given is None else given))
+    launch(plan, draw, seed, start, result.data_ptr(), address(mask))
     return result
 
 
@@ -82,20 +81,17 @@ def _write_over(job: Job, x: Tensor, result: Tensor) -> Tensor:
     if plan.followed:
         if x.data_ptr() == 0 and plan.nbytes and x.numel():
             raise ValueError(f"x has no memory, though its shape is {tuple(x.shape)}: its storage was freed")
-        if _launch(plan, draw, seed, x, result, mask if given is None else given):
+        places = x.data_ptr(), result.data_ptr(), address(mask if given is None else given)
+        if type(seed) is int:
+            launch(plan, draw, seed, *places)
+            done = True
+        else:
+            done = cuda.launch(plan, draw, seed, *places)
+        if done:
             if target is not None and not target.is_inference():
                 increment_version(target)  # torch can't see a write through a pointer
             return result
-    done: Tensor = result.copy_(where(plan, draw, x, draw_mask(job)))
-    return done
-
-
-def _launch(plan: Plan, draw: Draw, seed: Any, x: Tensor, result: Tensor, mask: Tensor | None) -> bool:
-    places = x.data_ptr(), result.data_ptr(), address(mask)
-    if type(seed) is not int:
-        return cuda.launch(plan, draw, seed, *places)
-    launch(plan, draw, seed, *places)
-    return True
+    return result.copy_(where(plan, draw, x, draw_mask(job)))
 
 
 def draw_mask(job: Job) -> Tensor:
