@@ -171,9 +171,8 @@ def _after_ties(memory: int, words: int, plan: Any, row: Row, valid: int, draw: 
 
 
 @inner_jit
-def keep_block(memory: int, words: int, plan: Any, row: Row, cutoff: Cutoff, first: int, count: int) -> None:
-    """Set the flags in `memory`: whether a row's positions from `first` on are kept."""
-    _candidates(memory, words, plan, row, first, count)
+def _keep_candidates(memory: int, words: int, plan: Any, row: Row, cutoff: Cutoff, first: int, count: int) -> None:
+    """Turn the flags of candidates into those of kept messages."""
     keep = view(memory, whole_groups(count), np.bool_)
     if cutoff.draw == EVERYTHING:
         for j in range(keep.size):
@@ -183,6 +182,13 @@ def keep_block(memory: int, words: int, plan: Any, row: Row, cutoff: Cutoff, fir
     for j in range(count):
         draw = np.uint64(draws[j])
         keep[j] = not (keep[j] and (draw < cutoff.draw or (draw == cutoff.draw and first + j < cutoff.position)))
+
+
+@inlined_jit
+def keep_block(memory: int, words: int, plan: Any, row: Row, cutoff: Cutoff, first: int, count: int) -> None:
+    """Set the flags in `memory`: whether a row's positions from `first` on are kept."""
+    _candidates(memory, words, plan, row, first, count)
+    _keep_candidates(memory, words, plan, row, cutoff, first, count)
 
 
 @jit
