@@ -27,7 +27,7 @@ from msgdrop_numba.kernels.memory import (
     zero_line,
 )
 from msgdrop_numba.kernels.records import COPY, DRAW, FLOAT16, FLOAT32, FLOAT64, LINE, PLAN
-from msgdrop_numba.kernels.rules import BLOCK, GROUP, Array, keep_block, row_rule, row_scale
+from msgdrop_numba.kernels.rules import BLOCK, GROUP, Array, Row, keep_block, row_cutoff, row_phase, row_scale
 
 AHEAD = 2048  # bytes of kept messages that are asked for before they are copied
 NARROW = 1024  # messages of fewer bytes are written without a branch
@@ -166,26 +166,26 @@ def _fill_dropped(target: int, step: int, keep: Array, fill: int, width: int, st
 @inlined_jit
 def _write_narrow(target: int, source: int, keep: Array, plan: Any, fill: int) -> None:
     """Write messages of a few bytes: without a branch, of which a third would be guessed wrong."""
+    width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]
     for j in range(keep.size):
-        from_ = fill + keep[j] * (source + j * plan["x_step"] - fill)
-        _copy_narrow(target + j * plan["out_step"], from_, plan["width"])
+        _copy_narrow(target + j * target_step, fill + keep[j] * (source + j * source_step - fill), width)
 
 
 @inlined_jit
 def _write_each(target: int, source: int, keep: Array, plan: Any, way: Way, scale: float, scales: int) -> None:
     """Write messages one by one; what is dropped isn't read."""
-    width = plan["width"]
+    width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]  # not read again after a write
     each = view(scales, keep.size if scales else 0, np.float64)
     # With gaps between them, the processor doesn't foresee which messages are read next.
     kept, passed = _listed(keep[: keep.size if way.foresee else 0], True, way.found), 0
     distance = AHEAD // width if way.foresee else 0
     for j in range(keep.size):
-        to, from_ = target + j * plan["out_step"], source + j * plan["x_step"]
+        to, from_ = target + j * target_step, source + j * source_step
         if not keep[j]:
             _fill(to, way.fill, width, way.stream)
             continue
         passed += 1
-        ahead = source + kept[min(passed + distance, kept.size - 1)] * plan["x_step"] if way.foresee else 0
+        ahead = source + kept[min(passed + distance, kept.size - 1)] * source_step if way.foresee else 0
         if way.kind == COPY:
             _copy(to, from_, width, way.stream, ahead)
             continue
@@ -313,14 +313,15 @@ def drop_range(
             thresholds, scales = draw["thresholds"] + 8 * size * index, draw["scales"] + 8 * size * index
         scale = row_scale(plan, valid)
         if not given:
-            row = row_rule(drawn, words, plan, bits, key, valid, thresholds)
+            row = Row(bits, key, thresholds, row_phase(words, plan, bits, key))
+            cutoff = row_cutoff(drawn, words, plan, row, valid)
         stop = min(size, last - index * size)
         for position in range(max(0, first - index * size), stop, BLOCK):
             count, there = min(BLOCK, stop - position), mask + index * size + position
             inside = max(0, min(count, valid - position))
             keep = view(there if given else drawn, count, np.bool_)
             if not given:
-                keep_block(drawn, words, plan, row, position, inside)
+                keep_block(drawn, words, plan, row, cutoff, position, inside)
                 keep[inside:] = True
                 if mask:
                     copy_bytes(there, drawn, count)

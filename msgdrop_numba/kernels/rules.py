@@ -34,15 +34,19 @@ def whole_groups(count: int) -> int:
 
 
 class Row(NamedTuple):
-    """What holds for a whole row."""
+    """What a row's draws come from, and what they are compared with."""
 
     seed: Any
     key: Any
-    valid: Any  # its messages before the padding
     thresholds: int  # where p is an array: uint64, one a position
-    phase: Any  # where in a span it begins
-    cutoff: Any  # candidates drop whose draw lies below; EVERYTHING: all of them
-    ties_end: Any  # and of those whose draw is the cutoff, all before this position
+    phase: Any  # where in a span the row begins
+
+
+class Cutoff(NamedTuple):
+    """Which candidates drop: those whose (draw, position) lies below."""
+
+    draw: Any  # EVERYTHING: all of them
+    position: Any
 
 
 @inner_jit
@@ -54,7 +58,7 @@ def _draw(words: int, seed: Any, key: Any, stream: Any, first: int, count: int) 
 
 
 @inlined_jit
-def _phase(words: int, plan: Any, seed: Any, key: Any) -> Any:
+def row_phase(words: int, plan: Any, seed: Any, key: Any) -> Any:
     """Where in a span the row begins, so that every position keeps the marginal probability p."""
     if plan["span"] == 1:
         return 0
@@ -116,13 +120,15 @@ def _limit_stream(plan: Any) -> Any:
     return STREAM_DRAW if plan["exact"] else STREAM_LIMIT
 
 
-@inlined_jit
-def _cutoff(memory: int, words: int, plan: Any, row: Row) -> tuple[Any, Any]:
-    """The (draw, position) below which candidates drop, so that no more do than may.
+@inner_jit
+def row_cutoff(memory: int, words: int, plan: Any, row: Row, valid: int) -> Cutoff:
+    """What holds for a whole row of `valid` messages, so that no more of them drop than may.
 
     Radix selection on the 32-bit draws, eight bits a pass, drawn anew in each pass: O(n), no memory of size n.
     """
-    stream, valid = _limit_stream(plan), row.valid
+    if not plan["limited"]:
+        return Cutoff(EVERYTHING, np.int64(0))
+    stream = _limit_stream(plan)
     limit = dropped_exactly(plan, valid) if plan["exact"] else max(0, valid - plan["min_keep"])
     prefix, counts, drop = np.uint64(0), np.zeros(256, np.int64), view(memory, BLOCK, np.bool_)
     for shift in (24, 16, 8, 0):
@@ -137,23 +143,23 @@ def _cutoff(memory: int, words: int, plan: Any, row: Row) -> tuple[Any, Any]:
                 if drop[j] and digits >> _8 == prefix:
                     counts[digits & _255] += 1
         if shift == 24 and counts.sum() <= limit:
-            return EVERYTHING, 0
+            return Cutoff(EVERYTHING, np.int64(0))
         digit = 0
         while limit >= counts[digit]:
             limit -= counts[digit]
             digit += 1
         prefix = (prefix << _8) | np.uint64(digit)
         if limit == 0:
-            return prefix << low, 0
-    return prefix, _after_ties(memory, words, plan, row, prefix, limit)
+            return Cutoff(prefix << low, np.int64(0))
+    return Cutoff(prefix, _after_ties(memory, words, plan, row, valid, prefix, limit))
 
 
 @inlined_jit
-def _after_ties(memory: int, words: int, plan: Any, row: Row, draw: Any, ties: int) -> Any:
+def _after_ties(memory: int, words: int, plan: Any, row: Row, valid: int, draw: Any, ties: int) -> Any:
     """The position behind the first `ties` candidates with exactly this draw."""
     drop = view(memory, BLOCK, np.bool_)
-    for first in range(0, row.valid, BLOCK):
-        count = min(BLOCK, row.valid - first)
+    for first in range(0, valid, BLOCK):
+        count = min(BLOCK, valid - first)
         _candidates(memory, words, plan, row, first, count)
         draws = view(_draw(words, row.seed, row.key, _limit_stream(plan), first, count), count, np.uint32)
         for j in range(count):
@@ -161,32 +167,28 @@ def _after_ties(memory: int, words: int, plan: Any, row: Row, draw: Any, ties: i
                 ties -= 1
                 if ties == 0:
                     return first + j + 1
-    return row.valid
+    return valid
 
 
 @inner_jit
-def row_rule(memory: int, words: int, plan: Any, seed: Any, key: Any, valid: int, thresholds: int) -> Row:
-    """What the rule finds out about a whole row before its first block."""
-    row = Row(seed, key, valid, thresholds, _phase(words, plan, seed, key), EVERYTHING, np.int64(0))
-    if not plan["limited"]:
-        return row
-    cutoff, ties_end = _cutoff(memory, words, plan, row)
-    return Row(seed, key, valid, thresholds, row.phase, cutoff, ties_end)
-
-
-@inner_jit
-def keep_block(memory: int, words: int, plan: Any, row: Row, first: int, count: int) -> None:
-    """Set the flags in `memory`: whether a row's positions from `first` on are kept."""
-    _candidates(memory, words, plan, row, first, count)
+def _keep_candidates(memory: int, words: int, plan: Any, row: Row, cutoff: Cutoff, first: int, count: int) -> None:
+    """Turn the flags of candidates into those of kept messages."""
     keep = view(memory, whole_groups(count), np.bool_)
-    if row.cutoff == EVERYTHING:
+    if cutoff.draw == EVERYTHING:
         for j in range(keep.size):
             keep[j] = not keep[j]
         return
     draws = view(_draw(words, row.seed, row.key, _limit_stream(plan), first, count), count, np.uint32)
     for j in range(count):
         draw = np.uint64(draws[j])
-        keep[j] = not (keep[j] and (draw < row.cutoff or (draw == row.cutoff and first + j < row.ties_end)))
+        keep[j] = not (keep[j] and (draw < cutoff.draw or (draw == cutoff.draw and first + j < cutoff.position)))
+
+
+@inlined_jit
+def keep_block(memory: int, words: int, plan: Any, row: Row, cutoff: Cutoff, first: int, count: int) -> None:
+    """Set the flags in `memory`: whether a row's positions from `first` on are kept."""
+    _candidates(memory, words, plan, row, first, count)
+    _keep_candidates(memory, words, plan, row, cutoff, first, count)
 
 
 @jit
