@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ import numpy as np
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.plan import PLAIN, Draw, Plan, array_plan, follow, kept_scales, mask_plan, row_arguments
-from msgdrop_numba.call.request import Job, Request, perform, prepare, prepare_mask
+from msgdrop_numba.call.plan import plan as make_plan
+from msgdrop_numba.call.request import Job, Request, ShortDoor, perform, prepare, prepare_mask
 from msgdrop_numba.call.threads import launch
 from msgdrop_numba.call.ways import ARRAY, ARRAY_APART, Answer
 from msgdrop_numba.kernels.records import COPY, FLOAT16, FLOAT32, FLOAT64
@@ -47,6 +48,16 @@ def explain(x: np.ndarray, request: Request) -> Answer:
     return Answer(ARRAY_APART, reason) if reason else Answer(ARRAY, "", plan.nbytes)
 
 
+def _kind(dtype: np.dtype[Any], scale: Any) -> int:
+    if dtype.kind not in "biufc":
+        raise TypeError(f"x must be an array of numbers or bools, but got dtype {dtype}")
+    if not scale:
+        return COPY
+    if dtype.str[1:] not in _SCALED:
+        raise TypeError(f"scale=True needs a floating or complex dtype of at most 64 bits a part, but x has {dtype}")
+    return _SCALED[dtype.str[1:]]
+
+
 class _NumPy:
     """NumPy's primitives, see call.request.Library."""
 
@@ -56,15 +67,7 @@ class _NumPy:
     mask_plan = staticmethod(mask_plan)
 
     def kind(self, x: np.ndarray, scale: Any) -> int:
-        if x.dtype.kind not in "biufc":
-            raise TypeError(f"x must be an array of numbers or bools, but got dtype {x.dtype}")
-        if not scale:
-            return COPY
-        if x.dtype.str[1:] not in _SCALED:
-            raise TypeError(
-                f"scale=True needs a floating or complex dtype of at most 64 bits a part, but x has {x.dtype}"
-            )
-        return _SCALED[x.dtype.str[1:]]
+        return _kind(x.dtype, scale)
 
     def fill(self, fill: Any, x: np.ndarray, message_dims: int) -> np.ndarray | None:
         """A message of x's dtype."""
@@ -139,7 +142,7 @@ class _NumPy:
         if not (in_order and result.flags.c_contiguous):
             plan = follow(plan, x.strides, result.strides)
         if plan.messages and not obstacle(plan, x.dtype):
-            launch(plan, draw, seed, address(x), address(result), address(mask))
+            launch(plan, draw, seed, address(x), address(result), 0 if mask is None else address(mask))
         elif plan.messages:
             mask = draw_mask(job)
             _write(plan, draw, x, result, mask)
@@ -148,6 +151,28 @@ class _NumPy:
 
 NUMPY = _NumPy()
 message_dropout = partial(perform, NUMPY)  # `functional.message_dropout` for an array
+
+
+def _address(x: np.ndarray) -> int:
+    return address(x) if x.flags.c_contiguous else 0
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _usual_plan(
+    shape: tuple[int, ...], dtype: np.dtype[Any], scale: bool, message_dims: Any, *rule: Any
+) -> Plan | None:
+    plan = make_plan(shape, dtype.itemsize, _kind(dtype, scale), message_dims, rule)
+    return plan if plan.messages and not obstacle(plan, dtype) else None
+
+
+def _run(plan: Plan, x: np.ndarray, start: int) -> np.ndarray:
+    """The usual call, by a fresh seed."""
+    result = np.empty(x.shape, x.dtype)
+    launch(plan, PLAIN, NUMPY.seed(None, None, None), start, address(result), 0)
+    return result
+
+
+SHORT_DOOR = ShortDoor(_address, _usual_plan, _run)
 
 
 def _write(plan: Plan, draw: Draw, x: np.ndarray, result: np.ndarray, mask: np.ndarray) -> None:

@@ -169,7 +169,7 @@ def explain(x: Any, request: Request) -> Answer:
 
 
 _libraries: dict[type, Any] = {np.ndarray: arrays}  # of exact types; torch's once a tensor has come
-_short_doors: dict[type, ShortDoor] = {}
+_short_doors: dict[type, ShortDoor] = {np.ndarray: arrays.SHORT_DOOR}
 
 
 def _library(x: Any) -> Any:

@@ -58,8 +58,8 @@ def chunks(nbytes: int) -> int:
     return budget if budget > 1 and _layer.may_start() else 1
 
 
-def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> None:
-    """Run the kernel, serial or parallel, from address x to address out; without out, make the mask alone."""
+def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> bool:
+    """Run the kernel, serial or parallel, from address x to address out, 0: make the mask alone. True: it is done."""
     bits = seed if seed < 2**63 else seed - 2**64
     mask_bytes = plan.messages  # a byte each
     parts = chunks(plan.nbytes if out else mask_bytes)
@@ -67,6 +67,7 @@ def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> No
         drop_range(0, plan.messages, plan.address, draw.address, x, out, mask, bits)
     else:
         drop_parallel(range_address(), plan.messages, plan.address, draw.address, x, out, mask, bits, parts)
+    return True
 
 
 def cache_folder() -> str | None:

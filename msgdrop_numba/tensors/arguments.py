@@ -62,7 +62,7 @@ def check_target(x: Tensor, inplace: bool, out: Any, active: bool, fill: Tensor 
     if inplace and out is not None:
         raise ValueError(f"give inplace=True or out, not both: got out={type(out).__name__}")
     if inplace and active:
-        if torch.is_grad_enabled() and x.requires_grad and x.is_leaf:
+        if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
             raise ValueError(
                 f"inplace=True can't change a leaf that requires grad, but x is one, of shape {tuple(x.shape)}: "
                 "drop out of place, or under torch.no_grad()"

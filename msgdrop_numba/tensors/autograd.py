@@ -45,7 +45,7 @@ class _DropMessages(torch.autograd.Function):
         if usual and (start := dense_address(grad)):
             return write_new(plan, PLAIN, seed, grad, start), None, None
         # Hooks may have changed the layout of what was saved.
-        job = Job(plan, draw, seed, given=ctx.saved_tensors[0].contiguous() if draw.given else None)
+        job = Job(plan, draw, seed, None, None, ctx.saved_tensors[0].contiguous() if draw.given else None)
         if grad.layout != torch.strided:
             grad = grad.to_dense()
         grad_x = grad_fill = None

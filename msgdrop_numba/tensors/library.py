@@ -101,7 +101,7 @@ def _own_fill(fill: Tensor | None, request: Request) -> Tensor | None:
 
 def _apart(x: Tensor, target: Tensor) -> bool:
     """Whether it is plain that writing `target` can't disturb x, or that it is x: no need to look closer."""
-    if not (x.is_contiguous() and target.is_contiguous()):
+    if not (x.is_contiguous() and (target is x or target.is_contiguous())):
         return False
     return target is x or abs(target.data_ptr() - x.data_ptr()) >= x.numel() * x.element_size()
 

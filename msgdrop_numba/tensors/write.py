@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from msgdrop_numba import outputs
-from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.plan import Draw, Plan, follow
 from msgdrop_numba.call.plan import plan as make_plan
 from msgdrop_numba.call.request import Job
@@ -45,7 +44,7 @@ def write_new(plan: Plan, draw: Draw, seed: int, x: Tensor, start: int, mask: Te
         drop_range(0, plan.messages, plan.address, draw.address, start, result.data_ptr(), 0, seed)
         return result
     result = torch.empty_like(x) if plan.nbytes < outputs.HUGE_BYTES else outputs.empty(x.shape, x.dtype)
-    launch(plan, draw, seed, start, result.data_ptr(), address(mask))
+    launch(plan, draw, seed, start, result.data_ptr(), 0 if mask is None else mask.data_ptr())
     return result
 
 
@@ -79,15 +78,11 @@ def _write_over(job: Job, x: Tensor, result: Tensor) -> Tensor:
         if alone.followed and not plan.followed:  # as of the gradient of a sum, whose strides are 0
             plan, x = alone, result.copy_(x)
     if plan.followed:
-        if x.data_ptr() == 0 and plan.nbytes and x.numel():
+        start, mask = x.data_ptr(), mask if given is None else given
+        if start == 0 and plan.nbytes and x.numel():
             raise ValueError(f"x has no memory, though its shape is {tuple(x.shape)}: its storage was freed")
-        places = x.data_ptr(), result.data_ptr(), address(mask if given is None else given)
-        if type(seed) is int:
-            launch(plan, draw, seed, *places)
-            done = True
-        else:
-            done = cuda.launch(plan, draw, seed, *places)
-        if done:
+        run = launch if type(seed) is int else cuda.launch
+        if run(plan, draw, seed, start, result.data_ptr(), 0 if mask is None else mask.data_ptr()):
             if target is not None and not target.is_inference():
                 increment_version(target)  # torch can't see a write through a pointer
             return result
