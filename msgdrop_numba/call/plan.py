@@ -13,7 +13,7 @@ import numpy as np
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.rule import MAX_ROW, DropRule
-from msgdrop_numba.kernels.records import LINE, OTHER, PLAN, RULE, PlanNumbers
+from msgdrop_numba.kernels.records import LINE, OTHER, PLAN, RULE, DrawNumbers, PlanNumbers
 
 # Below this many bytes written, waking threads costs more than it saves.
 PARALLEL_BYTES = 256 * 1024
@@ -33,7 +33,7 @@ class Draw:
     """
 
     __slots__ = (
-        "address", "factors", "fill", "given", "keys", "lengths", "padding", "record", "seeded", "sources",
+        "_numbers", "address", "factors", "fill", "given", "keys", "lengths", "padding", "record", "seeded", "sources",
         "thresholds",
     )  # fmt: skip
 
@@ -52,6 +52,14 @@ class Draw:
                   address(factors), address(sources), address(padding)),
         )  # fmt: skip
         self.address, _ = self.record.buffer_info()
+        self._numbers: Any = None
+
+    @property
+    def numbers(self) -> Any:
+        """The record's fields, a DrawNumbers."""
+        if self._numbers is None:
+            self._numbers = DrawNumbers._make(self.record)
+        return self._numbers
 
 
 PLAIN = Draw()

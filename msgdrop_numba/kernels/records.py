@@ -71,4 +71,4 @@ class Addresses(NamedTuple):
     out: int  # x: in place; 0: the mask alone is made
     mask: int  # written, or read where it is given
     seed: int  # an int64; 0 where the mask is given
-    limits: int  # 16 bytes a row, where the rule is limited
+    limits: int  # 16 bytes a row, where the rule is limited; else 0
