@@ -1,4 +1,4 @@
-"""Which messages of a row drop: every rule of the contract, a block of positions at a time.
+"""Which messages of a row drop: every rule (CONTRACT.md, 3), a block of positions at a time.
 
 A position is a *candidate* where the rule by itself drops it. Where the number of dropped messages is limited (`exact`,
 `min_keep`), a candidate drops only if its (draw, position) lies below a cutoff, found by radix selection. Both are
