@@ -13,7 +13,8 @@ import numpy as np
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.rule import MAX_ROW, DropRule
-from msgdrop_numba.kernels.records import COPY, LINE, OTHER, PLAN, RULE, PlanNumbers
+from msgdrop_numba.kernels.records import COPY, LINE, OTHER, PLAN, DrawNumbers, PlanNumbers
+from msgdrop_numba.kernels.rules import RULE
 
 # Below this many bytes written, waking threads costs more than it saves.
 PARALLEL_BYTES = 256 * 1024
@@ -48,7 +49,9 @@ class Draw:
         rows: where the rows lie, if not in one array.
     """
 
-    __slots__ = ("address", "fill", "given", "keys", "lengths", "record", "rows", "scales", "seeded", "thresholds")
+    __slots__ = (
+        "_numbers", "address", "fill", "given", "keys", "lengths", "record", "rows", "scales", "seeded", "thresholds",
+    )  # fmt: skip
 
     def __init__(
         self, fill: Any = None, lengths: Any = None, keys: Any = None, thresholds: Any = None, scales: Any = None,
@@ -66,6 +69,14 @@ class Draw:
                   address(scales), starts, padding),
         )  # fmt: skip
         self.address, _ = self.record.buffer_info()
+        self._numbers: Any = None
+
+    @property
+    def numbers(self) -> Any:
+        """The record's fields, a DrawNumbers."""
+        if self._numbers is None:
+            self._numbers = DrawNumbers._make(self.record)
+        return self._numbers
 
 
 PLAIN = Draw()

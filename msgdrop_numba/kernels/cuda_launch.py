@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, lru_cache
 from operator import itemgetter
 from typing import Any, NoReturn
@@ -73,7 +73,7 @@ def _machine_code(unit: int, kind: int, capability: tuple[int, int]) -> tuple[st
 _NAMES = [*PlanNumbers._fields, *DrawNumbers._fields, "messages", "rows", "inner", "row_bytes", *Addresses._fields]
 
 
-def _picker(function: Callable[..., Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+def _picker(function: Callable[..., Any]) -> Callable[[list[Any]], tuple[Any, ...]]:
     """What takes from `launch`'s values those that the kernel's parameters name."""
     return itemgetter(*(_NAMES.index(name) for name in inspect.signature(function).parameters))
 
@@ -92,12 +92,9 @@ def geometry(messages: int, width: int, unit: int) -> tuple[tuple[int, int], tup
     return (tiles, shares), (across, down)
 
 
-def piece_size(kind: int, *places: int) -> int:
-    """Bytes that a thread moves at a time: 16 where all addresses, strides and the width allow."""
-    every = 16
-    for place in places:
-        every |= place
-    unit = every & -every
+def piece_size(kind: int, places: int) -> int:
+    """Bytes that a thread moves at a time: 16 where all addresses, strides and the width allow, given as their `|`."""
+    unit = places & -places if places % 16 else 16
     if kind == COPY or unit == 16:
         return unit
     if unit < ELEMENT[kind]:
@@ -105,13 +102,11 @@ def piece_size(kind: int, *places: int) -> int:
     return ELEMENT[kind]
 
 
-def launch(
-    plan: Any, draw: Sequence[int], messages: int, inner: int, addresses: Addresses, stream: int, device: int
-) -> None:
+def launch(plan: Any, draw: Any, messages: int, inner: int, addresses: Addresses, stream: int, device: int) -> None:
     """Drop among `messages` messages on a stream of the current device; nothing is copied, allocated or waited for.
 
     Args:
-        plan: a PlanNumbers. draw: the fields of one DRAW, its arrays on the device, without sources.
+        plan: a PlanNumbers. draw: a DrawNumbers, its arrays on the device, without sources.
         inner: rows that share a key of draw's, into which their index is folded; 0: each row has one.
         stream: a cudaStream_t, 0 for the default one. The caller keeps all memory alive until it has run.
 
@@ -120,32 +115,28 @@ def launch(
     """
     if not messages:
         return
-    drawn, out, size = DrawNumbers._make(draw), addresses.out, plan.size
-    limited, rows = plan.limited and not drawn.given, messages // size
+    out, size = addresses.out, plan.size
+    limited, rows = plan.limited and not draw.given, messages // size
     if limited and not addresses.limits:
         raise ValueError("a rule that limits how many drop needs `limits`, 16 bytes a row")
     kind, width, unit = COPY, 1, 16
     if out:
         kind, width = plan.kind, plan.width
-        unit = piece_size(
-            kind, addresses.x, out, plan.x_row, plan.x_step, plan.out_row, plan.out_step, width, drawn.fill
-        )
+        steps = plan.x_row | plan.x_step | plan.out_row | plan.out_step
+        unit = piece_size(kind, addresses.x | out | steps | width | draw.fill)
     grid, block = geometry(messages, width, unit)
     if not SIMULATOR and device not in _bound.devices:
         core.Device(device).set_current()  # torch's autograd thread, or a new one, may have no context yet
         _bound.devices.add(device)
     drop = _loaded[unit, kind, device]
-    values = (
-        *plan, *drawn, messages, rows, inner, 8 * size * bool(drawn.per_row),
-        addresses.x, out, addresses.mask, addresses.seed, addresses.limits if limited else 0,
-    )  # fmt: skip
+    values = [*plan, *draw, messages, rows, inner, 8 * size if draw.per_row else 0, *addresses]
     if limited:
         threads = min(SELECT_THREADS, -(-size // 32) * 32)
         _start(_loaded[0, COPY, device], (min(rows, MAX_GRID[0]), 1), (threads, 1), stream, values)
     _start(drop, grid, block, stream, values)
 
 
-def _start(loaded: Any, grid: tuple[int, int], block: tuple[int, int], stream: int, values: tuple[Any, ...]) -> None:
+def _start(loaded: Any, grid: tuple[int, int], block: tuple[int, int], stream: int, values: list[Any]) -> None:
     kernel, pick = loaded
     if SIMULATOR:
         kernel[grid, block](*pick(values))

@@ -7,20 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from msgdrop_numba.kernels.rules import RULE
+
 # What is done to the elements of a kept message: nothing, or multiply as this type.
 COPY, FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(5)
 OTHER = -1  # multiply, as a type that the kernels don't know
 LINE = 64  # bytes that a streaming store writes at once; a line of the cache
-
-# The rule, as the kernels need it: which of a row's messages drop. Each is an attribute of what a call asks for.
-RULE = [
-    ("threshold", np.int64),  # T(p)
-    ("certain", np.int64),  # p = 1
-    ("limited", np.int64),  # whether fewer may drop than the draws alone say
-    ("exact", np.int64),
-    ("span", np.int64),
-    ("min_keep", np.int64),
-]
 
 # What of a call depends on the array's shape and the rule alone: the plan.
 PLAN = np.dtype(
@@ -71,4 +63,4 @@ class Addresses(NamedTuple):
     out: int  # x: in place; 0: the mask alone is made
     mask: int  # written, or read where it is given
     seed: int  # an int64; 0 where the mask is given
-    limits: int  # 16 bytes a row, where the rule is limited
+    limits: int  # 16 bytes a row, where the rule is limited; else 0

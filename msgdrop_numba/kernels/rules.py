@@ -1,4 +1,4 @@
-"""Which messages of a row drop: every rule of the contract, a block of positions at a time.
+"""Which messages of a row drop: every rule (CONTRACT.md, 3), a block of positions at a time.
 
 A position is a *candidate* where the rule by itself drops it. Where the number of dropped messages is limited (`exact`,
 `min_keep`), a candidate drops only if its (draw, position) lies below a cutoff, found by radix selection. Both are
@@ -16,6 +16,16 @@ from msgdrop_numba.kernels.memory import view
 from msgdrop_numba.kernels.philox import draw_block, fold_in
 
 Array = np.ndarray[Any, Any]
+
+# The rule, as the kernels need it: which of a row's messages drop. Each is an attribute of what a call asks for.
+RULE = [
+    ("threshold", np.int64),  # T(p)
+    ("certain", np.int64),  # p = 1
+    ("limited", np.int64),  # whether fewer may drop than the draws alone say
+    ("exact", np.int64),
+    ("span", np.int64),
+    ("min_keep", np.int64),
+]
 
 # Positions drawn at a time: words and flags stay in the first-level cache.
 BLOCK = 1024

@@ -102,7 +102,7 @@ def launch(plan: Plan, draw: Draw, seed: Tensor, x: int, out: int, mask: int) ->
     limits = torch.empty((rows, 2), dtype=torch.int64, device=seed.device) if limited else None
     try:
         kernels.launch(
-            plan.numbers, draw.record, plan.messages, inner, Addresses(x, out, mask, seed.data_ptr(), address(limits)),
+            plan.numbers, draw.numbers, plan.messages, inner, Addresses(x, out, mask, seed.data_ptr(), address(limits)),
             raw_stream(index), index,
         )  # fmt: skip
     except kernels.NotLoadedError as needed:

@@ -15,7 +15,7 @@ import torch
 from helpers import internals
 from msgdrop_numba.kernels import cpu, rules
 from msgdrop_numba.kernels.memory import view
-from msgdrop_numba.kernels.records import DRAW, PLAN, DrawNumbers
+from msgdrop_numba.kernels.records import DRAW, PLAN
 
 
 class Kernels:
@@ -52,7 +52,6 @@ class Kernels:
         self, plan: Any, draw: Any, messages: int, inner: int, addresses: Any, stream: int, device: Any
     ) -> None:  # fmt: skip
         x, out, mask, seed, limits = addresses
-        draw = DrawNumbers._make(draw)
         variant = (16, plan.kind if out else 0, device)
         if variant not in self.loaded:
             raise self.NotLoadedError(*variant)

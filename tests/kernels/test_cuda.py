@@ -110,13 +110,13 @@ class Call:
             draw = plans.Draw(fill, draw.lengths, self.keys, draw.thresholds, draw.scales)
             inner = self.rows // self.keys.size if self.keys.ndim < len(self.shape) - 1 else 0
         mask = np.full(self.shape, 7, np.uint8) if given is None else given.astype(np.uint8)
-        record = records.DrawNumbers._make(draw.record)._replace(given=given is not None)
         seed, limits = np.array([self.seed], np.uint64), np.empty((self.rows, 2), np.int64)
+        limited = plan.numbers.limited and given is None
         addresses = Addresses(
             0 if x is None else x.ctypes.data, 0 if out is None else out.ctypes.data, mask.ctypes.data,
-            0 if given is not None else seed.ctypes.data, limits.ctypes.data,
+            0 if given is not None else seed.ctypes.data, limits.ctypes.data if limited else 0,
         )  # fmt: skip
-        launch(plan.numbers, record, plan.messages, inner, addresses, 0, 0)
+        launch(plan.numbers, draw.numbers._replace(given=given is not None), plan.messages, inner, addresses, 0, 0)
         return mask
 
     def check(
@@ -282,14 +282,14 @@ def test_large_geometry_is_what_the_device_takes():
 def test_alignment_and_missing_memory():
     from msgdrop_numba.kernels import cuda_launch
 
-    assert [cuda_launch.piece_size(records.COPY, n, 64) for n in (0, 8, 12, 6, 5)] == [16, 8, 4, 2, 1]
+    assert [cuda_launch.piece_size(records.COPY, n | 64) for n in (0, 8, 12, 6, 5)] == [16, 8, 4, 2, 1]
     assert [cuda_launch.piece_size(records.FLOAT32, n) for n in (32, 8, 4)] == [16, 4, 4]
     with pytest.raises(ValueError, match="off by 2"):
         cuda_launch.piece_size(records.FLOAT32, 6)
     plan, nowhere = plans.plan((1, 4, 1), 1, records.COPY, 2, (0.5, True)).numbers, Addresses(0, 0, 1, 1, 0)
     with pytest.raises(ValueError, match="limits"):
-        launch(plan, plans.PLAIN.record, 4, 0, nowhere, 0, 0)
-    assert cuda_launch.launch(plan, plans.PLAIN.record, 0, 0, nowhere, 0, 0) is None
+        launch(plan, plans.PLAIN.numbers, 4, 0, nowhere, 0, 0)
+    assert cuda_launch.launch(plan, plans.PLAIN.numbers, 0, 0, nowhere, 0, 0) is None
 
 
 @simulated
