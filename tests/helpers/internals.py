@@ -79,12 +79,13 @@ def watch_launches(patch: pytest.MonkeyPatch) -> list[Any]:
 
 def no_plain_tensors(patch: pytest.MonkeyPatch) -> None:
     """CPU tensors count as tensors that no kernel knows: they take torch's operations."""
-    from msgdrop_numba.tensors import autograd, dropout, ways
+    from msgdrop_numba import functional
+    from msgdrop_numba.tensors import autograd, ways
 
+    patch.setattr(functional, "_short_doors", {})
     for module in (ways, autograd):
         patch.setattr(module, "is_plain", lambda _: False)
-    for module in (dropout, autograd):
-        patch.setattr(module, "dense_address", lambda _: 0)
+    patch.setattr(autograd, "dense_address", lambda _: 0)
 
 
 def unseen_values(patch: pytest.MonkeyPatch) -> None:
