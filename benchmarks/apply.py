@@ -129,7 +129,7 @@ def bars(results: dict[str, Any]) -> dict[str, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """README's table."""
+    """The table of benchmarks/README.md."""
     lines = []
     for kind, place, jobs, ours, others in _rows(results):
         ratios = [f"{others[how] / ours:.2f}" if how in others else "–" for how in ("copy", "rewrite")]

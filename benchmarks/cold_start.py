@@ -73,7 +73,7 @@ def run(rounds: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """README's table."""
+    """The table of benchmarks/README.md."""
     return markdown(["what", "seconds"], [[name, f"{value:.2f}"] for name, value in results["seconds"].items()])
 
 

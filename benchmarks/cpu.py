@@ -15,7 +15,7 @@ from msgdrop_numba.command.bench import seconds
 P = 0.3
 SHAPES = [(3, 5, 20), (8, 16, 128), (32, 64, 256), (64, 256, 512), (64, 512, 1024), (64, 4096, 4), (64, 4096, 1)]
 
-# The README's columns: a peer, and which of ours it is compared with.
+# The columns of the table: a peer, and which of ours it is compared with.
 COLUMNS = [
     ("loop", "exact"), ("ones_times_mask", "new"), ("multiply", "new"), ("compiled multiply", "new"),
     ("masked_fill", "new"), ("dropout1d", "new"), ("clone", "new"), ("copy_", "out="),
@@ -61,7 +61,7 @@ def run(rounds: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """README's table: how many times faster ours is, median over median."""
+    """The table of benchmarks/README.md: how many times faster ours is, median over median."""
     rows = []
     for row in results["rows"]:
         times = row["microseconds"]

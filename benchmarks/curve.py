@@ -43,7 +43,7 @@ def run(rounds: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """README's table: how many times faster than F.dropout1d."""
+    """The table of benchmarks/README.md: how many times faster than F.dropout1d."""
     ratios = {(row["features"], row["kilobytes"]): row["microseconds"] for row in results["rows"]}
     sizes = sorted({kilobytes for _, kilobytes in ratios})
     rows = [

@@ -90,5 +90,5 @@ def bars(results: dict[str, Any]) -> dict[str, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """README's table."""
+    """The table of benchmarks/README.md."""
     return markdown(["what", "ratio"], [[label, f"{ratio:.2f}"] for label, ratio in bars(results).items()])

@@ -116,7 +116,7 @@ def run(rounds: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """README's table: ours, how near to a copy's bandwidth, and how many times faster than the peers."""
+    """Ours, how near to a copy's bandwidth, and how many times faster than the peers."""
     rows = []
     for row in results["rows"]:
         times, p = row["microseconds"], row["p"]

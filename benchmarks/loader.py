@@ -88,7 +88,7 @@ def run(rounds: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """README's table: how many times as many samples a second as each peer; with ids, of ours without."""
+    """How many times as many samples a second as each peer; with ids, of ours without."""
     rows, peers_measured = [], ["masked_fill", "dropout1d", "no dropout"]
     for row in results["rows"]:
         speeds = row["samples_per_second"]

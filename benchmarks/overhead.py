@@ -46,7 +46,7 @@ def run(rounds: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """README's table: microseconds of ours, and how many times faster than F.dropout1d."""
+    """The table of benchmarks/README.md: microseconds of ours, and how many times faster than F.dropout1d."""
     kinds = ["no grad", "forward", "forward + backward"]
     rows = []
     for row in results["rows"]:

@@ -77,7 +77,7 @@ def bars(results: dict[str, Any]) -> dict[str, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """README's table."""
+    """The table of benchmarks/README.md."""
     speed = results["bytes"] / 1e6 / results["seconds"]["ours, 2"]
     lines = [[label, f"{ratio:.2f}"] for label, ratio in bars(results).items()]
     return markdown(["on Ray Data", "ratio"], [*lines, ["(ours with 2 workers, MB/s)", f"{speed:,.0f}"]])

@@ -127,5 +127,5 @@ def bars(results: dict[str, Any]) -> dict[str, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """README's table."""
+    """The table of benchmarks/README.md."""
     return markdown(["at 32 MB, with `out=`", "ratio"], [[n, f"{r:.2f}"] for n, r in bars(results).items()])

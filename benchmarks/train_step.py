@@ -80,7 +80,7 @@ def run(rounds: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """README's table."""
+    """The table of benchmarks/README.md."""
     rows = []
     for name in ("GRU", "transformer"):
         none, ours, theirs = (

@@ -10,8 +10,17 @@ import numpy as np
 
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import address
-from msgdrop_numba.call.plan import PLAIN, Draw, Plan, array_plan, follow, kept_scales, mask_plan, row_arguments
-from msgdrop_numba.call.plan import plan as make_plan
+from msgdrop_numba.call.plan import (
+    PLAIN,
+    Draw,
+    Plan,
+    array_plan,
+    follow,
+    kept_scales,
+    make_plan,
+    mask_plan,
+    row_arguments,
+)
 from msgdrop_numba.call.request import Job, Request, ShortDoor, perform, prepare, prepare_mask
 from msgdrop_numba.call.threads import launch
 from msgdrop_numba.call.ways import ARRAY, ARRAY_APART, Answer
@@ -125,8 +134,8 @@ class _NumPy:
     def mask(self, shape: tuple[int, ...], device: Any) -> np.ndarray:
         return np.empty(shape, np.bool_)
 
-    def kept(self, shape: tuple[int, ...], device: Any) -> np.ndarray:
-        return np.ones(shape, np.bool_)
+    def kept(self, x: np.ndarray, plan: Plan) -> np.ndarray:
+        return np.ones(plan.shape, np.bool_)
 
     def copy(self, x: np.ndarray, target: np.ndarray) -> np.ndarray:
         np.copyto(target, x)

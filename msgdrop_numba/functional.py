@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 
 import numpy as np
@@ -196,14 +197,12 @@ def _library(x: Any) -> Any:
 
 @overload
 def keep_mask(
-    shape: int | tuple[int, ...], p: Any = ..., *, seed: Any, device: None = ..., **rule: Unpack[_Rule]
+    shape: int | Sequence[int], p: Any = ..., *, seed: Any, device: None = ..., **rule: Unpack[_Rule]
 ) -> NDArray[np.bool_]: ...
 @overload
+def keep_mask(shape: int | Sequence[int], p: Any = ..., *, seed: Any, device: Any, **rule: Unpack[_Rule]) -> Tensor: ...
 def keep_mask(
-    shape: int | tuple[int, ...], p: Any = ..., *, seed: Any, device: Any, **rule: Unpack[_Rule]
-) -> Tensor: ...
-def keep_mask(
-    shape: int | tuple[int, ...],
+    shape: int | Sequence[int],
     p: Any = 0.5,
     *,
     exact: bool = False,
@@ -237,7 +236,7 @@ def keep_mask(
     Source: the mask contract, version 1 (CONTRACT.md).
     """
     dims = mask_shape(shape)
-    request = Request(p, (exact, span, min_keep), False, ZERO, None, True, False, lengths, seed, keys)
+    request = Request(p, (exact, span, min_keep), lengths=lengths, seed=seed, keys=keys)
     if device is None:
         return arrays.keep_mask(dims, request)
     from msgdrop_numba.tensors import dropout

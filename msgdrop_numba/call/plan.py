@@ -12,7 +12,7 @@ import numpy as np
 
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import address
-from msgdrop_numba.call.rule import MAX_ROW, DropRule
+from msgdrop_numba.call.rule import MAX_ROW, DropRule, rule_of
 from msgdrop_numba.kernels.records import COPY, LINE, OTHER, PLAN, DrawNumbers, PlanNumbers
 from msgdrop_numba.kernels.rules import RULE
 
@@ -101,7 +101,7 @@ class Plan(NamedTuple):
     numbers: Any  # the record's fields, a PlanNumbers
 
 
-def plan(
+def make_plan(
     shape: tuple[int, ...], itemsize: int, kind: int, message_dims: int | None, rule: tuple[Any, ...],
     strides: tuple[int, ...] | None = None, out_strides: tuple[int, ...] | None = None,
 ) -> Plan:  # fmt: skip
@@ -126,7 +126,7 @@ def _make(
     shape: tuple[int, ...], itemsize: int, kind: int, message_dims: int | None,
     strides: tuple[int, ...] | None, out_strides: tuple[int, ...] | None, *told: Any,
 ) -> Plan:  # fmt: skip
-    rule = DropRule(*told)
+    rule = rule_of(told)
     dims = arguments.message_dims(shape, message_dims)
     if shape[dims - 1] > MAX_ROW:
         raise ValueError(f"a row has at most 2**34 messages, but x has shape {tuple(shape)}")
@@ -138,11 +138,14 @@ def _make(
     words = beside and width in (1, 2, 4, 8, 16, 32, 64)
     # Past the cache only what the cache can't hold: reading it soon after would cost more than was saved.
     stream = beside and width % LINE == 0 and messages * width >= STREAM_BYTES
+    x_steps, out_steps = (found or (0, 0) for found in steps)
+    values = {
+        "size": shape[dims - 1], "width": width, "kind": kind, "scale": rule.scale, "words": words, "stream": stream,
+        "x_row": x_steps[0], "x_step": x_steps[1], "out_row": out_steps[0], "out_step": out_steps[1],
+        **{name: getattr(rule, name) for name, _ in RULE},
+    }  # fmt: skip
     record = np.zeros(1, PLAN)
-    record[0] = (
-        shape[dims - 1], width, kind, rule.scale, *(steps[0] or (0, 0)), *(steps[1] or (0, 0)),
-        words, stream, *(getattr(rule, name) for name, _ in RULE),
-    )  # fmt: skip
+    record[0] = tuple(values[name] for name in PLAN.names or ())
     nbytes = messages * (width or 1)
     return Plan(
         tuple(shape[:dims]), messages, shape[dims - 1], nbytes, kind, obstacle, not obstacle,
@@ -155,13 +158,13 @@ def array_plan(x: Any, kind: int, message_dims: int | None, rule: tuple[Any, ...
     """The plan for an array or tensor as if it were in C order."""
     try:
         return _cached(x.shape, x.itemsize, kind, message_dims, None, None, *rule)
-    except TypeError:  # as in `plan`
-        return plan(x.shape, x.itemsize, kind, message_dims, rule)
+    except TypeError:  # as in `make_plan`
+        return make_plan(x.shape, x.itemsize, kind, message_dims, rule)
 
 
 def mask_plan(shape: tuple[int, ...], rule: tuple[Any, ...]) -> Plan:
     """The plan for a mask alone, over the message dims `shape`."""
-    return plan((*shape, 0), 0, COPY, len(shape), rule)
+    return make_plan((*shape, 0), 0, COPY, len(shape), rule)
 
 
 _cached = lru_cache(maxsize=1024, typed=True)(_make)

@@ -7,6 +7,7 @@ primitives alone: how it reads a dtype, a fill, a seed, arrays over rows; and ho
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 from msgdrop_numba.call.arguments import ZERO, check_seed
@@ -44,6 +45,11 @@ class Request(NamedTuple):
     generator: Any = None
     out: Any = None
     return_mask: Any = False
+
+
+# What of a request may be an array, and so may lie elsewhere than x.
+ARRAYS = ("p", "fill", "lengths", "seed", "keys", "out")
+arrays_of = attrgetter(*ARRAYS)
 
 
 class Job(NamedTuple):
@@ -117,7 +123,7 @@ class Library(Protocol):
     def mask(self, shape: tuple[int, ...], device: Any) -> Any:
         """Memory for a keep mask."""
 
-    def kept(self, shape: tuple[int, ...], device: Any) -> Any:
+    def kept(self, x: Any, plan: Any) -> Any:
         """The keep mask of a call in which nothing drops."""
 
     def copy(self, x: Any, target: Any) -> Any:
@@ -153,7 +159,7 @@ def prepare_mask(library: Library, shape: tuple[int, ...], request: Request, dev
     number, array = library.split_p(request.p)
     plan = library.mask_plan(shape, (number, *request.rule))
     if request.seed is None:
-        check_seed(request.seed)
+        check_seed(request.seed)  # which says that a mask needs one
     seed = library.check_seed(request.seed, None, device)
     plain = array is None and request.lengths is None and request.keys is None
     draw = library.nothing if plain else library.draw(plan, array, None, request, device)
@@ -166,4 +172,4 @@ def perform(library: Library, x: Any, request: Request) -> Any:
     if job.seed is not None:
         return library.run(x, job, request)
     y = x if job.target is None or job.target is x else library.copy(x, job.target)
-    return (y, library.kept(job.plan.shape, getattr(x, "device", None))) if request.return_mask else y
+    return (y, library.kept(x, job.plan)) if request.return_mask else y

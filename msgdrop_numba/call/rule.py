@@ -12,7 +12,7 @@ MAX_ROW = 2**34  # messages: the contract's 32-bit counter numbers four draws ea
 
 @dataclass(frozen=True, slots=True)
 class DropRule:
-    """The rule of a mask: the one place, behind the public signatures, that names its keywords.
+    """The rule of a mask. Behind the public signatures only this and what computes the rule name its keywords.
 
     Args:
         p: probability that a message is dropped, a real number in [0, 1]; None where it is an array, kept elsewhere.
@@ -90,9 +90,14 @@ class DropRule:
         return valid / max(1, valid - dropped)
 
 
-# What of a rule is given by keyword, wherever messages drop, and what holds where it isn't.
+# What of a rule is given by keyword, wherever messages drop, and what holds where it isn't: a bool or an integer each.
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(DropRule)[1:]}
 KEYWORDS = tuple(DEFAULTS)
+
+
+def rule_of(told: tuple[Any, ...]) -> DropRule:
+    """The rule of p and all keywords, in their order; one that is missing isn't taken for its default."""
+    return DropRule(**dict(zip(("p", *KEYWORDS), told, strict=True)))
 
 
 def unpacked(values: Any) -> tuple[Any, ...]:

@@ -16,7 +16,8 @@ import numba
 from numba import config
 from numba.core.compiler_lock import global_compiler_lock
 
-from msgdrop_numba.call.plan import PARALLEL_BYTES, PLAIN, Draw, Plan, plan
+from msgdrop_numba.call.plan import PARALLEL_BYTES, PLAIN, Draw, Plan, make_plan
+from msgdrop_numba.call.rule import DEFAULTS
 from msgdrop_numba.kernels.cpu import drop_parallel, drop_range, range_address
 from msgdrop_numba.kernels.records import COPY
 
@@ -80,7 +81,7 @@ def load() -> None:
     launch(_NOTHING, PLAIN, 0, 0, 0, 0)
 
 
-_NOTHING = plan((1, 1), 1, COPY, 1, (0.0,))
+_NOTHING = make_plan((1, 1), 1, COPY, 1, (0.0, *DEFAULTS.values()))
 
 
 def _after_fork_in_child() -> None:

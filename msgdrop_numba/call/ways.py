@@ -1,4 +1,4 @@
-"""The ways that an array can take, in words: `msgdrop info` and LIMITS.md show this table, and ask which one it is."""
+"""The ways that an array can take, in words: `msgdrop info` and LIMITS.md show this table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ TENSOR_APART = Way(
     "CPU or CUDA tensor, other layouts", "compiled kernel on a copy", "in place, or features apart: torch's where"
 )
 COMPILED = Way("CPU or CUDA tensor, torch.compile", "compiled mask, torch's where", "one graph, fused by the compiler")
-TRACED = Way("export, vmap, jvp, fake tensors", "tensor operations", "nothing of this package may be called there")
+IN_TRANSFORMS = Way(
+    "export, vmap, jvp, fake tensors", "tensor operations", "nothing of this package may be called there"
+)
 DEVICE_ARRAY = Way("CuPy or numba device array", "as a CUDA tensor", "on its own stream; needs torch")
 WITHOUT_KERNELS = Way(
     "CUDA tensor without numba-cuda", "tensor operations", "the same mask; a log line says what to install"
@@ -30,7 +32,7 @@ WITHOUT_KERNELS = Way(
 ELSEWHERE = Way("ROCm, MPS and XPU tensors", "tensor operations", "no kernels for them")
 
 WAYS = (
-    ARRAY, ARRAY_APART, TENSOR, TENSOR_APART, COMPILED, TRACED, DEVICE_ARRAY, WITHOUT_KERNELS, ELSEWHERE,
+    ARRAY, ARRAY_APART, TENSOR, TENSOR_APART, COMPILED, IN_TRANSFORMS, DEVICE_ARRAY, WITHOUT_KERNELS, ELSEWHERE,
 )  # fmt: skip
 
 

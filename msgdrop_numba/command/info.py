@@ -86,7 +86,7 @@ def case(shape: tuple[int, ...], dtype: str, device: str) -> dict[str, str]:
                 raise JobError(f"there is no tensor of {shape} on {device} here: {one_line(error)}") from error
     if not found:
         raise JobError(f"neither NumPy nor torch, where it is installed, has {dtype} on {device}")
-    request = Request(0.5, tuple(DEFAULTS.values()), seed=0)
+    request = Request(0.5, tuple(DEFAULTS.values()), fill=1, seed=0)  # some dtypes have no zero
     return {name: _said(explain(x, request)) for name, x in found.items()}
 
 

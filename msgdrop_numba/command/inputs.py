@@ -126,21 +126,23 @@ def _with_ids(files: list[File], headers: dict[str, Npy], name: str) -> list[Fil
         folders[file.path.parent].append(file)
     found = []
     for folder, beside in folders.items():
-        own = [file for file in beside if file.path.name == name]
+        named = [file for file in beside if file.path.name == name]
         shards = [file for file in beside if file.path.name != name]
-        if not own:
+        if not named:
             raise JobError(f"{shards[0].name} has no {name} beside it, which --ids names")
-        ids = headers[own[0].name]
+        ids = headers[named[0].name]
         if ids.dtype.kind not in "iuUS" or len(ids.shape) != 1:
-            raise JobError(f"{own[0].name} must hold integers or strings, one a row, but is {ids.shape} {ids.dtype}")
+            raise JobError(f"{named[0].name} must hold integers or strings, one a row, but is {ids.shape} {ids.dtype}")
         rows = sum(headers[file.name].shape[0] for file in shards)
         if rows != ids.shape[0]:
-            raise JobError(f"{own[0].name} has {ids.shape[0]} ids, but the shards beside it have {rows} rows together")
+            raise JobError(
+                f"{named[0].name} has {ids.shape[0]} ids, but the shards beside it have {rows} rows together"
+            )
         first = 0
         for file in shards:
             found.append(file._replace(ids=(str(folder.resolve() / name), first)))
             first += headers[file.name].shape[0]
-        found += own
+        found += named
     return sorted(found)
 
 

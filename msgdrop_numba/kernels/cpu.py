@@ -5,6 +5,7 @@ A message is `width` bytes, whatever its dtype: one compiled kernel serves them 
 
 from __future__ import annotations
 
+import inspect
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ SCRATCH = 4096  # bytes scaled at a time on their way past the cache
 MEMORY = 8 * BLOCK + SCRATCH + 4 * (BLOCK + GROUP) + BLOCK
 
 
-class Way(NamedTuple):
+class Writing(NamedTuple):
     """How a call writes: message by message, and then, where that is quicker, once more over many."""
 
     kind: int  # what is done to a kept message
@@ -172,30 +173,30 @@ def _write_narrow(target: int, source: int, keep: Array, plan: Any, fill: int) -
 
 
 @inlined_jit
-def _write_each(target: int, source: int, keep: Array, plan: Any, way: Way, scale: float, scales: int) -> None:
+def _write_each(target: int, source: int, keep: Array, plan: Any, how: Writing, scale: float, scales: int) -> None:
     """Write messages one by one; what is dropped isn't read."""
     width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]  # not read again after a write
     each = view(scales, keep.size if scales else 0, np.float64)
     # With gaps between them, the processor doesn't foresee which messages are read next.
-    kept, passed = _listed(keep[: keep.size if way.foresee else 0], True, way.found), 0
-    distance = AHEAD // width if way.foresee else 0
+    kept, passed = _listed(keep[: keep.size if how.foresee else 0], True, how.found), 0
+    distance = AHEAD // width if how.foresee else 0
     for j in range(keep.size):
         to, from_ = target + j * target_step, source + j * source_step
         if not keep[j]:
-            _fill(to, way.fill, width, way.stream)
+            _fill(to, how.fill, width, how.stream)
             continue
         passed += 1
-        ahead = source + kept[min(passed + distance, kept.size - 1)] * source_step if way.foresee else 0
-        if way.kind == COPY:
-            _copy(to, from_, width, way.stream, ahead)
+        ahead = source + kept[min(passed + distance, kept.size - 1)] * source_step if how.foresee else 0
+        if how.kind == COPY:
+            _copy(to, from_, width, how.stream, ahead)
             continue
         for at in range(0, width if ahead else 0, LINE):
             prefetch(ahead + at)
         message_scale = each[j] if scales else scale
-        if way.stream:
-            _multiply_past(to, from_, width, way.kind, message_scale, way.scratch)
+        if how.stream:
+            _multiply_past(to, from_, width, how.kind, message_scale, how.scratch)
         else:
-            _multiply(to, from_, width, way.kind, message_scale)
+            _multiply(to, from_, width, how.kind, message_scale)
 
 
 @inlined_jit
@@ -256,7 +257,7 @@ def _write_words(target: int, source: int, keep: Array, width: int, fill: int, f
 
 
 @inlined_jit
-def _way(plan: Any, draw: Any, x: int, out: int, messages: int, memory: int) -> Way:
+def _writing(plan: Any, draw: Any, x: int, out: int, messages: int, memory: int) -> Writing:
     """How a call that writes so many messages does it; `memory` is its own, of MEMORY bytes."""
     width, kind, fill = plan["width"], plan["kind"], draw["fill"]
     stream = plan["stream"] and out % LINE == 0
@@ -264,26 +265,26 @@ def _way(plan: Any, draw: Any, x: int, out: int, messages: int, memory: int) -> 
     together = kind != COPY and width < TOGETHER and plan["out_step"] == width and not (draw["scales"] or stream)
     first = (COPY, 0) if together else (kind, fill)
     then = (kind, fill) if together else (COPY, 0)
-    return Way(first[0], first[1], then[0], then[1], stream, foresee, memory, memory + 8 * BLOCK)
+    return Writing(first[0], first[1], then[0], then[1], stream, foresee, memory, memory + 8 * BLOCK)
 
 
 @inner_jit
 def _write_part(
-    to: int, from_: int, keep: Array, plan: Any, way: Way, as_words: bool, scale: float, scales: int
+    to: int, from_: int, keep: Array, plan: Any, how: Writing, as_words: bool, scale: float, scales: int
 ) -> None:
     """Write the messages of `keep` in the way that is quickest for their width."""
     width = plan["width"]
-    if as_words and way.kind == COPY:
-        _write_words(to, from_, keep, width, way.fill, way.found)
-    elif to == from_ and way.kind == COPY:
-        _fill_dropped(to, plan["out_step"], keep, way.fill, width, way.stream, way.found)
-    elif way.kind == COPY and width < NARROW and not (way.foresee or way.stream):
-        _write_narrow(to, from_, keep, plan, way.fill if way.fill else way.scratch)
+    if as_words and how.kind == COPY:
+        _write_words(to, from_, keep, width, how.fill, how.found)
+    elif to == from_ and how.kind == COPY:
+        _fill_dropped(to, plan["out_step"], keep, how.fill, width, how.stream, how.found)
+    elif how.kind == COPY and width < NARROW and not (how.foresee or how.stream):
+        _write_narrow(to, from_, keep, plan, how.fill if how.fill else how.scratch)
     else:
-        _write_each(to, from_, keep, plan, way, scale, scales)
-    if way.then_kind != COPY:
-        _multiply(to, to, keep.size * width, way.then_kind, scale)
-        _fill_dropped(to, width, keep[: keep.size if way.then_fill else 0], way.then_fill, width, False, way.found)
+        _write_each(to, from_, keep, plan, how, scale, scales)
+    if how.then_kind != COPY:
+        _multiply(to, to, keep.size * width, how.then_kind, scale)
+        _fill_dropped(to, width, keep[: keep.size if how.then_fill else 0], how.then_fill, width, False, how.found)
 
 
 @jit
@@ -299,9 +300,9 @@ def drop_range(
     plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
     size, width, given = plan["size"], plan["width"], draw["given"]
     memory = np.empty(MEMORY, np.uint8)
-    way = _way(plan, draw, x, out, last - first, memory.ctypes.data)
-    words, drawn = way.scratch + SCRATCH, way.found + MEMORY - BLOCK
-    zero_bytes(way.scratch, NARROW)  # what narrow messages drop to; only `_multiply_past` writes here, where none is
+    how = _writing(plan, draw, x, out, last - first, memory.ctypes.data)
+    words, drawn = how.scratch + SCRATCH, how.found + MEMORY - BLOCK
+    zero_bytes(how.scratch, NARROW)  # what narrow messages drop to; only `_multiply_past` writes here, where none is
     bits = np.uint64(np.int64(seed))
     thresholds, scales = draw["thresholds"], draw["scales"]
     for index in range(first // size, (last - 1) // size + 1):
@@ -329,9 +330,9 @@ def drop_range(
                 to = out + index * plan["out_row"] + position * plan["out_step"]
                 from_ = source + position * plan["x_step"]
                 part_scales = scales + 8 * position if draw["scales"] else 0
-                _write_part(to, from_, keep[:inside], plan, way, as_words, scale, part_scales)
+                _write_part(to, from_, keep[:inside], plan, how, as_words, scale, part_scales)
                 to, from_ = to + inside * plan["out_step"], from_ + inside * plan["x_step"]
-                _write_padding(to, from_, count - inside, plan, draw, way.stream)
+                _write_padding(to, from_, count - inside, plan, draw, how.stream)
     memory[0] = 0  # used until here: views don't keep it
 
 
@@ -341,7 +342,7 @@ def range_address() -> int:
     kernel: Any = drop_range
     if config.DISABLE_JIT:  # type: ignore[attr-defined]
         return id(kernel)
-    signature = (types.int64,) * 8
+    signature = (types.int64,) * len(inspect.signature(kernel.py_func).parameters)
     kernel.compile(signature)
     compiled = kernel.overloads[signature]
     address: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)

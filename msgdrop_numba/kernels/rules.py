@@ -17,7 +17,7 @@ from msgdrop_numba.kernels.philox import draw_block, fold_in
 
 Array = np.ndarray[Any, Any]
 
-# The rule, as the kernels read it from the plan. Each is an attribute of what a call asks for.
+# The rule, as the kernels read it from the plan. Each is an attribute of `DropRule`.
 RULE = [
     ("threshold", np.int64),  # T(p)
     ("certain", np.int64),  # p = 1

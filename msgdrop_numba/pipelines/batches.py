@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msgdrop_numba.call.arguments import check_is_number, check_key, check_seed, position_p
+from msgdrop_numba.call.arguments import ZERO, check_is_number, check_key, check_seed, position_p
 from msgdrop_numba.call.keys import sample_keys
 from msgdrop_numba.call.request import Options, Request
 from msgdrop_numba.call.rule import DropRule
@@ -77,7 +77,7 @@ class MessageDropoutBatch:
         exact: bool = False,
         span: int = 1,
         min_keep: int = 0,
-        fill: Any = 0.0,
+        fill: Any = ZERO,
         return_mask: bool = False,
     ) -> None:
         number, array = position_p(p)
@@ -148,10 +148,8 @@ class MessageDropoutBatch:
             options = self.options._replace(
                 p=p[: block.shape[1]] if isinstance(p, np.ndarray) else p, fill=_like(fill, block)
             )
-            lengths_here = None if lengths is None else lengths[here]
-            y, mask = drop_messages(
-                block, Request(*options, True, rows.writable, lengths_here, self.seed, keys[here], return_mask=True)
-            )
+            request = Request(*options, inplace=rows.writable, seed=self.seed, keys=keys[here], return_mask=True)
+            y, mask = drop_messages(block, request._replace(lengths=None if lengths is None else lengths[here]))
             done.append(y)
             masks.append(mask)
         sizes = [block.shape[1] for block in rows.blocks for _ in range(len(block))]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.arguments import address, check_is_number, check_seed, position_p
+from msgdrop_numba.call.arguments import ZERO, address, check_is_number, check_seed, position_p
 from msgdrop_numba.call.keys import hash64, sample_key
 from msgdrop_numba.call.request import Options, Request
 from msgdrop_numba.call.rule import DropRule
@@ -96,7 +96,7 @@ class MessageDropoutCollate:
         exact: bool = False,
         span: int = 1,
         min_keep: int = 0,
-        fill: Any = 0.0,
+        fill: Any = ZERO,
         return_mask: bool = False,
     ) -> None:
         if pad and collate_fn is not None:

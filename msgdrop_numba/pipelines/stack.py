@@ -14,8 +14,7 @@ from torch.utils.data import get_worker_info
 
 from msgdrop_numba import outputs
 from msgdrop_numba.call.arguments import address, scales, thresholds
-from msgdrop_numba.call.plan import Draw, Plan, Rows
-from msgdrop_numba.call.plan import plan as make_plan
+from msgdrop_numba.call.plan import Draw, Plan, Rows, make_plan
 from msgdrop_numba.call.request import Job, Options
 from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.records import COPY
@@ -90,10 +89,11 @@ class Stack:
         assert self.lengths is not None
         full = self.lengths.count(plan.size) == len(self.lengths)
         lengths = None if full else np.array(self.lengths, np.int64)
-        p, at, by = self.options.p, None, None
+        p, row_thresholds, row_scales = self.options.p, None, None
         if isinstance(p, np.ndarray):
-            at, by = thresholds(p[: plan.size]), scales(p[: plan.size]) if self.options.scale else None
-        return Draw(fill, lengths, self.keys, at, by, rows=rows)
+            row_thresholds = thresholds(p[: plan.size])
+            row_scales = scales(p[: plan.size]) if self.options.scale else None
+        return Draw(fill, lengths, self.keys, row_thresholds, row_scales, rows=rows)
 
     def _rows(self, field: str, samples: list[Any]) -> _Samples:
         """Where the samples lie; refused if they don't fit together, or to the fields that were built before."""

@@ -55,14 +55,14 @@ class _DropMessages(torch.autograd.Function):
             if not (is_plain if type(seed) is int else is_plain_cuda)(grad):
                 grad_x = where(plan, draw, grad, draw_mask(job))
             elif differentiable:
-                grad_x = drop_messages(grad, None, job)
+                grad_x = run_job(grad, None, job)
             else:
                 grad_x = write(job, grad)
         return grad_x, grad_fill, None
 
 
 # What autograd runs for a tensor, its fill or None, and a job whose target is None or the tensor itself.
-drop_messages: Any = quick_apply(_DropMessages)
+run_job: Any = quick_apply(_DropMessages)
 
 
 def _fill_gradient(grad: Tensor, keep: Tensor) -> Tensor:

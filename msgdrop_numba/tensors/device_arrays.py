@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.request import Request
+from msgdrop_numba.call.request import ARRAYS, Request
 from msgdrop_numba.call.ways import DEVICE_ARRAY, Answer
 from msgdrop_numba.tensors import dropout
 
@@ -23,15 +23,14 @@ def message_dropout(x: Any, request: Request) -> Any:
     if request.inplace or request.out is not None:
         _check_writable("x" if request.inplace else "out", x if request.inplace else request.out)
     give_back, tensor = _importer(x), as_tensor("x", x)
-    others = request.p, request.lengths, request.fill, request.seed, request.keys, request.out
     current = _stream(x, tensor.device)
-    streams = [_stream(value, tensor.device) for value in others]
-    waited = {stream for stream in streams if stream not in (None, current)}
+    streams = {name: _stream(getattr(request, name), tensor.device) for name in ARRAYS}
+    waited = {stream for stream in streams.values() if stream not in (None, current)}
     with torch.cuda.stream(current) if current is not None else nullcontext(), torch.no_grad():
         for stream in waited:
             torch.cuda.current_stream(tensor.device).wait_stream(stream)
         result = dropout.message_dropout(tensor, _as_tensors(request))
-        for stream in waited.intersection(streams[-1:]):
+        if (stream := streams["out"]) in waited:
             stream.wait_stream(torch.cuda.current_stream(tensor.device))
         y, keep = result if request.return_mask else (result, None)
         given = x if y is tensor else request.out
@@ -47,8 +46,7 @@ def explain(x: Any, request: Request) -> Answer:
 
 def _as_tensors(request: Request) -> Request:
     """The same request, its device arrays as tensors."""
-    names = ("p", "lengths", "fill", "seed", "keys", "out")
-    return request._replace(**{name: as_tensor(name, getattr(request, name)) for name in names})
+    return request._replace(**{name: as_tensor(name, getattr(request, name)) for name in ARRAYS})
 
 
 def is_device_array(value: Any) -> bool:

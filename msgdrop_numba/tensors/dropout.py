@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.plan import PLAIN, Plan
-from msgdrop_numba.call.plan import plan as make_plan
+from msgdrop_numba.call.plan import PLAIN, Plan, make_plan
 from msgdrop_numba.call.request import Request, ShortDoor, perform, prepare_mask
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import nested, traced, ways
 from msgdrop_numba.tensors.arguments import WITHOUT_ZERO, scaled_kind
-from msgdrop_numba.tensors.autograd import drop_messages
+from msgdrop_numba.tensors.autograd import run_job
 from msgdrop_numba.tensors.seeds import fresh_seed
 from msgdrop_numba.tensors.write import draw_mask, write_new
 from msgdrop_numba.torch_private import dense_address
@@ -33,7 +32,7 @@ def _run(plan: Plan, x: Tensor, address: int) -> Tensor:
     """The usual call, by a seed drawn from torch's default generator."""
     seed = fresh_seed(None)
     if x.requires_grad and torch.is_grad_enabled():
-        return drop_messages(x, None, (plan, PLAIN, seed, None, None, None))  # type: ignore[no-any-return]
+        return run_job(x, None, (plan, PLAIN, seed, None, None, None))  # type: ignore[no-any-return]
     return write_new(plan, PLAIN, seed, x, address)
 
 
@@ -43,12 +42,12 @@ explain = ways.explain
 
 def message_dropout(x: Tensor, request: Request) -> Any:
     """`functional.message_dropout` for a tensor."""
-    return nested.message_dropout(x, request) if x.is_nested else perform(ways.way(x, request), x, request)
+    return nested.message_dropout(x, request) if x.is_nested else perform(ways.library(x, request), x, request)
 
 
 def keep_mask(shape: tuple[int, ...], request: Request, device: Any) -> Tensor:
     """`functional.keep_mask` on a device."""
     device = torch.device(device)
-    library = ways.mask_way(device, request)
+    library = ways.mask_library(device, request)
     job = prepare_mask(library, shape, request, device)
     return traced.draw_mask(job) if library is traced.TRACED else draw_mask(job)

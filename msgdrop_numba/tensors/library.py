@@ -13,7 +13,7 @@ from msgdrop_numba.call.request import Job, Request
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import cuda
 from msgdrop_numba.tensors.arguments import check_target, fill_message, scaled_kind, split_p_of_device
-from msgdrop_numba.tensors.autograd import drop_messages
+from msgdrop_numba.tensors.autograd import run_job
 from msgdrop_numba.tensors.seeds import check_device_seed, check_host_seed, device_seed, fresh_seed
 from msgdrop_numba.tensors.write import draw_mask, where, write
 from msgdrop_numba.torch_private import is_view
@@ -22,7 +22,8 @@ from msgdrop_numba.torch_private import is_view
 class Tensors:
     """What all tensors share."""
 
-    fill = staticmethod(fill_message)
+    def fill(self, fill: Any, x: Tensor, message_dims: int) -> Tensor | None:
+        return fill_message(fill, x, message_dims)
 
     def kind(self, x: Tensor, scale: Any) -> int:
         return scaled_kind(x.dtype) if scale else COPY
@@ -33,8 +34,8 @@ class Tensors:
     def mask(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.empty(shape, dtype=torch.bool, device=device)
 
-    def kept(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        return torch.ones(shape, dtype=torch.bool, device=device)
+    def kept(self, x: Tensor, plan: Any) -> Tensor:
+        return torch.ones(plan.shape, dtype=torch.bool, device=x.device)
 
     def copy(self, x: Tensor, target: Tensor) -> Tensor:
         return target.copy_(x)
@@ -65,7 +66,7 @@ class _Ordinary(Tensors):
         elif request.inplace and is_view(x):
             result = x.copy_(where(plan, draw, x, draw_mask(job)))
         else:
-            result = drop_messages(x, fill, job)
+            result = run_job(x, fill, job)
         return (result, mask) if request.return_mask else result
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.request import Job, Request
+from msgdrop_numba.call.request import Job, Request, perform
 from msgdrop_numba.tensors import operations
-from msgdrop_numba.tensors.traced import TRACED, draw_mask, row_scales
+from msgdrop_numba.tensors.arguments import fill_message
+from msgdrop_numba.tensors.traced import Outline, Traced, draw_mask, row_scales
 from msgdrop_numba.torch_private import ragged_dim
 
 
@@ -32,27 +33,33 @@ def message_dropout(x: Tensor, request: Request) -> Any:
     if int(offsets[0]) != 0 or int(offsets[-1]) != len(values):
         raise ValueError(f"a nested x must use all its {len(values)} values, but has offsets {offsets.tolist()}")
     shape = (len(sizes), int(sizes.max()) if len(sizes) else 0)
-    y, keep = _values(values, sizes, shape, request)
+    result = perform(_Ragged(shape), values, request._replace(lengths=sizes))
+    y, keep = result if request.return_mask else (result, None)
     if y is not values:
         x = torch.nested.nested_tensor_from_jagged(y, offsets)
-    return (x, torch.nested.nested_tensor_from_jagged(keep, offsets)) if request.return_mask else x
+    return x if keep is None else (x, torch.nested.nested_tensor_from_jagged(keep, offsets))
 
 
-def _values(values: Tensor, sizes: Tensor, shape: tuple[int, int], request: Request) -> tuple[Tensor, Tensor]:
-    """The values with messages dropped, themselves where nothing drops, and their keep mask."""
-    device = values.device
-    TRACED.kind(values, request.scale)
-    number, p = TRACED.split_p(request.p)
-    plan = TRACED.mask_plan(shape, (number, *request.rule))
-    fill = TRACED.fill(request.fill, values, 1)
-    seed = TRACED.check_seed(request.seed, request.generator, device)
-    draw = TRACED.draw(plan, p, fill, request._replace(lengths=sizes), device)
-    if not request.training or number == 0:
-        return values, TRACED.kept((len(values),), device)
-    job = Job(plan, draw, TRACED.seed(seed, request.generator, device))
-    inside = torch.arange(shape[1], device=device) < sizes.unsqueeze(-1)
-    scale, _ = row_scales(job, device) if request.scale else (None, None)
-    if isinstance(scale, Tensor):
-        scale = scale.expand(shape)[inside]
-    keep = draw_mask(job)[inside]
-    return operations.select(values, keep, fill, scale), keep
+class _Ragged(Traced):
+    """The values of rows of different lengths: their mask is that of a tensor padded to `shape`, less the padding."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
+
+    def plan(self, x: Tensor, kind: int, message_dims: Any, rule: tuple[Any, ...]) -> Outline:
+        return self.mask_plan(self.shape, rule)
+
+    def fill(self, fill: Any, x: Tensor, message_dims: int) -> Tensor | None:
+        return fill_message(fill, x, 1)
+
+    def kept(self, x: Tensor, plan: Outline) -> Tensor:
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+
+    def run(self, x: Tensor, job: Job, request: Request) -> Any:
+        inside = torch.arange(self.shape[1], device=x.device) < job.draw.lengths.unsqueeze(-1)
+        keep = draw_mask(job)[inside]
+        scale, _ = row_scales(job, x.device) if request.scale else (None, None)
+        if isinstance(scale, Tensor):
+            scale = scale.expand(self.shape)[inside]
+        y = operations.select(x, keep, job.draw.fill, scale)
+        return (y, keep) if request.return_mask else y

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.request import Job, Request
-from msgdrop_numba.call.rule import DropRule
+from msgdrop_numba.call.rule import DropRule, rule_of
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.arguments import keys_on, lengths_on, probabilities_on, split_p_traced
 from msgdrop_numba.tensors.library import Tensors
@@ -38,18 +38,20 @@ class Told(NamedTuple):
     p: Tensor | None  # float64; None: the rule has a number
 
 
-class _Traced(Tensors):
+class Traced(Tensors):
+    """Torch's operations, see call.request.Library."""
+
     nothing = Told(None, None, None, None)
     split_p = staticmethod(split_p_traced)
     check_seed = staticmethod(check_device_seed)
     seed = staticmethod(device_seed)
 
     def plan(self, x: Tensor, kind: int, message_dims: Any, rule: tuple[Any, ...]) -> Outline:
-        checked = DropRule(*rule)
+        checked = rule_of(rule)
         return Outline(tuple(x.shape[: arguments.message_dims(x.shape, message_dims)]), checked)
 
     def mask_plan(self, shape: tuple[int, ...], rule: tuple[Any, ...]) -> Outline:
-        return Outline(shape, DropRule(*rule))
+        return Outline(shape, rule_of(rule))
 
     def draw(self, plan: Outline, p: Any, fill: Any, request: Request, device: torch.device) -> Told:
         shape = plan.shape
@@ -70,7 +72,7 @@ class _Traced(Tensors):
         return (y, keep) if request.return_mask else y
 
 
-TRACED = _Traced()
+TRACED = Traced()
 
 
 def row_scales(job: Job, device: torch.device) -> tuple[Any, Tensor | None]:

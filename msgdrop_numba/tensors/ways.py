@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call.plan import follow
-from msgdrop_numba.call.request import Library, Request, prepare
-from msgdrop_numba.call.ways import COMPILED, ELSEWHERE, TENSOR, TENSOR_APART, WITHOUT_KERNELS, Answer
-from msgdrop_numba.call.ways import TRACED as BY_OPERATIONS
+from msgdrop_numba.call.request import ARRAYS, Library, Request, arrays_of, prepare
+from msgdrop_numba.call.ways import COMPILED, ELSEWHERE, IN_TRANSFORMS, TENSOR, TENSOR_APART, WITHOUT_KERNELS, Answer
 from msgdrop_numba.tensors import cuda
 from msgdrop_numba.tensors.library import ON_DEVICE, ON_HOST
 from msgdrop_numba.tensors.traced import TRACED
@@ -19,7 +18,7 @@ from msgdrop_numba.torch_private import is_eager, is_plain, is_plain_cuda, is_pl
 _NUMBERS = {int, float}
 
 
-def way(x: Tensor, request: Request) -> Library:
+def library(x: Tensor, request: Request) -> Library:
     """The library of a call: that of the first kernels that reach x and all its tensors, else torch's operations."""
     if is_plain(x):
         return ON_HOST if _all_on_host(request) else TRACED
@@ -28,7 +27,7 @@ def way(x: Tensor, request: Request) -> Library:
     return TRACED
 
 
-def mask_way(device: torch.device, request: Request) -> Library:
+def mask_library(device: torch.device, request: Request) -> Library:
     """The same for a mask alone on a device."""
     if device.type == "cpu" and is_eager() and _all_on_host(request):
         return ON_HOST
@@ -45,8 +44,8 @@ def explain(x: Tensor, request: Request) -> Answer:
             return Answer(COMPILED, reason)
         if x.device.type == "cuda" and torch.version.hip is None and not not_plain_because(x):
             return Answer(WITHOUT_KERNELS, reason)
-        return Answer(ELSEWHERE if x.device.type not in ("cpu", "cuda") else BY_OPERATIONS, reason)
-    plan = prepare(way(x, request), x, request._replace(seed=0)).plan
+        return Answer(ELSEWHERE if x.device.type not in ("cpu", "cuda") else IN_TRANSFORMS, reason)
+    plan = prepare(library(x, request), x, request._replace(seed=0)).plan
     if not x.is_contiguous():
         strides = tuple(step * x.element_size() for step in x.stride())
         plan = follow(plan, strides, strides)
@@ -54,7 +53,7 @@ def explain(x: Tensor, request: Request) -> Answer:
 
 
 def why_not_kernels(x: Tensor, request: Request) -> str:
-    """Why `way` names torch's operations; empty: it names kernels."""
+    """Why `library` names torch's operations; empty: it names kernels."""
     for name, tensor in (("x", x), *_tensors(request)):
         if reason := not_plain_because(tensor):
             return f"{name}: {reason}"
@@ -65,8 +64,7 @@ def why_not_kernels(x: Tensor, request: Request) -> str:
 
 def _all_on_host(request: Request) -> bool:
     """Whether all tensors of a request are ordinary ones on the host, where operations are eager."""
-    p, _, _, fill, _, _, _, lengths, seed, keys, _, out, _ = request
-    for value in (lengths, fill, seed, keys, p, out):
+    for value in arrays_of(request):
         # Torch's isinstance takes a microsecond for all of what usually is None or a number.
         if value is None or type(value) in _NUMBERS:
             continue
@@ -76,5 +74,5 @@ def _all_on_host(request: Request) -> bool:
 
 
 def _tensors(request: Request) -> Iterator[tuple[str, Tensor]]:
-    named = ((name, getattr(request, name)) for name in ("lengths", "fill", "seed", "keys", "p", "out"))
+    named = zip(ARRAYS, arrays_of(request), strict=True)
     return ((name, value) for name, value in named if isinstance(value, Tensor))

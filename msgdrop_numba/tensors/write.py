@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from msgdrop_numba import outputs
-from msgdrop_numba.call.plan import Draw, Plan, follow
-from msgdrop_numba.call.plan import plan as make_plan
+from msgdrop_numba.call.plan import Draw, Plan, follow, make_plan
 from msgdrop_numba.call.request import Job
+from msgdrop_numba.call.rule import DEFAULTS
 from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.cpu import drop_range
 from msgdrop_numba.kernels.records import COPY
@@ -59,7 +59,7 @@ def _write_in_order(job: Job, x: Tensor, order: list[int]) -> Tensor:
     plan, draw, seed, target, _, _ = job
     keep = draw_mask(job).permute(order[: len(plan.shape)]).contiguous()
     turned = x.permute(order)
-    as_turned = make_plan(turned.shape, x.itemsize, COPY, len(plan.shape), (None,))
+    as_turned = make_plan(turned.shape, x.itemsize, COPY, len(plan.shape), (None, *DEFAULTS.values()))
     to = None if target is None else target.permute(order)
     y = write(Job(as_turned, Draw(draw.fill, given=True), seed, to, None, keep), turned)
     if to is not None:

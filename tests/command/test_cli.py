@@ -189,7 +189,7 @@ def test_the_paths_that_info_names_are_those_taken(monkeypatch):
         ways.ARRAY_APART: lambda: paths(x[..., ::2]),
         ways.TENSOR: lambda: paths(t),
         ways.TENSOR_APART: lambda: paths(t[..., ::2]),
-        ways.TRACED: lambda: torch.vmap(paths)(t[None]),
+        ways.IN_TRANSFORMS: lambda: torch.vmap(paths)(t[None]),
         ways.ELSEWHERE: lambda: paths(t.to("meta")),
     }
     for way, call in by_kind.items():

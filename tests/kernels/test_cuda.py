@@ -101,7 +101,7 @@ class Call:
         like = np.empty((self.rows, self.size, 1), np.uint8) if x is None else x
         target = like if out is None else out
         rule = (number, *(self.rule.get(f.name, f.default) for f in fields(DropRule)[1:]))
-        plan = plans.plan(like.shape, like.itemsize, kind, 2, rule, like.strides, target.strides)
+        plan = plans.make_plan(like.shape, like.itemsize, kind, 2, rule, like.strides, target.strides)
         assert plan.followed
         lengths = None if self.lengths is None else self.lengths.ravel()
         draw = plans.row_arguments(plan, None if number is not None else self.p, fill, scale, lengths, None)
@@ -286,7 +286,7 @@ def test_alignment_and_missing_memory():
     assert [cuda_launch.piece_size(records.FLOAT32, n) for n in (32, 8, 4)] == [16, 4, 4]
     with pytest.raises(ValueError, match="off by 2"):
         cuda_launch.piece_size(records.FLOAT32, 6)
-    plan, nowhere = plans.plan((1, 4, 1), 1, records.COPY, 2, (0.5, True)).numbers, Addresses(0, 0, 1, 1, 0)
+    plan, nowhere = plans.make_plan((1, 4, 1), 1, records.COPY, 2, (0.5, True)).numbers, Addresses(0, 0, 1, 1, 0)
     with pytest.raises(ValueError, match="limits"):
         launch(plan, plans.PLAIN.numbers, 4, 0, nowhere, 0, 0)
     assert cuda_launch.launch(plan, plans.PLAIN.numbers, 0, 0, nowhere, 0, 0) is None
