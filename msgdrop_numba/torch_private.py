@@ -8,6 +8,9 @@ All of them are in torch 2.9 and 2.13, the oldest and the newest that are tested
     nothing is known to be ordinary: all tensors take torch's operations, right and slower.
 `_C._functorch.CInterpreter`
     Tells a transform within compiled code, where the mask must come from torch's operations. Without it: as above.
+`compiler._is_exporting_flag`
+    What `torch.compiler.is_exporting()` returns, which Dynamo before torch 2.12 takes to be true in all that it
+    compiles: compiling Philox takes minutes. Without it: the function.
 `_C._storage_Use_Count`, `UntypedStorage._cdata`
     Tell whether anybody still uses an output's memory. Without: large outputs are new memory each time, and slower.
 `_C._cuda_getCurrentRawStream`
@@ -54,6 +57,14 @@ def in_transform() -> bool:
     To the compiler, what stands for "none" isn't None.
     """
     return _dispatch_keys is None or isinstance(_transform(), torch._C._functorch.CInterpreter)
+
+
+def is_exporting() -> bool:
+    """Whether a program is being exported, which must not need this package."""
+    return torch.compiler._is_exporting_flag if _HAS_EXPORTING_FLAG else torch.compiler.is_exporting()
+
+
+_HAS_EXPORTING_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 
 
 def is_eager() -> bool:

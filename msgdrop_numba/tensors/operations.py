@@ -149,7 +149,14 @@ def select(x: Tensor, keep: Tensor, fill: Any, scale: Any = None, valid: Tensor 
             y = torch.where(valid.reshape(*valid.shape, *features), y, x)
     if fill is None:
         fill = torch.zeros((), dtype=x.dtype, device=x.device)
-    return torch.where(keep.reshape(*keep.shape, *features), y, fill)
+    keep = keep.reshape(*keep.shape, *features)
+    if x.dtype in _SIGNED:
+        return torch.where(keep, y.view(_SIGNED[x.dtype]), fill.view(_SIGNED[x.dtype])).view(x.dtype)
+    return torch.where(keep, y, fill)
+
+
+# Words of the same bits, for `torch.where` before torch 2.13, which knows none of these on the CPU.
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 def _multiply(x: Tensor, scale: Any) -> Tensor:

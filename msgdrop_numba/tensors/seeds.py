@@ -11,6 +11,7 @@ from torch import Tensor
 from msgdrop_numba.call import arguments
 from msgdrop_numba.tensors.operator import opaque_seed
 from msgdrop_numba.tensors.placement import check_generator, move
+from msgdrop_numba.torch_private import is_exporting
 
 _SEED_COUNT = 2**63 - 1
 
@@ -62,6 +63,6 @@ def device_seed(given: Any, generator: Any, device: torch.device) -> Tensor:
     if isinstance(given, Tensor):
         return move("seed", given, device)
     bits = given if given < 2**63 else given - 2**64
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not is_exporting():
         return opaque_seed(bits, device)
     return torch.full((), bits, dtype=torch.int64, device=device)

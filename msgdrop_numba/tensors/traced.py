@@ -19,7 +19,7 @@ from msgdrop_numba.tensors.arguments import keys_on, lengths_on, probabilities_o
 from msgdrop_numba.tensors.library import Tensors
 from msgdrop_numba.tensors.operator import kernel_mask
 from msgdrop_numba.tensors.seeds import check_device_seed, device_seed
-from msgdrop_numba.torch_private import in_transform
+from msgdrop_numba.torch_private import in_transform, is_exporting
 
 
 class Outline(NamedTuple):
@@ -84,7 +84,7 @@ def row_scales(job: Job, device: torch.device) -> tuple[Any, Tensor | None]:
 def draw_mask(job: Job) -> Tensor:
     """The mask in torch's operations; in compiled code from the kernels."""
     (shape, rule), (_, lengths, keys, p), seed = job.plan, job.draw, job.seed
-    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    compiled = torch.compiler.is_compiling() and not is_exporting()
     if compiled and not in_transform() and seed.device.type in ("cpu", "cuda"):
         return kernel_mask(shape, rule, seed, keys, lengths, p)
     return operations.keep_mask(shape, rule, seed, keys, lengths, None if p is None else operations.thresholds(p))

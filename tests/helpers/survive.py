@@ -185,6 +185,7 @@ def nothing_global_changes() -> None:
     import logging
 
     import numba
+    import scipy.sparse  # noqa: F401  numba may import it as it compiles; it adds a filter of warnings
     import torch
 
     def state() -> Any:

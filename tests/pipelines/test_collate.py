@@ -129,7 +129,7 @@ def test_a_collate_function_of_ones_own():
 )
 @pytest.mark.parametrize("scale", [False, True])
 def test_dtypes(dtype, scale):
-    samples = [s.to(dtype) for s in EVEN]
+    samples = [s.clamp(max=300).to(dtype) for s in EVEN]  # which float8 holds, scaled too: torch 2.13 saturates
     batch, mask = MessageDropoutCollate(0.3, scale=scale, return_mask=True)(samples)
     want = torch.stack(samples)
     if scale:
