@@ -89,6 +89,20 @@ def test_code(block, tmp_path):
     assert on_ray or done.stderr == ""
 
 
+def test_names_in_architecture_are_there():
+    """Each name in backticks that looks like one of ours stands somewhere in the package, the tests or the benchmarks."""
+    sources = [*(ROOT / "msgdrop_numba").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / ".ci").iterdir()]
+    text = "\n".join(path.read_text() for path in sources)
+    for told in re.findall(r"`([^`]+)`", TEXTS["msgdrop_numba/ARCHITECTURE.md"]):
+        if "/" in told and " " not in told:
+            module, _, name = told.removesuffix("/").partition(".")
+            there = [told.removesuffix("/"), *([f"{module}.py"] if re.search(rf"def {name}\b", text) else [])]
+            assert any((ROOT / folder / path).exists() for folder in (".", "msgdrop_numba") for path in there), told
+            continue
+        for name in re.findall(r"[A-Za-z_][\w.]*[A-Za-z_]\w*", told if re.fullmatch(r"[\w.]+", told) else ""):
+            assert re.search(rf"\b{name.rpartition('.')[2]}\b", text) or (ROOT / name).exists(), told
+
+
 def test_the_readme_is_short():
     lines = README.splitlines()
     assert len(lines) <= 200

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import pickle
 import pickletools
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import IterableDataset
 
 import msgdrop_numba
-from msgdrop_numba import Keyed, KeyedDataset, MessageDropout, MessageDropoutBatch, MessageDropoutCollate
+from msgdrop_numba import (
+    Keyed,
+    KeyedDataset,
+    MessageDropout,
+    MessageDropoutBatch,
+    MessageDropoutCollate,
+    keep_mask,
+    message_dropout,
+)
+from msgdrop_numba.call.request import Options, Request
+from msgdrop_numba.call.rule import DEFAULTS, rule_of
+from msgdrop_numba.functional import _Rule
 
 
 @pytest.mark.parametrize("name", msgdrop_numba.__all__)
@@ -31,6 +44,50 @@ def _globals(value: Any) -> dict[str, Any]:
     made = value.__init__ if isinstance(value, type) and "__init__" in vars(value) else value
     names = getattr(made, "__globals__", {"Keyed": Keyed})
     return {**names, **{name: getattr(msgdrop_numba, name) for name in msgdrop_numba.__all__}}
+
+
+DROPPERS = [keep_mask, message_dropout, MessageDropout, MessageDropoutBatch, MessageDropoutCollate]
+
+
+@pytest.mark.parametrize("dropper", DROPPERS, ids=lambda dropper: dropper.__name__)
+def test_every_keyword_of_the_rule_reaches_it(dropper):
+    """With its default, in its place, and with effect: a keyword that is lost on its way would drop as if not given."""
+    parameters = inspect.signature(dropper).parameters
+    assert {name: parameters[name].default for name in DEFAULTS} == DEFAULTS
+    for name, default in DEFAULTS.items():
+        wrong = {name: "wrong"}
+        with pytest.raises(TypeError, match=f"{name} must be"):
+            made(dropper, **wrong)
+        masks = [made(dropper, **told) for told in ({name: default}, {name: 3 if default is not False else True})]
+        assert not np.array_equal(*masks)
+
+
+def made(dropper, **rule):
+    """The keep mask of 40 rows of 6 messages."""
+    ids, x = np.arange(40), np.ones((40, 6, 1), np.float32)
+    if dropper is keep_mask:
+        return keep_mask((40, 6), 0.6, seed=1, **rule)
+    if dropper is message_dropout:
+        generator = torch.manual_seed(5)
+        short = message_dropout(torch.from_numpy(x), 0.6, **rule)[..., 0]  # the short door, and the long one
+        generator.manual_seed(5)
+        _, mask = message_dropout(torch.from_numpy(x), 0.6, return_mask=True, **rule)
+        assert torch.equal(short.bool(), mask)
+        return mask.numpy()
+    if dropper is MessageDropout:
+        return MessageDropout(0.6, **rule)(torch.from_numpy(x), seed=1)[..., 0].numpy()
+    if dropper is MessageDropoutBatch:
+        return dropper(0.6, columns="x", key="id", seed=1, **rule)({"id": ids, "x": x})["x"][..., 0]
+    keyed = [Keyed(key, sample) for key, sample in zip(ids.tolist(), x, strict=True)]
+    return dropper(0.6, seed=1, **rule)(keyed)[..., 0].numpy()
+
+
+def test_options_lead_a_request():
+    """`Request(*options)` and a tuple of all its fields rest on this."""
+    assert Request._fields[: len(Options._fields)] == Options._fields
+    assert set(_Rule.__annotations__) == {*DEFAULTS, "lengths", "keys"}
+    with pytest.raises(ValueError, match="zip"):
+        rule_of((0.5, False))
 
 
 class Stream(IterableDataset):

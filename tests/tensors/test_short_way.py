@@ -14,8 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from msgdrop_numba import MessageDropout, keep_mask, message_dropout
 from msgdrop_numba import torch_private as torch_state
+from msgdrop_numba.call.request import Request
+from msgdrop_numba.call.rule import DEFAULTS
 from msgdrop_numba.kernels.cpu import drop_range
+from msgdrop_numba.tensors import ways
+from msgdrop_numba.tensors.traced import TRACED
 
+REQUEST = Request(0.5, tuple(DEFAULTS.values()))
 USUAL = [
     {},
     {"scale": True},
@@ -74,6 +79,9 @@ def test_tensors_that_only_look_plain():
     for x in kept:
         assert torch_state.dense_address(x) == 0
         assert torch_state.is_plain(x) == (torch_state.not_plain_because(x) == "")
+        for request in (REQUEST, REQUEST._replace(keys=x), REQUEST._replace(fill=kept[0], lengths=torch.ones(2))):
+            for tensor in (x, torch.randn(4, 6, 3)):
+                assert (ways.library(tensor, request) is TRACED) == (ways.why_not_kernels(tensor, request) != "")
     assert torch_state.dense_address(torch.randn(4, 6, 3).to_mkldnn()) == 0
     assert torch_state.dense_address(torch.randn(4, 6, 3).to_sparse()) == 0
     with warnings.catch_warnings():
@@ -93,6 +101,8 @@ def test_no_address_where_operations_are_not_eager(state):
     def ask(x):
         told.append((torch_state.is_eager(), torch_state.dense_address(x)))
         reasons.append((torch_state.not_eager_because(), torch_state.not_plain_because(x)))
+        assert ways.library(x, REQUEST) is TRACED
+        assert ways.why_not_kernels(x, REQUEST)
         return x.sum()
 
     if state == "mode":
