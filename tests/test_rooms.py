@@ -81,6 +81,8 @@ def wrong(modules: dict[str, str]) -> list[str]:
                 told = node.attr if isinstance(node, ast.Attribute) else node.value if _is_text(node) else None
                 if told in PRIVATE:
                     found.append(f"{module}, line {node.lineno}: {told} belongs into {PRIVATE_FILE}")  # type: ignore[attr-defined]
+                if isinstance(node, ast.Attribute) and node.attr.startswith("_") and _is_torch(node.value):
+                    found.append(f"{module}, line {node.lineno}: torch's {node.attr} belongs into {PRIVATE_FILE}")
                 if isinstance(node, ast.Attribute) and node.attr == "apply" and _is_super(node.value):
                     found.append(f"{module}, line {node.lineno}: the short cut of apply belongs into {PRIVATE_FILE}")
     try:
@@ -92,6 +94,13 @@ def wrong(modules: dict[str, str]) -> list[str]:
 
 def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def _is_torch(node: ast.AST) -> bool:
+    """Whether it is torch, or a module of its own."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return isinstance(node, ast.Name) and node.id == "torch"
 
 
 def _is_super(node: ast.AST) -> bool:
@@ -124,6 +133,7 @@ def test_every_module_has_a_room():
         ("functional", "from msgdrop_numba.command.errors import JobError", "functional may not know command"),
         ("call.rule", "from msgdrop_numba.call import plan", "a circle: "),
         ("tensors.write", "import torch\ntorch._C._get_tracing_state()", "_C belongs into torch_private"),
+        ("nn", "import torch\ntorch.compiler._anything", "torch's _anything belongs into torch_private"),
         ("outputs", 'f = getattr(x, "_storage_Use_Count")', "_storage_Use_Count belongs into torch_private"),
         ("tensors.autograd", "f = super(A, B).apply", "the short cut of apply belongs into torch_private"),
     ],
