@@ -81,7 +81,8 @@ def wrong(modules: dict[str, str]) -> list[str]:
                 told = node.attr if isinstance(node, ast.Attribute) else node.value if _is_text(node) else None
                 if told in PRIVATE:
                     found.append(f"{module}, line {node.lineno}: {told} belongs into {PRIVATE_FILE}")  # type: ignore[attr-defined]
-                if isinstance(node, ast.Attribute) and node.attr.startswith("_") and _is_torch(node.value):
+                hidden = isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__")
+                if hidden and _is_torch(node.value):
                     found.append(f"{module}, line {node.lineno}: torch's {node.attr} belongs into {PRIVATE_FILE}")
                 if isinstance(node, ast.Attribute) and node.attr == "apply" and _is_super(node.value):
                     found.append(f"{module}, line {node.lineno}: the short cut of apply belongs into {PRIVATE_FILE}")
