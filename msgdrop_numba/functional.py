@@ -236,7 +236,8 @@ def keep_mask(
     Source: the mask contract, version 1 (CONTRACT.md).
     """
     dims = mask_shape(shape)
-    request = Request(p, (exact, span, min_keep), lengths=lengths, seed=seed, keys=keys)
+    told = p, (exact, span, min_keep), False, ZERO, None, True, False, lengths, seed, keys, None, None, True
+    request = tuple.__new__(Request, told)
     if device is None:
         return arrays.keep_mask(dims, request)
     from msgdrop_numba.tensors import dropout

@@ -7,7 +7,7 @@ primitives alone: how it reads a dtype, a fill, a seed, arrays over rows; and ho
 
 from __future__ import annotations
 
-from operator import attrgetter
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 from msgdrop_numba.call.arguments import ZERO, check_seed
@@ -49,7 +49,7 @@ class Request(NamedTuple):
 
 # What of a request may be an array, and so may lie elsewhere than x.
 ARRAYS = ("p", "fill", "lengths", "seed", "keys", "out")
-arrays_of = attrgetter(*ARRAYS)
+arrays_of = itemgetter(*map(Request._fields.index, ARRAYS))
 
 
 class Job(NamedTuple):

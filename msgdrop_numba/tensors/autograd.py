@@ -27,7 +27,7 @@ class _DropMessages(torch.autograd.Function):
         else:
             if given is None and mask is None:
                 mask = torch.empty(plan.shape, dtype=torch.bool, device=x.device)
-                job = Job(plan, draw, seed, target, mask)
+                job = tuple.__new__(Job, (plan, draw, seed, target, mask, None))
             ctx.save_for_backward(mask if given is None else given)
             # Unscaled, padding passes like any kept message.
             again = GIVEN if plan.kind == COPY else Draw(None, draw.lengths, None, None, draw.scales, given=True)
@@ -45,7 +45,8 @@ class _DropMessages(torch.autograd.Function):
         if usual and (start := dense_address(grad)):
             return write_new(plan, PLAIN, seed, grad, start), None, None
         # Hooks may have changed the layout of what was saved.
-        job = Job(plan, draw, seed, None, None, ctx.saved_tensors[0].contiguous() if draw.given else None)
+        given = ctx.saved_tensors[0].contiguous() if draw.given else None
+        job = tuple.__new__(Job, (plan, draw, seed, None, None, given))
         if grad.layout != torch.strided:
             grad = grad.to_dense()
         grad_x = grad_fill = None
