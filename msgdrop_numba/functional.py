@@ -10,6 +10,7 @@ import numpy as np
 
 from msgdrop_numba import arrays
 from msgdrop_numba.call.arguments import ZERO, check_key, check_seed, is_zero
+from msgdrop_numba.call.keys import row_key as row_key
 from msgdrop_numba.call.plan import mask_shape
 from msgdrop_numba.call.request import Request, ShortDoor
 from msgdrop_numba.call.ways import Answer
@@ -96,10 +97,10 @@ def message_dropout(
     Args:
         x: NumPy array, tensor, or CuPy or numba device array of numbers or bools, `(*message dims, *features)` with at
             least one feature dim.
-        p: probability that a message is **dropped**, in [0, 1]; or an array of them, of the shape of the last message
-            dim or of all message dims. `exact` takes a single number; for tensors on other devices, in transforms and
-            in traced code a Python one.
-        training: with False (or p = 0) x itself comes back, unchanged.
+        p: probability that a message is **dropped**, in [0, 1]; or an array of them that broadcasts to the message dims
+            from the right: one a position, one a message, `(N, N)` where the message dims are `(B, N, N)`. `exact`
+            takes a single number; for tensors on other devices, in transforms and in traced code a Python one.
+        training: True or False; with False (or p = 0) x itself comes back, unchanged.
         inplace: write into x, only what is dropped (and, scaled, what is kept).
         scale: multiply kept messages by 1/(1-p), or by n/(n-d) if exactly d of n drop; floating and complex dtypes,
             but not NumPy's `longdouble`.
@@ -113,8 +114,9 @@ def message_dropout(
             them is the position in a row, the others index rows.
         seed: integer in [0, 2**64), or a 0-d int64 tensor of the same bits. None: drawn from `generator`, else from
             torch's default generator of x's device (tensors) or the system's entropy (arrays).
-        keys: integer naming each row, of the shape of the message dims without the last or a leading part of it, in
-            [-2**63, 2**64); None: the row's index.
+        keys: what names each row, of the shape of the message dims without the last or a leading part of it: integers
+            in [-2**63, 2**64), or ids that `row_key` hashes (strings, bytes, UUIDs), in compiled code integers alone;
+            None: the row's index.
         generator: `torch.Generator` for tensors, `numpy.random.Generator` for arrays; not with `seed`.
         out: array to write into, of x's kind, shape and dtype; x itself, or memory that doesn't overlap it.
         return_mask: give back `(y, keep)`, with keep the bool mask over the message dims, True = kept.
@@ -142,8 +144,8 @@ def message_dropout(
     door = _short_doors.get(type(x))
     if (
         door is not None and lengths is None and keys is None and seed is None and generator is None and out is None
-        and type(p) is float and p and (fill is ZERO or is_zero(fill)) and training and not inplace and not return_mask
-        and (address := door.address(x))
+        and type(p) is float and p and (fill is ZERO or is_zero(fill)) and training is True and not inplace
+        and not return_mask and (address := door.address(x))
     ):  # fmt: skip
         try:
             plan = door.plan(x.shape, x.dtype, bool(scale), message_dims, p, exact, span, min_keep)
@@ -197,10 +199,12 @@ def _library(x: Any) -> Any:
 
 @overload
 def keep_mask(
-    shape: int | Sequence[int], p: Any = ..., *, seed: Any, device: None = ..., **rule: Unpack[_Rule]
+    shape: int | Sequence[int], p: Any = ..., *, seed: Any = ..., device: None = ..., **rule: Unpack[_Rule]
 ) -> NDArray[np.bool_]: ...
 @overload
-def keep_mask(shape: int | Sequence[int], p: Any = ..., *, seed: Any, device: Any, **rule: Unpack[_Rule]) -> Tensor: ...
+def keep_mask(
+    shape: int | Sequence[int], p: Any = ..., *, seed: Any = ..., device: Any, **rule: Unpack[_Rule]
+) -> Tensor: ...
 def keep_mask(
     shape: int | Sequence[int],
     p: Any = 0.5,
@@ -209,7 +213,7 @@ def keep_mask(
     span: int = 1,
     min_keep: int = 0,
     lengths: Any = None,
-    seed: Any,
+    seed: Any = None,
     keys: Any = None,
     device: Any = None,
 ) -> Any:
@@ -218,7 +222,7 @@ def keep_mask(
     Args:
         shape: the message dims, e.g. `(batch, sequence)`; the last is the position in a row.
         p: probability that a message is dropped, 0.5 by default, or an array of them, as for `message_dropout`.
-        exact, span, min_keep, lengths, seed, keys: as for `message_dropout`; `seed` must be given.
+        exact, span, min_keep, lengths, seed, keys: as for `message_dropout`.
         device: a torch device: the mask is a tensor there. None: a NumPy array.
 
     Returns:

@@ -9,7 +9,7 @@ import torch
 from helpers.vectors import MASKS, VECTORS, arguments, expected, probability
 
 from msgdrop_numba import fold_in, keep_mask, message_dropout
-from msgdrop_numba.call.keys import sample_key
+from msgdrop_numba.call.keys import row_key
 
 pytestmark = pytest.mark.kernels
 
@@ -26,8 +26,8 @@ def test_fold_in(vector):
 
 @pytest.mark.parametrize("vector", VECTORS["string_keys"])
 def test_string_keys(vector):
-    assert sample_key(vector["id"]) == vector["key"]
-    assert sample_key(vector["id"].encode()) == vector["key"]
+    assert row_key(vector["id"]) == vector["key"]
+    assert row_key(vector["id"].encode()) == vector["key"]
 
 
 @pytest.mark.parametrize("vector", VECTORS["keep_masks"])

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from msgdrop_numba.call.rule import check_p
-from msgdrop_numba.kernels.rules import fold_rows
 
 _U64 = 2**64 - 1
 _MAX_WORK: Any = 100_000  # steps of the exact search for shared memory; past them it counts as shared
@@ -77,8 +76,8 @@ def check_source(seed: Any, generator: Any, kind: type) -> int | None:
     return None if seed is None else check_seed(seed)
 
 
-def _integers(name: str, values: Any) -> np.ndarray:
-    """An integer array of anything array-like; Python integers are read one by one, so that none becomes a float."""
+def integers(name: str, values: Any, read: Callable[[str, Any], int] = check_key) -> np.ndarray:
+    """An integer array of anything array-like; Python objects are read one by one, so that none becomes a float."""
     if isinstance(values, (Sequence, numbers.Number)) and not isinstance(values, (str, bytes, np.generic)):
         values = np.array(values, dtype=object)
     torch = sys.modules.get("torch")
@@ -87,42 +86,19 @@ def _integers(name: str, values: Any) -> np.ndarray:
             raise TypeError(f"{name} must be integers, but got dtype {values.dtype}")
         values = values.detach().cpu().clone().numpy()  # .numpy() of the user's own would fix its storage's size
     array: np.ndarray = np.asarray(values)
-    if array.dtype == object:
-        bits = [check_key(name, value) for value in array.ravel()]
+    if array.dtype.kind in "OUST":
+        bits = [read(name, value) for value in array.ravel().tolist()]
         return np.array(bits, dtype=np.uint64).reshape(array.shape).view(np.int64)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, but got dtype {array.dtype}")
     return array
 
 
-def row_keys(keys: Any, row_shape: tuple[int, ...]) -> np.ndarray | None:
-    """One uint64 key a row (C order), or None for the default, the row's index.
-
-    Args:
-        keys: integers of the shape `row_shape` or a leading part of it; with dims missing, a row's key is
-            `fold_in(key, C-order index in the missing dims)` (CONTRACT.md, 4).
-        row_shape: the message dims without the last.
-    """
-    if keys is None:
-        return None
-    array = _integers("keys", keys)
-    if array.shape != row_shape[: array.ndim]:
-        raise ValueError(f"keys must have shape {row_shape} or a leading part of it, but got {array.shape}")
-    flat = np.ascontiguousarray(array, dtype=np.uint64 if array.dtype.kind == "u" else np.int64).ravel()
-    flat = flat.view(np.uint64)
-    if array.ndim == len(row_shape):
-        return flat.copy()  # the user's own memory may be what is written
-    folded = np.empty(math.prod(row_shape), np.uint64)
-    if folded.size:
-        fold_rows(flat, folded.size // flat.size, 0, folded)
-    return folded
-
-
 def row_lengths(lengths: Any, row_shape: tuple[int, ...], size: int) -> np.ndarray | None:
     """One int64 count of valid messages a row, or None where all are."""
     if lengths is None:
         return None
-    array = _integers("lengths", lengths)
+    array = integers("lengths", lengths)
     if array.shape != row_shape:
         raise ValueError(f"lengths must have shape {row_shape}, one a row, but got {array.shape}")
     if array.size and not (array.min() >= 0 and array.max() <= size):
@@ -149,14 +125,24 @@ def probabilities(p: Any, shape: tuple[int, ...]) -> np.ndarray:
         p = p.detach().cpu().to(torch.float64).numpy()
     if p.dtype.kind not in "fiu":
         raise TypeError(f"p must hold floating-point numbers, but got dtype {p.dtype}")
-    if p.shape not in (shape[-1:], shape):
-        either = " or ".join(str(s) for s in dict.fromkeys((shape[-1:], shape)))
-        raise ValueError(f"p must be a number or have shape {either}, but got {p.shape}")
     values: np.ndarray = np.array(p, dtype=np.float64, order="C")
+    if p.shape not in (shape[-1:], shape):
+        check_broadcast(tuple(p.shape), shape)
+        values = np.broadcast_to(values, shape).copy()
     if values.size and not (values.min() >= 0 and values.max() <= 1):
         wrong = values[~((values >= 0) & (values <= 1))].flat[0]
         raise ValueError(f"p must hold probabilities of dropping, from 0 to 1, but got {wrong}")
     return values
+
+
+def check_broadcast(of_p: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Refuse a p whose shape doesn't broadcast to the message dims from the right."""
+    fits = len(of_p) <= len(shape) and all(
+        ours in (1, theirs) for ours, theirs in zip(of_p[::-1], shape[::-1], strict=False)
+    )
+    if not fits:
+        either = " or ".join(str(s) for s in dict.fromkeys((shape[-1:], shape)))
+        raise ValueError(f"p must be a number or have shape {either}, or broadcast to the latter, but got {of_p}")
 
 
 def position_p(p: Any) -> tuple[float | None, np.ndarray | None]:

@@ -1,23 +1,24 @@
-"""Sample ids to the 64-bit keys of the mask contract."""
+"""Rows' names to the 64-bit keys of the mask contract: integers, ids that are hashed, keys that lack dims."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import numbers
 from typing import Any
 from uuid import UUID
 
 import numpy as np
 
-from msgdrop_numba.call.arguments import check_key
+from msgdrop_numba.call.arguments import check_key, integers
 from msgdrop_numba.kernels.rules import fold_rows
 
 
-def sample_key(sample_id: Any) -> int:
-    """The 64-bit key of a sample's id: an integer as it is, anything else hashed with BLAKE2b.
+def row_key(row_id: Any) -> int:
+    """The 64-bit key of an id, a sample's say: an integer as it is, anything else hashed with BLAKE2b.
 
     Args:
-        sample_id: an integer in [-2**63, 2**64) (a negative one stands for its two's complement), a string (its
+        row_id: an integer in [-2**63, 2**64) (a negative one stands for its two's complement), a string (its
             UTF-8 bytes), bytes, or a UUID (its 16 bytes).
 
     Returns:
@@ -27,24 +28,51 @@ def sample_key(sample_id: Any) -> int:
         TypeError, ValueError: the id is of another type, a float or a bool say, or out of range.
 
     Example:
-        >>> sample_key(-1) == 2**64 - 1
+        >>> row_key(-1) == 2**64 - 1
         True
-        >>> sample_key("clip-0001")
+        >>> row_key("clip-0001")
         4734007382124388018
 
     Source: the mask contract, version 1 (CONTRACT.md); BLAKE2b is RFC 7693.
     """
-    if type(sample_id) is int and 0 <= sample_id < 2**64:  # the usual one, asked first
-        return sample_id
-    if isinstance(sample_id, numbers.Integral):
-        return check_key("a sample's key", sample_id)
-    if isinstance(sample_id, str):
-        return hash64(sample_id.encode())
-    if isinstance(sample_id, UUID):
-        return hash64(sample_id.bytes)
-    if isinstance(sample_id, bytes):
-        return hash64(sample_id)
-    raise TypeError(f"a sample's key must be an integer, string, bytes or UUID, but got {sample_id!r}")
+    if type(row_id) is int and 0 <= row_id < 2**64:  # the usual one, asked first
+        return row_id
+    return _read("a sample's key", row_id, "an integer, string, bytes or UUID")
+
+
+def _read(name: str, row_id: Any, kinds: str = "integers, strings, bytes or UUIDs") -> int:
+    if isinstance(row_id, numbers.Integral):
+        return check_key(name, row_id)
+    if isinstance(row_id, str):
+        return hash64(row_id.encode())
+    if isinstance(row_id, UUID):
+        return hash64(row_id.bytes)
+    if isinstance(row_id, bytes):
+        return hash64(row_id)
+    raise TypeError(f"{name} must be {kinds}, but got {row_id!r}")
+
+
+def row_keys(keys: Any, row_shape: tuple[int, ...]) -> np.ndarray | None:
+    """One uint64 key a row (C order), or None for the default, the row's index.
+
+    Args:
+        keys: integers or ids of the shape `row_shape` or a leading part of it; with dims missing, a row's key is
+            `fold_in(key, C-order index in the missing dims)` (CONTRACT.md, 4).
+        row_shape: the message dims without the last.
+    """
+    if keys is None:
+        return None
+    array = integers("keys", keys, _read)
+    if array.shape != row_shape[: array.ndim]:
+        raise ValueError(f"keys must have shape {row_shape} or a leading part of it, but got {array.shape}")
+    flat = np.ascontiguousarray(array, dtype=np.uint64 if array.dtype.kind == "u" else np.int64).ravel()
+    flat = flat.view(np.uint64)
+    if array.ndim == len(row_shape):
+        return flat.copy()  # the user's own memory may be what is written
+    folded = np.empty(math.prod(row_shape), np.uint64)
+    if folded.size:
+        fold_rows(flat, folded.size // flat.size, 0, folded)
+    return folded
 
 
 def sample_keys(ids: np.ndarray) -> np.ndarray:
@@ -53,7 +81,7 @@ def sample_keys(ids: np.ndarray) -> np.ndarray:
         return ids
     if ids.dtype.kind not in "OUST":
         raise TypeError(f"sample ids must be integers or strings, but got {ids.dtype}")
-    return np.array([sample_key(sample_id) for sample_id in ids.tolist()], np.uint64)
+    return np.array([row_key(row_id) for row_id in ids.tolist()], np.uint64)
 
 
 def numbered_keys(key: int, first: int, count: int) -> np.ndarray:

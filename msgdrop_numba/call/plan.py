@@ -12,6 +12,7 @@ import numpy as np
 
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import address
+from msgdrop_numba.call.keys import row_keys
 from msgdrop_numba.call.rule import MAX_ROW, DropRule, rule_of
 from msgdrop_numba.kernels.records import COPY, LINE, OTHER, PLAN, DrawNumbers, PlanNumbers
 from msgdrop_numba.kernels.rules import RULE
@@ -179,7 +180,7 @@ def row_arguments(plan: Plan, p: Any, fill: Any, scale: bool, lengths: Any, keys
         p = arguments.probabilities(p, plan.shape)
         thresholds, scales = arguments.thresholds(p), arguments.scales(p) if scale else None
     lengths = arguments.row_lengths(lengths, rows, plan.size)
-    return Draw(fill, lengths, arguments.row_keys(keys, rows), thresholds, scales)
+    return Draw(fill, lengths, row_keys(keys, rows), thresholds, scales)
 
 
 def kept_scales(plan: Plan, draw: Draw) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

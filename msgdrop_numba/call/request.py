@@ -10,7 +10,9 @@ from __future__ import annotations
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
-from msgdrop_numba.call.arguments import ZERO, check_seed
+import numpy as np
+
+from msgdrop_numba.call.arguments import ZERO
 
 
 class Options(NamedTuple):
@@ -106,7 +108,7 @@ class Library(Protocol):
     def fill(self, fill: Any, x: Any, message_dims: int) -> Any:
         """One message of the fill; None: zeros."""
 
-    def target(self, x: Any, request: Request, active: bool, fill: Any) -> Any:
+    def target(self, x: Any, request: Request, active: Any, fill: Any) -> Any:
         """The array to write, asked where the call names one; None: x stays as it is."""
 
     def check_seed(self, seed: Any, generator: Any, device: Any) -> Any:
@@ -136,6 +138,8 @@ class Library(Protocol):
 def prepare(library: Library, x: Any, request: Request) -> Job:
     """The job of a call. Raises before anything is written or drawn."""
     p, rule, scale, fill, message_dims, training, inplace, lengths, seed, keys, generator, out, return_mask = request
+    if training is not True and not isinstance(training, (bool, np.bool_)):
+        raise TypeError(f"training must be True or False, but got {training!r}")
     kind = library.kind(x, scale)
     number, array = library.split_p(p)
     plan = library.plan(x, kind, message_dims, (number, *rule))
@@ -158,9 +162,7 @@ def prepare_mask(library: Library, shape: tuple[int, ...], request: Request, dev
     """The job of a mask alone, over the message dims `shape`."""
     number, array = library.split_p(request.p)
     plan = library.mask_plan(shape, (number, *request.rule))
-    if request.seed is None:
-        check_seed(request.seed)  # which says that a mask needs one
-    seed = library.check_seed(request.seed, None, device)
+    seed = None if request.seed is None else library.check_seed(request.seed, None, device)
     plain = array is None and request.lengths is None and request.keys is None
     draw = library.nothing if plain else library.draw(plan, array, None, request, device)
     return tuple.__new__(Job, (plan, draw, library.seed(seed, None, device), None, None, None))

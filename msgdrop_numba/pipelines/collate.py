@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.arguments import ZERO, address, check_is_number, check_seed, position_p
-from msgdrop_numba.call.keys import hash64, sample_key
+from msgdrop_numba.call.arguments import ZERO, address, check_is_number, check_key, check_seed, position_p
+from msgdrop_numba.call.keys import hash64, row_key
 from msgdrop_numba.call.request import Options, Request
 from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.call.threads import load
@@ -129,7 +128,7 @@ class MessageDropoutCollate:
         collate. Copies made by deepcopy or pickle keep the epoch that they had, and have one of their own from then on.
 
         Args:
-            epoch: integer in [0, 2**63); 0 until it is set. No loader saves it: set it again when a run is resumed.
+            epoch: integer in [-2**63, 2**64); 0 until it is set. No loader saves it: set it again in a resumed run.
 
         Raises:
             TypeError, ValueError: it is no integer, or out of range.
@@ -137,11 +136,8 @@ class MessageDropoutCollate:
         Example:
             >>> MessageDropoutCollate(0.3, seed=1).set_epoch(5)
         """
-        if isinstance(epoch, bool) or not isinstance(epoch, numbers.Integral):
-            raise TypeError(f"epoch must be an integer in [0, 2**63), but got {epoch!r}")
-        if not 0 <= epoch < 2**63:
-            raise ValueError(f"epoch must be an integer in [0, 2**63), but got {epoch!r}")
-        self._epoch.fill_(int(epoch))
+        bits = check_key("epoch", epoch)
+        self._epoch.fill_(bits if bits < 2**63 else bits - 2**64)
 
     def __getstate__(self) -> dict[str, Any]:
         """The same as plain tuples: a pickle names no inner class."""
@@ -246,7 +242,7 @@ def _split_keys(samples: list[Any]) -> tuple[list[Any] | None, np.ndarray | None
         raise TypeError(f"samples must all be Keyed or none, but {keyed} of {len(samples)} are")
     ids = [sample.key for sample in samples]
     try:
-        keys = [sample_key(sample_id) for sample_id in ids]
+        keys = [row_key(sample_id) for sample_id in ids]
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error}, in a batch of samples with the keys {ids}") from None
     return ids, np.array(keys, np.uint64), [sample.sample for sample in samples]

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from msgdrop_numba.call.keys import sample_key
+from msgdrop_numba.call.keys import row_key
 
 
 class Keyed(NamedTuple):
@@ -98,7 +98,7 @@ class KeyedDataset(Dataset[Keyed]):
             index = index.item() if isinstance(index, (Tensor, np.ndarray)) else index
         if isinstance(index, numbers.Integral) and index < 0:  # the same sample has the same key
             index += len(self.dataset)
-        sample_key(index)
+        row_key(index)
         return Keyed(index, sample)
 
 
@@ -139,7 +139,7 @@ def _id_of(key: Callable[[Any], Any], sample: Any, which: str) -> Any:
     except Exception as error:
         raise ValueError(f"key must give the id of every sample, but for {which} it raised {error!r}") from error
     try:
-        sample_key(sample_id)
+        row_key(sample_id)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error}, for {which}") from None
     return sample_id

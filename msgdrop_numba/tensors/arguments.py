@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call import arguments
+from msgdrop_numba.call.keys import row_keys
 from msgdrop_numba.kernels.records import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, OTHER
 from msgdrop_numba.tensors.placement import move
 from msgdrop_numba.torch_private import is_plain
@@ -112,10 +113,11 @@ def probabilities_on(p: Any, shape: tuple[int, ...], device: torch.device) -> Te
         return move("p", torch.from_numpy(arguments.probabilities(p, shape)), device)
     if p.dtype == torch.bool or p.is_complex():
         raise TypeError(f"p must hold floating-point numbers, but got dtype {p.dtype}")
-    if p.ndim and p.shape not in (shape[-1:], shape):
-        raise ValueError(f"p must be a number or have shape {shape[-1:]} or {shape}, but got {tuple(p.shape)}")
+    as_it_is = p.ndim > 0 and p.shape in (shape[-1:], shape)
+    if not as_it_is:
+        arguments.check_broadcast(tuple(p.shape), shape)
     values: Tensor = move("p", p.detach(), device).to(torch.float64).nan_to_num(nan=0.0).clamp(0, 1)
-    return values if p.ndim else values.expand(shape[-1:])
+    return values if as_it_is else values.expand(shape if p.ndim else shape[-1:])
 
 
 def keys_on(keys: Any, rows: tuple[int, ...], device: torch.device) -> Tensor | None:
@@ -125,7 +127,7 @@ def keys_on(keys: Any, rows: tuple[int, ...], device: torch.device) -> Tensor | 
     if torch.compiler.is_compiling():
         keys = _constant(keys)
     if not isinstance(keys, Tensor):
-        host = arguments.row_keys(keys, rows)
+        host = row_keys(keys, rows)
         assert host is not None
         return move("keys", torch.from_numpy(host.view("int64")).reshape(rows), device)
     _check_rows("keys", keys)
