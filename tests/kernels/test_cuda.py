@@ -286,7 +286,7 @@ def test_alignment_and_missing_memory():
     assert [cuda_launch.piece_size(records.FLOAT32, n) for n in (32, 8, 4)] == [16, 4, 4]
     with pytest.raises(ValueError, match="off by 2"):
         cuda_launch.piece_size(records.FLOAT32, 6)
-    plan, nowhere = plans.make_plan((1, 4, 1), 1, records.COPY, 2, (0.5, True)).numbers, Addresses(0, 0, 1, 1, 0)
+    plan, nowhere = plans.make_plan((1, 4, 1), 1, records.COPY, 2, (0.5, True, 1, 0)).numbers, Addresses(0, 0, 1, 1, 0)
     with pytest.raises(ValueError, match="limits"):
         launch(plan, plans.PLAIN.numbers, 4, 0, nowhere, 0, 0)
     assert cuda_launch.launch(plan, plans.PLAIN.numbers, 0, 0, nowhere, 0, 0) is None
