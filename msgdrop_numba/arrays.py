@@ -122,7 +122,7 @@ class _NumPy:
         return arguments.check_source(seed, generator, np.random.Generator)
 
     def draw(self, plan: Plan, p: Any, fill: Any, request: Request, device: Any) -> Draw:
-        return row_arguments(plan, p, fill, request.scale, request.lengths, request.keys)
+        return row_arguments(plan, p, fill, request)
 
     def seed(self, given: int | None, generator: np.random.Generator | None, device: Any) -> int:
         if given is not None:
@@ -154,7 +154,7 @@ class _NumPy:
             launch(plan, draw, seed, address(x), address(result), 0 if mask is None else address(mask))
         elif plan.messages:
             mask = draw_mask(job)
-            _write(plan, draw, x, result, mask)
+            _write(job, plan, x, result, mask)
         return (result, mask) if request.return_mask else result
 
 
@@ -184,18 +184,18 @@ def _run(plan: Plan, x: np.ndarray, start: int) -> np.ndarray:
 SHORT_DOOR = ShortDoor(_address, _usual_plan, _run)
 
 
-def _write(plan: Plan, draw: Draw, x: np.ndarray, result: np.ndarray, mask: np.ndarray) -> None:
+def _write(job: Job, plan: Plan, x: np.ndarray, result: np.ndarray, mask: np.ndarray) -> None:
     """What the kernels do, in NumPy's operations: for layouts and byte orders that they can't follow."""
-    wide = (*plan.shape, *(1,) * (x.ndim - mask.ndim))
+    draw, wide = job.draw, (*plan.shape, *(1,) * (x.ndim - mask.ndim))
     kept = mask.reshape(wide)
     if plan.kind != COPY:
-        scales, valid = (array.reshape(wide) for array in kept_scales(plan, draw))
+        scales, taking = (array.reshape(wide) for array in kept_scales(plan, draw, job.seed))
         real = np.float64 if plan.kind == FLOAT64 else np.float32
         parts = [(x.real, result.real), (x.imag, result.imag)] if x.dtype.kind == "c" else [(x, result)]
         with np.errstate(all="ignore"):
             for part, into in parts:
-                np.multiply(part, scales.astype(real), out=into, where=kept & valid, dtype=real, casting="same_kind")
-        kept = kept & ~valid
+                np.multiply(part, scales.astype(real), out=into, where=kept & taking, dtype=real, casting="same_kind")
+        kept = kept & ~taking
     np.copyto(result, x, where=kept)
     fill = np.zeros((), x.dtype) if draw.fill is None else draw.fill
     np.copyto(result, fill, where=~mask.reshape(wide))

@@ -30,8 +30,11 @@ class _Rule(TypedDict, total=False):
     exact: bool
     span: int
     min_keep: int
+    prefix: int
     lengths: Any
     keys: Any
+    protect: Any
+    positions: Any
 
 
 class _Keywords(_Rule, total=False):
@@ -80,11 +83,14 @@ def message_dropout(
     exact: bool = False,
     span: int = 1,
     min_keep: int = 0,
+    prefix: int = 0,
     lengths: Any = None,
     fill: Any = ZERO,
     message_dims: int | None = None,
     seed: Any = None,
     keys: Any = None,
+    protect: Any = None,
+    positions: Any = None,
     generator: Any = None,
     out: Any = None,
     return_mask: bool = False,
@@ -97,16 +103,19 @@ def message_dropout(
     Args:
         x: NumPy array, tensor, or CuPy or numba device array of numbers or bools, `(*message dims, *features)` with at
             least one feature dim.
-        p: probability that a message is **dropped**, in [0, 1]; or an array of them that broadcasts to the message dims
-            from the right: one a position, one a message, `(N, N)` where the message dims are `(B, N, N)`. `exact`
-            takes a single number; for tensors on other devices, in transforms and in traced code a Python one.
+        p: probability that a message is **dropped**, in [0, 1]; or a range, a tuple `(lo, hi)` with lo <= hi, of which
+            each row draws its own; or an array that broadcasts to the message dims from the right: one a position, one
+            a message, `(N, N)` where the message dims are `(B, N, N)`. `exact` takes no array; for tensors on other
+            devices, in transforms and in traced code it needs a Python number or range.
         training: True or False; with False (or p = 0) x itself comes back, unchanged.
         inplace: write into x, only what is dropped (and, scaled, what is kept).
         scale: multiply kept messages by 1/(1-p), or by n/(n-d) if exactly d of n drop; floating and complex dtypes,
             but not NumPy's `longdouble`.
-        exact: drop exactly floor(n * p) of the n valid messages of each row; p a single number, without `span`.
+        exact: drop exactly floor(n * p) of the n messages of each row that take part; p no array, without `span`.
         span: drop runs of so many neighbouring messages together.
-        min_keep: keep at least so many valid messages of each row.
+        min_keep: keep at least so many of the messages of each row that take part.
+        prefix: the first so many messages of each row take no part, class tokens say: they pass as they are, and aren't
+            counted. At most the messages of a row; where `lengths` or a nested x makes a row shorter, all of it passes.
         lengths: valid messages in each row, integers of the shape of the message dims without the last. What lies
             behind is padding: left as it is, kept in the mask.
         fill: what a dropped message becomes: a number, or an array over the features, of x's kind and dtype.
@@ -117,6 +126,11 @@ def message_dropout(
         keys: what names each row, of the shape of the message dims without the last or a leading part of it: integers
             in [-2**63, 2**64), or ids that `row_key` hashes (strings, bytes, UUIDs), in compiled code integers alone;
             None: the row's index.
+        protect: bool, True where a message takes no part and passes as it is, as in torch's `key_padding_mask`: of the
+            shape of the message dims, or of the last one alone, for all rows.
+        positions: what the draws number messages by in place of their index: an integer, the position of each row's
+            first message, for rows that are cut into pieces; or integers of the shape of the message dims or of the
+            last one alone, each in [0, 2**34). Equal positions have equal draws.
         generator: `torch.Generator` for tensors, `numpy.random.Generator` for arrays; not with `seed`.
         out: array to write into, of x's kind, shape and dtype; x itself, or memory that doesn't overlap it.
         return_mask: give back `(y, keep)`, with keep the bool mask over the message dims, True = kept.
@@ -124,8 +138,8 @@ def message_dropout(
     Returns:
         An array like x: `where(keep, x, fill)`, kept messages bit for bit as in x unless scaled; x itself if `inplace`
         or if nothing drops, `out` if given; with `return_mask` a pair. Differentiable in x and in a tensor `fill`.
-        Backward keeps the seed; the keep mask, a byte a message, where arrays (keys, lengths, p) decide it; and with
-        `scale` their lengths and scales, as the contract rounds them; no copy of the data.
+        Backward keeps the seed; the keep mask, a byte a message, where arrays (keys, lengths, p, ...) decide it; and
+        with `scale` what its scales come from; no copy of the data.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype or value, a masked array say, whose mask
@@ -139,23 +153,23 @@ def message_dropout(
         array([[False,  True,  True,  True],
                [ True,  True, False,  True]])
 
-    Source: the mask contract, version 1 (CONTRACT.md), on Philox4x32-10 (Salmon et al., SC'11).
+    Source: the mask contract, version 1.1 (CONTRACT.md), on Philox4x32-10 (Salmon et al., SC'11).
     """
     door = _short_doors.get(type(x))
     if (
-        door is not None and lengths is None and keys is None and seed is None and generator is None and out is None
-        and type(p) is float and p and (fill is ZERO or is_zero(fill)) and training is True and not inplace
-        and not return_mask and (address := door.address(x))
+        door is not None and lengths is None and keys is None and seed is None and protect is None and positions is None
+        and generator is None and out is None and type(p) is float and p and (fill is ZERO or is_zero(fill))
+        and training is True and not inplace and not return_mask and (address := door.address(x))
     ):  # fmt: skip
         try:
-            plan = door.plan(x.shape, x.dtype, bool(scale), message_dims, p, exact, span, min_keep)
+            plan = door.plan(x.shape, x.dtype, bool(scale), message_dims, p, exact, span, min_keep, prefix)
         except TypeError:  # what is wrong is said below
             plan = None
         if plan is not None:
             return door.run(plan, x, address)
     told = (
-        p, (exact, span, min_keep), scale, fill, message_dims, training, inplace, lengths, seed, keys, generator,
-        out, return_mask,
+        p, (exact, span, min_keep, prefix), scale, fill, message_dims, training, inplace, lengths, seed, keys, protect,
+        positions, generator, out, return_mask,
     )  # fmt: skip
     request = tuple.__new__(Request, told)  # twice as fast as the constructor
     return (_libraries.get(type(x)) or _library(x)).message_dropout(x, request)
@@ -212,17 +226,21 @@ def keep_mask(
     exact: bool = False,
     span: int = 1,
     min_keep: int = 0,
+    prefix: int = 0,
     lengths: Any = None,
     seed: Any = None,
     keys: Any = None,
+    protect: Any = None,
+    positions: Any = None,
     device: Any = None,
 ) -> Any:
     """The keep mask that `message_dropout` uses: bool, True = the message passes.
 
     Args:
         shape: the message dims, e.g. `(batch, sequence)`; the last is the position in a row.
-        p: probability that a message is dropped, 0.5 by default, or an array of them, as for `message_dropout`.
-        exact, span, min_keep, lengths, seed, keys: as for `message_dropout`.
+        p: probability that a message is dropped, 0.5 by default, a range or an array of them, as for
+            `message_dropout`.
+        exact, span, min_keep, prefix, lengths, seed, keys, protect, positions: as for `message_dropout`.
         device: a torch device: the mask is a tensor there. None: a NumPy array.
 
     Returns:
@@ -237,10 +255,13 @@ def keep_mask(
         array([[False, False, False,  True, False, False],
                [ True, False, False,  True, False,  True]])
 
-    Source: the mask contract, version 1 (CONTRACT.md).
+    Source: the mask contract, version 1.1 (CONTRACT.md).
     """
     dims = mask_shape(shape)
-    told = p, (exact, span, min_keep), False, ZERO, None, True, False, lengths, seed, keys, None, None, True
+    told = (
+        p, (exact, span, min_keep, prefix), False, ZERO, None, True, False, lengths, seed, keys, protect, positions,
+        None, None, True,
+    )  # fmt: skip
     request = tuple.__new__(Request, told)
     if device is None:
         return arrays.keep_mask(dims, request)
@@ -266,6 +287,6 @@ def fold_in(seed: Any, data: Any) -> int:
         >>> fold_in(7, 3)
         10612791744428350474
 
-    Source: the mask contract, version 1 (CONTRACT.md); the name is JAX's.
+    Source: the mask contract, version 1.1 (CONTRACT.md); the name is JAX's.
     """
     return int(philox.fold_in(np.uint64(check_seed(seed)), np.uint64(check_key("data", data))))

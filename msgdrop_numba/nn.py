@@ -16,13 +16,14 @@ class MessageDropout(torch.nn.Module):
     """Drop whole messages `x[b, s, :]` during training, each with probability p; identity in eval mode.
 
     Unlike `torch.nn.Dropout1d` it drops along any number of message dims, never reads what it drops, and scales only
-    when asked to. Backward keeps the seed, or one byte a message where arrays decide the mask (with `scale` their
-    lengths and scales too), and no copy of the data.
+    when asked to. Backward keeps the seed, or one byte a message where arrays decide the mask (with `scale` what
+    its scales come from, too), and no copy of the data.
 
     Args:
-        p: probability that a message is **dropped**, in [0, 1], or an array or tensor of them, one a position.
+        p: probability that a message is **dropped**, in [0, 1]; a range `(lo, hi)`, of which each row draws its own; or
+            an array or tensor of them, one a position.
         inplace: write into the input.
-        scale, exact, span, min_keep: as for `message_dropout`.
+        scale, exact, span, min_keep, prefix: as for `message_dropout`.
         fill: what a dropped message becomes: a number, or a tensor over the features, an `nn.Parameter` to learn it.
         message_dims: how many leading dims index messages; None: 2 where the input has 3 or more dims, else 1.
 
@@ -40,10 +41,11 @@ class MessageDropout(torch.nn.Module):
         >>> layer(x).shape
         torch.Size([8, 16, 128])
 
-    Source: the mask contract, version 1 (CONTRACT.md).
+    Source: the mask contract, version 1.1 (CONTRACT.md).
     """
 
     __module__ = "msgdrop_numba"  # where a pickle looks for it, wherever it stands
+    prefix = 0  # of layers that were pickled before there was one
 
     def __init__(
         self,
@@ -54,18 +56,19 @@ class MessageDropout(torch.nn.Module):
         exact: bool = False,
         span: int = 1,
         min_keep: int = 0,
+        prefix: int = 0,
         fill: Any = ZERO,
         message_dims: int | None = None,
     ) -> None:
         super().__init__()
         number, array = split_p(p)
-        rule = DropRule(number, exact, span, min_keep)
+        rule = DropRule(number, exact, span, min_keep, prefix)
         if message_dims is not None:
             check_message_dims(message_dims)
         # An array is kept as float64 and no buffer: the mask's bits must not depend on the layer's dtype. See _apply.
         self.p: Any = rule.p if array is None else torch.from_numpy(probabilities(array, tuple(array.shape)))
         self.inplace, self.scale, self.message_dims = inplace, scale, message_dims
-        self.exact, self.span, self.min_keep = rule.rest
+        self.exact, self.span, self.min_keep, self.prefix = rule.rest
         if isinstance(fill, Tensor) and not isinstance(fill, torch.nn.Parameter):
             self.register_buffer("fill", fill)
         else:
@@ -83,20 +86,23 @@ class MessageDropout(torch.nn.Module):
 
     @overload
     def forward(
-        self, x: Tensor, *, lengths: Any = ..., keys: Any = ..., seed: Any = ..., return_mask: Literal[False] = ...
-    ) -> Tensor: ...
+        self, x: Tensor, *, lengths: Any = ..., keys: Any = ..., seed: Any = ..., protect: Any = ...,
+        positions: Any = ..., return_mask: Literal[False] = ...,
+    ) -> Tensor: ...  # fmt: skip
     @overload
     def forward(
-        self, x: Tensor, *, lengths: Any = ..., keys: Any = ..., seed: Any = ..., return_mask: Literal[True]
-    ) -> tuple[Tensor, Tensor]: ...
+        self, x: Tensor, *, lengths: Any = ..., keys: Any = ..., seed: Any = ..., protect: Any = ...,
+        positions: Any = ..., return_mask: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
     def forward(
-        self, x: Tensor, *, lengths: Any = None, keys: Any = None, seed: Any = None, return_mask: bool = False
-    ) -> Any:
+        self, x: Tensor, *, lengths: Any = None, keys: Any = None, seed: Any = None, protect: Any = None,
+        positions: Any = None, return_mask: bool = False,
+    ) -> Any:  # fmt: skip
         """Drop messages of x.
 
         Args:
             x: `(*message dims, *features)`.
-            lengths, keys, seed, return_mask: as for `message_dropout`.
+            lengths, keys, seed, protect, positions, return_mask: as for `message_dropout`.
 
         Returns:
             A tensor like x, or `(y, keep)` with `return_mask`.
@@ -108,8 +114,8 @@ class MessageDropout(torch.nn.Module):
             fill = fill.to(x.dtype)
         return message_dropout(
             x, p, self.training, self.inplace, scale=self.scale, exact=self.exact, span=self.span,
-            min_keep=self.min_keep, lengths=lengths, fill=fill, message_dims=self.message_dims, seed=seed,
-            keys=keys, return_mask=return_mask,
+            min_keep=self.min_keep, prefix=self.prefix, lengths=lengths, fill=fill, message_dims=self.message_dims,
+            seed=seed, keys=keys, protect=protect, positions=positions, return_mask=return_mask,
         )  # fmt: skip
 
     if TYPE_CHECKING:  # torch says nothing of what a call gives back

@@ -48,28 +48,40 @@ def threshold(p: float) -> int:
     return round(float(p) * 2**32)
 
 
+def row_threshold(p: Any, seed: int, key: int) -> int:
+    """T(p) of a row, its own where p is a range."""
+    if not isinstance(p, tuple):
+        return threshold(p)
+    low, high = map(threshold, p)
+    return low + (((high - low) * draw(seed, key, 0, stream=3)) >> 32)
+
+
 def keep_row(
     size: int,
     p: Any,
     seed: int,
     key: int,
     *,
-    n: int | None = None,
+    taking: Sequence[int] | None = None,
+    q: Sequence[int] | None = None,
     exact: bool = False,
     span: int = 1,
     min_keep: int = 0,
 ) -> list[bool]:
-    """One row of the mask; p a number, or one for each position."""
-    n = size if n is None else n
+    """One row of the mask; p a number, a range, or one for each position; `taking` part at positions q."""
+    taking = range(size) if taking is None else taking
+    q = range(size) if q is None else q
+    n = len(taking)
     if exact:
-        d = min((n * (2 * threshold(p) + 1)) >> 33, max(0, n - min_keep))
-        dropped = set(sorted(range(n), key=lambda i: (draw(seed, key, i), i))[:d])
+        d = min((n * (2 * row_threshold(p, seed, key) + 1)) >> 33, max(0, n - min_keep))
+        dropped = set(sorted(taking, key=lambda i: (draw(seed, key, q[i]), i))[:d])
     else:
-        thresholds = [threshold(v) for v in p] if isinstance(p, (list, tuple, np.ndarray)) else [threshold(p)] * size
+        each = isinstance(p, (list, np.ndarray))
+        thresholds = [threshold(v) for v in p] if each else [row_threshold(p, seed, key)] * size
         phase = (draw(seed, key, 0, stream=1) * span) >> 32 if span > 1 else 0
-        dropped = {i for i in range(n) if draw(seed, key, (i + phase) // span) < thresholds[i]}
+        dropped = {i for i in taking if draw(seed, key, (q[i] + phase) // span) < thresholds[i]}
         if len(dropped) > max(0, n - min_keep):
-            order = sorted(dropped, key=lambda i: (draw(seed, key, i, stream=2), i))
+            order = sorted(dropped, key=lambda i: (draw(seed, key, q[i], stream=2), i))
             dropped = set(order[: max(0, n - min_keep)])
     return [i not in dropped for i in range(size)]
 
@@ -84,18 +96,32 @@ def row_key(keys: Any, row_shape: Sequence[int], row: int) -> int:
     return key if keys.ndim == len(row_shape) else fold_in(key, row % inner)
 
 
+def part(shape: Sequence[int], lengths: Any = None, prefix: int = 0, protect: Any = None) -> np.ndarray:
+    """Whether a message takes part: neither padding nor protected."""
+    takes = np.ones(shape, bool)
+    for index in np.ndindex(*shape):
+        n = shape[-1] if lengths is None else np.asarray(lengths)[index[:-1]]
+        spared = protect is not None and np.broadcast_to(protect, shape)[index]
+        takes[index] = prefix <= index[-1] < n and not spared
+    return takes
+
+
 def keep_mask(
-    shape: Sequence[int], p: Any, *, seed: int, keys: Any = None, lengths: Any = None, **rule: Any
-) -> np.ndarray:
+    shape: Sequence[int], p: Any, *, seed: int, keys: Any = None, lengths: Any = None, prefix: int = 0,
+    protect: Any = None, positions: Any = None, **rule: Any,
+) -> np.ndarray:  # fmt: skip
     *row_shape, size = shape
     rows = math.prod(row_shape)
-    if not isinstance(p, (int, float)):
+    if not isinstance(p, (int, float, tuple)):
         p = np.broadcast_to(np.asarray(p, dtype=np.float64), shape).reshape(rows, size)
+    takes = part(shape, lengths, prefix, protect).reshape(rows, size)
+    q = np.arange(size) + (0 if positions is None else positions) if np.ndim(positions) == 0 else np.asarray(positions)
+    q = np.broadcast_to(q, shape).reshape(rows, size)
     mask = np.ones((rows, size), dtype=bool)
     for row in range(rows):
-        n = size if lengths is None else int(np.asarray(lengths).ravel()[row])
-        row_p = p[row] if isinstance(p, np.ndarray) else p
-        mask[row] = keep_row(size, row_p, seed, row_key(keys, row_shape, row), n=n, **rule)
+        row_p, taking = p[row] if isinstance(p, np.ndarray) else p, [i for i in range(size) if takes[row, i]]
+        key = row_key(keys, row_shape, row)
+        mask[row] = keep_row(size, row_p, seed, key, taking=taking, q=[int(i) for i in q[row]], **rule)
     return mask.reshape(shape)
 
 
@@ -108,32 +134,37 @@ def multiply(x: Any, s: float) -> Any:
         return type(x)(accumulator(x) * accumulator(s))
 
 
-def scales(keep: np.ndarray, p: Any, lengths: Any, exact: bool, min_keep: int) -> np.ndarray:
-    """What each message is multiplied by."""
+def scales(
+    keep: np.ndarray, takes: np.ndarray, p: Any, *, seed: int = 0, keys: Any = None, exact: bool = False,
+    span: int = 1, min_keep: int = 0,
+) -> np.ndarray:  # fmt: skip
+    """What each message is multiplied by where it takes part."""
     s = np.ones(keep.shape)
-    p = np.broadcast_to(np.asarray(p, dtype=np.float64), keep.shape)
-    for index in np.ndindex(keep.shape):
-        n = keep.shape[-1] if lengths is None else int(np.asarray(lengths)[index[:-1]])
-        if exact:
-            d = min((n * (2 * threshold(p[index]) + 1)) >> 33, max(0, n - min_keep))
-            s[index] = n / (n - d) if n > d and p[index] < 1 else 1
-        else:
-            s[index] = 1 / (1 - p[index]) if p[index] < 1 else 1
+    *row_shape, size = keep.shape
+    each = p if isinstance(p, tuple) else np.broadcast_to(np.asarray(p, dtype=np.float64), keep.shape)
+    for number, row in enumerate(np.ndindex(*row_shape)):
+        n, ranged = int(takes[row].sum()), isinstance(p, tuple) and p[0] != p[1]
+        t = row_threshold(p, seed, row_key(keys, row_shape, number)) if isinstance(p, tuple) else 0
+        for i in range(size):
+            p_i = t / 2**32 if ranged else p[0] if isinstance(p, tuple) else float(each[(*row, i)])
+            d = min((n * (2 * (t if ranged else threshold(p_i)) + 1)) >> 33, max(0, n - min_keep))
+            if p_i < 1 and takes[(*row, i)]:
+                s[(*row, i)] = (n / (n - d) if n > d else 1) if exact else 1 / (1 - p_i)
     return s
 
 
 def drop(
     x: np.ndarray, keep: np.ndarray, *, fill: Any = 0, p: Any = 0.5, scale: bool = False, lengths: Any = None,
-    exact: bool = False, span: int = 1, min_keep: int = 0,
+    prefix: int = 0, protect: Any = None, positions: Any = None, **rule: Any,
 ) -> np.ndarray:  # fmt: skip
-    """`where(keep, x * s, fill)`, message by message; padding is left as it is."""
+    """`where(keep, x * s, fill)`, message by message; what takes no part is left as it is."""
     y = x.copy()
-    s = scales(keep, p, lengths, exact, min_keep)
+    takes = part(keep.shape, lengths, prefix, protect)
+    s = scales(keep, takes, p, **rule) if scale else np.ones(keep.shape)
     for index in np.ndindex(keep.shape):
-        n = keep.shape[-1] if lengths is None else np.asarray(lengths)[index[:-1]]
         if not keep[index]:
             y[index] = fill
-        elif scale and index[-1] < n:
+        elif scale and takes[index]:
             for feature in np.ndindex(x.shape[keep.ndim :]):
                 y[index + feature] = multiply(x[index + feature], s[index])
     return y

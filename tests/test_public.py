@@ -85,7 +85,7 @@ def made(dropper, **rule):
 def test_options_lead_a_request():
     """`Request(*options)` and a tuple of all its fields rest on this."""
     assert Request._fields[: len(Options._fields)] == Options._fields
-    assert set(_Rule.__annotations__) == {*DEFAULTS, "lengths", "keys"}
+    assert set(_Rule.__annotations__) == {*DEFAULTS, "lengths", "keys", "protect", "positions"}
     with pytest.raises(ValueError, match="zip"):
         rule_of((0.5, False))
 

@@ -6,7 +6,7 @@ import naive
 import numpy as np
 import pytest
 import torch
-from helpers.vectors import MASKS, VECTORS, arguments, expected, probability
+from helpers.vectors import ADDED, MASKS, VECTORS, arguments, expected, probability
 
 from msgdrop_numba import fold_in, keep_mask, message_dropout
 from msgdrop_numba.call.keys import row_key
@@ -16,6 +16,12 @@ pytestmark = pytest.mark.kernels
 
 def test_version():
     assert VECTORS["version"] == 1
+    assert ADDED["version"] == "1.1"
+
+
+@pytest.mark.parametrize("vector", ADDED["row_thresholds"])
+def test_row_thresholds(vector):
+    assert naive.row_threshold(tuple(vector["p"]), vector["seed"], vector["key"]) == vector["threshold"]
 
 
 @pytest.mark.parametrize("vector", VECTORS["fold_in"])
@@ -30,9 +36,9 @@ def test_string_keys(vector):
     assert row_key(vector["id"].encode()) == vector["key"]
 
 
-@pytest.mark.parametrize("vector", VECTORS["keep_masks"])
+@pytest.mark.parametrize("vector", MASKS)
 def test_naive_masks(vector):
-    mask = naive.keep_mask(vector["shape"], vector["p"], **arguments(vector))
+    mask = naive.keep_mask(vector["shape"], probability(vector), **arguments(vector))
     assert np.array_equal(mask, expected(vector))
 
 

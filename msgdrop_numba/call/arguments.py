@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from msgdrop_numba.call.rule import check_p
+from msgdrop_numba.call.rule import MAX_ROW, P, check_p
 
 _U64 = 2**64 - 1
 _MAX_WORK: Any = 100_000  # steps of the exact search for shared memory; past them it counts as shared
@@ -107,8 +107,64 @@ def row_lengths(lengths: Any, row_shape: tuple[int, ...], size: int) -> np.ndarr
     return np.array(array, dtype=np.int64, order="C").ravel()  # the user's own memory may be what is written
 
 
-def split_p(p: Any) -> tuple[float | None, Any]:
-    """p as (number, None) or, where it is an array or tensor, (None, array)."""
+def protected(protect: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """The messages that take no part, as bools: one a position, or one a message of `shape`."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(protect, torch.Tensor):
+        check_protect(protect, shape)
+        protect = protect.detach().cpu().clone().numpy()  # .numpy() of the user's own would fix its storage's size
+    if isinstance(protect, np.ma.MaskedArray):
+        raise TypeError("protect must be a plain array, but got a masked one, whose mask would be lost: give filled()")
+    array: np.ndarray = np.asarray(protect)
+    check_protect(array, shape)
+    return np.array(array, order="C", subok=False)  # the user's own memory may be what is written
+
+
+def check_protect(protect: Any, shape: tuple[int, ...]) -> None:
+    """Refuse what isn't bool, or of another shape; for arrays and tensors."""
+    if str(protect.dtype) not in ("bool", "torch.bool"):
+        floats = "; a mask of 0 and -inf is mask == -inf" if "float" in str(protect.dtype) else ""
+        raise TypeError(
+            f"protect must be bool, True where a message takes no part, but got dtype {protect.dtype}{floats}"
+        )
+    check_each("protect", tuple(protect.shape), shape)
+
+
+def check_each(name: str, given: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Refuse a shape that is neither that of the message dims nor that of the last one alone."""
+    if given not in (shape[-1:], shape):
+        either = " or ".join(str(tuple(s)) for s in dict.fromkeys((shape[-1:], shape)))
+        raise ValueError(f"{name} must have shape {either}, as the message dims, but got {given}")
+
+
+def split_positions(positions: Any, size: Any) -> tuple[Any, Any]:
+    """The position of a row's first message where they are consecutive, and None; or (0, an array of positions)."""
+    if positions is None:
+        return 0, None
+    if getattr(positions, "ndim", 0) or isinstance(positions, (list, tuple)):
+        return 0, positions
+    offset = positions.item() if hasattr(positions, "item") else positions
+    if isinstance(offset, bool) or not isinstance(offset, numbers.Integral):
+        raise TypeError(
+            f"positions must be an integer, the first message's, or an array of them, but got {positions!r}"
+        )
+    if offset < 0 or offset + max(size, 1) > MAX_ROW:
+        raise ValueError(f"positions must be from 0 to 2**34 - 1, but got {offset} for the first of {size} messages")
+    return int(offset), None
+
+
+def message_positions(positions: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of positions as int64, checked: one a message of a row, or of all rows."""
+    array = integers("positions", positions)
+    check_each("positions", array.shape, shape)
+    if array.size and not (array.min() >= 0 and array.max() < MAX_ROW):
+        wrong = array[(array < 0) | (array >= MAX_ROW)].flat[0]
+        raise ValueError(f"positions must be from 0 to 2**34 - 1, but got {wrong}")
+    return np.array(array, dtype=np.int64, order="C")  # the user's own memory may be what is written
+
+
+def split_p(p: Any) -> tuple[P, Any]:
+    """p as (number or range, None) or, where it is an array or tensor, (None, array)."""
     if type(p) is float:
         return p, None
     if getattr(p, "ndim", 0) > 0:
@@ -145,8 +201,8 @@ def check_broadcast(of_p: tuple[int, ...], shape: tuple[int, ...]) -> None:
         raise ValueError(f"p must be a number or have shape {either}, or broadcast to the latter, but got {of_p}")
 
 
-def position_p(p: Any) -> tuple[float | None, np.ndarray | None]:
-    """p of a pipeline as (number, None), or (None, probabilities with one for each position)."""
+def position_p(p: Any) -> tuple[P, np.ndarray | None]:
+    """p of a pipeline as (number or range, None), or (None, probabilities with one for each position)."""
     number, array = split_p(p)
     if array is None:
         return number, None

@@ -14,6 +14,7 @@ from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.keys import row_keys
 from msgdrop_numba.call.rule import MAX_ROW, DropRule, rule_of
+from msgdrop_numba.kernels.cpu import scale_rows
 from msgdrop_numba.kernels.records import COPY, LINE, OTHER, PLAN, DrawNumbers, PlanNumbers
 from msgdrop_numba.kernels.rules import RULE
 
@@ -38,6 +39,25 @@ class Rows(NamedTuple):
     padding: Any = None
 
 
+class Places(NamedTuple):
+    """Which messages of a row take part, and what numbers they go by.
+
+    Fields:
+        protect: bool, one a position or, with more dims, one a message: True takes no part.
+        taking: int64, one a row: how many take part, where `protect` decides it and the rule counts them.
+        offset: the position of a row's first message, if they are consecutive.
+        positions: int64 as `protect`, if they aren't.
+    """
+
+    protect: Any = None
+    taking: Any = None
+    offset: int = 0
+    positions: Any = None
+
+
+USUAL = Places()
+
+
 class Draw:
     """What decides the masks of one call beside plan and seed; arrays are kept alive here while a kernel reads them.
 
@@ -48,26 +68,30 @@ class Draw:
             where kept messages are multiplied by them.
         given: the mask is there already: nothing is drawn.
         rows: where the rows lie, if not in one array.
+        places: which messages take part, and their positions.
     """
 
     __slots__ = (
-        "_numbers", "address", "fill", "given", "keys", "lengths", "record", "rows", "scales", "seeded", "thresholds",
+        "_numbers", "address", "fill", "given", "keys", "lengths", "places", "record", "rows", "scales", "seeded",
+        "thresholds",
     )  # fmt: skip
 
     def __init__(
         self, fill: Any = None, lengths: Any = None, keys: Any = None, thresholds: Any = None, scales: Any = None,
-        given: bool = False, rows: Rows | None = None,
+        given: bool = False, rows: Rows | None = None, places: Places = USUAL,
     ) -> None:  # fmt: skip
         self.fill, self.lengths, self.keys, self.thresholds = fill, lengths, keys, thresholds
-        self.scales, self.given, self.rows = scales, given, rows
-        # Whether plan and seed alone decide the mask.
-        self.seeded = lengths is None and keys is None and thresholds is None and not given
+        self.scales, self.given, self.rows, self.places = scales, given, rows, places
+        protect, taking, offset, positions = places
+        # Whether plan and seed and at most numbers decide the mask.
+        self.seeded = not given and all(a is None for a in (lengths, keys, thresholds, protect, positions))
         per_row = any(values is not None and values.ndim > 1 for values in (thresholds, scales))
         starts, padding = (0, 0) if rows is None else (address(rows.starts), address(rows.padding))
         # One DRAW, whose fields are all int64.
         self.record = array(
             "q", (address(fill), given, address(lengths), address(keys), address(thresholds), per_row,
-                  address(scales), starts, padding),
+                  address(scales), starts, padding, address(protect), _row_bytes(protect, 1), address(taking),
+                  offset, address(positions), _row_bytes(positions, 8)),
         )  # fmt: skip
         self.address, _ = self.record.buffer_info()
         self._numbers: Any = None
@@ -78,6 +102,11 @@ class Draw:
         if self._numbers is None:
             self._numbers = DrawNumbers._make(self.record)
         return self._numbers
+
+
+def _row_bytes(values: Any, itemsize: int) -> int:
+    """From row to row; 0 where all rows share one."""
+    return itemsize * values.shape[-1] if values is not None and values.ndim > 1 else 0
 
 
 PLAIN = Draw()
@@ -131,6 +160,7 @@ def _make(
     dims = arguments.message_dims(shape, message_dims)
     if shape[dims - 1] > MAX_ROW:
         raise ValueError(f"a row has at most 2**34 messages, but x has shape {tuple(shape)}")
+    check_prefix(rule, shape[dims - 1])
     steps = [_steps(shape, itemsize, dims, s) for s in (strides, out_strides)]
     obstacle = UNKNOWN_SCALE if kind == OTHER else "" if None not in steps else FAR_APART
     width = math.prod(shape[dims:]) * itemsize
@@ -172,27 +202,55 @@ _cached = lru_cache(maxsize=1024, typed=True)(_make)
 reset = _cached.cache_clear
 
 
-def row_arguments(plan: Plan, p: Any, fill: Any, scale: bool, lengths: Any, keys: Any) -> Draw:
-    """The arguments that are arrays over rows or messages, checked and laid out for the kernels; p None: a number."""
-    rows = plan.shape[:-1]
+def check_prefix(rule: DropRule, size: int) -> None:
+    """Refuse a prefix that is longer than all rows."""
+    if rule.prefix > size:
+        raise ValueError(f"prefix must be at most {size}, the messages of a row, but got {rule.prefix}")
+
+
+def row_arguments(plan: Plan, p: Any, fill: Any, request: Any) -> Draw:
+    """The arguments that are arrays over rows or messages, checked and laid out for the kernels; p None: no array."""
+    shape = plan.shape
     thresholds = scales = None
     if p is not None:
-        p = arguments.probabilities(p, plan.shape)
-        thresholds, scales = arguments.thresholds(p), arguments.scales(p) if scale else None
-    lengths = arguments.row_lengths(lengths, rows, plan.size)
-    return Draw(fill, lengths, row_keys(keys, rows), thresholds, scales)
+        p = arguments.probabilities(p, shape)
+        thresholds, scales = arguments.thresholds(p), arguments.scales(p) if request.scale else None
+    lengths = arguments.row_lengths(request.lengths, shape[:-1], plan.size)
+    keys, places = row_keys(request.keys, shape[:-1]), USUAL
+    if request.protect is not None or request.positions is not None:
+        protect = None if request.protect is None else arguments.protected(request.protect, shape)
+        offset, positions = arguments.split_positions(request.positions, plan.size)
+        places = row_places(
+            plan, lengths, protect, offset,
+            None if positions is None else arguments.message_positions(positions, shape),
+        )  # fmt: skip
+    return Draw(fill, lengths, keys, thresholds, scales, places=places)
 
 
-def kept_scales(plan: Plan, draw: Draw) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """What the kernels multiply each message by (float64), and where they do, not in padding, over the message dims."""
-    rows = plan.shape[:-1]
-    lengths = np.full(rows, plan.size) if draw.lengths is None else draw.lengths.reshape(rows)
-    if draw.scales is not None:
-        scales = draw.scales
-    else:
-        counts, row = np.unique(lengths, return_inverse=True)
-        scales = np.array([plan.rule.row_scale(int(n)) for n in counts])[row].reshape(*rows, 1)
-    return np.broadcast_to(scales, plan.shape), np.arange(plan.size) < lengths[..., None]
+def row_places(plan: Plan, lengths: Any, protect: Any, offset: int, positions: Any) -> Places:
+    """`Places` of checked arrays."""
+    counted = protect is not None and plan.rule.limited
+    taking = _taking(plan, lengths, protect).sum(axis=-1, dtype=np.int64) if counted else None
+    return Places(protect, None if taking is None else np.ravel(taking), offset, positions)
+
+
+def _taking(plan: Plan, lengths: Any, protect: Any) -> np.ndarray[Any, Any]:
+    """Whether a message takes part, neither padding nor protected, over the message dims."""
+    position = np.arange(plan.size)
+    taking = position >= plan.rule.prefix
+    if lengths is not None:
+        taking = taking & (position < lengths.reshape(plan.shape[:-1])[..., None])
+    return np.broadcast_to(taking if protect is None else taking & ~protect, plan.shape)
+
+
+def kept_scales(plan: Plan, draw: Draw, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """What the kernels multiply each message by (float64), and where they do, over the message dims."""
+    scales = draw.scales
+    if scales is None:
+        scales = np.empty((*plan.shape[:-1], 1))
+        bits = seed if seed < 2**63 else seed - 2**64
+        scale_rows(plan.address, draw.address, bits, scales.size, address(scales))
+    return np.broadcast_to(scales, plan.shape), _taking(plan, draw.lengths, draw.places.protect)
 
 
 def follow(contiguous: Plan, strides: tuple[int, ...], out_strides: tuple[int, ...]) -> Plan:

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from msgdrop_numba.call.arguments import ZERO
+from msgdrop_numba.call.rule import P
 
 
 class Options(NamedTuple):
     """What decides how messages drop, whatever the array.
 
     Fields:
-        p: probability of dropping, a number or an array of them.
+        p: probability of dropping, a number, a range or an array of them.
         rule: the fields of `DropRule` behind p, in their order.
         scale, fill, message_dims: as for `message_dropout`.
     """
@@ -44,13 +45,15 @@ class Request(NamedTuple):
     lengths: Any = None
     seed: Any = None
     keys: Any = None
+    protect: Any = None
+    positions: Any = None
     generator: Any = None
     out: Any = None
     return_mask: Any = False
 
 
 # What of a request may be an array, and so may lie elsewhere than x.
-ARRAYS = ("p", "fill", "lengths", "seed", "keys", "out")
+ARRAYS = ("p", "fill", "lengths", "seed", "keys", "protect", "positions", "out")
 arrays_of = itemgetter(*map(Request._fields.index, ARRAYS))
 
 
@@ -96,8 +99,8 @@ class Library(Protocol):
     def kind(self, x: Any, scale: Any) -> int:
         """What is done to the elements of a kept message, see kernels.records."""
 
-    def split_p(self, p: Any) -> tuple[float | None, Any]:
-        """p as (number, None) or (None, array)."""
+    def split_p(self, p: Any) -> tuple[P, Any]:
+        """p as (number or range, None) or (None, array)."""
 
     def plan(self, x: Any, kind: int, message_dims: Any, rule: tuple[Any, ...]) -> Any:
         """The plan for an array, of `DropRule(*rule)`."""
@@ -137,7 +140,10 @@ class Library(Protocol):
 
 def prepare(library: Library, x: Any, request: Request) -> Job:
     """The job of a call. Raises before anything is written or drawn."""
-    p, rule, scale, fill, message_dims, training, inplace, lengths, seed, keys, generator, out, return_mask = request
+    (
+        p, rule, scale, fill, message_dims, training, inplace, lengths, seed, keys, protect, positions, generator, out,
+        return_mask,
+    ) = request  # fmt: skip
     if training is not True and not isinstance(training, (bool, np.bool_)):
         raise TypeError(f"training must be True or False, but got {training!r}")
     kind = library.kind(x, scale)
@@ -149,8 +155,9 @@ def prepare(library: Library, x: Any, request: Request) -> Job:
     device = getattr(x, "device", None)
     if seed is not None or generator is not None:
         seed = library.check_seed(seed, generator, device)
-    plain = array is None and fill is None and lengths is None and keys is None
-    draw = library.nothing if plain else library.draw(plan, array, fill, request, device)
+    told = array is not None or fill is not None or lengths is not None or keys is not None
+    told = told or protect is not None or positions is not None
+    draw = library.draw(plan, array, fill, request, device) if told else library.nothing
     if not active:
         return Job(plan, draw, None, target)
     seed = library.seed(seed, generator, device)
@@ -163,8 +170,9 @@ def prepare_mask(library: Library, shape: tuple[int, ...], request: Request, dev
     number, array = library.split_p(request.p)
     plan = library.mask_plan(shape, (number, *request.rule))
     seed = None if request.seed is None else library.check_seed(request.seed, None, device)
-    plain = array is None and request.lengths is None and request.keys is None
-    draw = library.nothing if plain else library.draw(plan, array, None, request, device)
+    arrays = array, request.lengths, request.keys, request.protect, request.positions
+    told = any(value is not None for value in arrays)
+    draw = library.draw(plan, array, None, request, device) if told else library.nothing
     return tuple.__new__(Job, (plan, draw, library.seed(seed, None, device), None, None, None))
 
 

@@ -9,20 +9,24 @@ from typing import Any
 ONE = 2**32  # a threshold of 1.0: every 32-bit draw lies below it
 MAX_ROW = 2**34  # messages: the contract's 32-bit counter numbers four draws each
 
+P = float | tuple[float, float] | None  # a number, a range, or an array that is kept elsewhere
+
 
 @dataclass(frozen=True, slots=True)
 class DropRule:
     """The rule of a mask. Behind the public signatures only this and what computes the rule name its keywords.
 
     Args:
-        p: probability that a message is dropped, a real number in [0, 1]; None where it is an array, kept elsewhere.
+        p: probability that a message is dropped, a real number in [0, 1]; or a range, `(lo, hi)`, of which each row
+            draws its own; None where it is an array, kept elsewhere.
         exact: drop a fixed count in each row, floor(n * p) of its n valid messages, instead of each on its own.
         span: drop runs of this many neighbouring messages together.
-        min_keep: at least so many valid messages of a row are kept.
+        min_keep: at least so many of the messages that take part are kept in a row.
+        prefix: so many first messages of a row take no part.
 
     Raises:
-        TypeError: `p` is no real number (a bool is none: it is most likely a misplaced `training`), `exact` no bool,
-            `span` or `min_keep` no integer.
+        TypeError: `p` is no real number (a bool is none: it is most likely a misplaced `training`) and no pair of
+            them, `exact` no bool, `span`, `min_keep` or `prefix` no integer.
         ValueError: one of them is out of range, or `exact` is combined with `span` or with an array of probabilities.
 
     Example:
@@ -32,13 +36,14 @@ class DropRule:
         Traceback (most recent call last):
         ValueError: exact can't be combined with span=2: exact drops single messages
 
-    Source: the mask contract, version 1 (CONTRACT.md).
+    Source: the mask contract, version 1.1 (CONTRACT.md).
     """
 
-    p: float | None
+    p: P
     exact: bool = field(default=False, metadata={"help": "Drop exactly floor(n p) of a row's n messages."})
     span: int = field(default=1, metadata={"help": "Drop runs of so many messages together.", "least": 1})
     min_keep: int = field(default=0, metadata={"help": "Keep at least so many of a row.", "least": 0})
+    prefix: int = field(default=0, metadata={"help": "Leave the first so many of a row alone.", "least": 0})
 
     def __post_init__(self) -> None:
         if self.p is not None:
@@ -47,6 +52,7 @@ class DropRule:
             raise TypeError(f"exact must be True or False, but got {self.exact!r}")
         object.__setattr__(self, "span", _check_count("span", self.span, 1))
         object.__setattr__(self, "min_keep", _check_count("min_keep", self.min_keep, 0))
+        object.__setattr__(self, "prefix", _check_count("prefix", self.prefix, 0))
         if self.exact and self.span > 1:
             raise ValueError(f"exact can't be combined with span={self.span}: exact drops single messages")
         if self.exact and self.p is None:
@@ -63,9 +69,24 @@ class DropRule:
         return [int(value) for value in self.rest]
 
     @property
+    def numbers(self) -> tuple[float, ...]:
+        """The numbers of p: one, the two of a range, none of an array."""
+        return self.p if isinstance(self.p, tuple) else () if self.p is None else (self.p,)
+
+    @property
     def threshold(self) -> int:
-        """T(p) of the contract: a message drops where its draw lies below this; 0 where p is an array."""
-        return 0 if self.p is None else round(self.p * ONE)
+        """T(p) of the contract: a message drops where its draw lies below this. A range's least; 0 of an array."""
+        return round(self.numbers[0] * ONE) if self.numbers else 0
+
+    @property
+    def spread(self) -> int:
+        """What a row of its own p may add to the threshold, at most."""
+        return round(self.numbers[-1] * ONE) - self.threshold if self.numbers else 0
+
+    @property
+    def ranged(self) -> bool:
+        """Whether each row draws its own p."""
+        return isinstance(self.p, tuple)
 
     @property
     def certain(self) -> bool:
@@ -79,15 +100,8 @@ class DropRule:
 
     @property
     def scale(self) -> float:
-        """What a kept message is multiplied by to keep the expectation: 1/(1-p), and 1 where p is 1 or an array."""
-        return 1.0 if self.p is None or self.p == 1 else 1 / (1 - self.p)
-
-    def row_scale(self, valid: int) -> float:
-        """The same for a row of `valid` messages, of which the exact rule drops a fixed count."""
-        if not self.exact or self.p == 1:
-            return self.scale
-        dropped = min((valid * (2 * self.threshold + 1)) >> 33, max(0, valid - self.min_keep))
-        return valid / max(1, valid - dropped)
+        """What a kept message is multiplied by where p is one number and not exact: 1/(1-p), and 1 where p is 1."""
+        return 1 / (1 - self.p) if isinstance(self.p, float) and self.p < 1 else 1.0
 
 
 # What of a rule is given by keyword, wherever messages drop, and what holds where it isn't: a bool or an integer each.
@@ -105,11 +119,28 @@ def unpacked(values: Any) -> tuple[Any, ...]:
     return tuple(type(default)(value) for default, value in zip(DEFAULTS.values(), values, strict=True))
 
 
-def check_p(p: Any) -> float:
-    """p as a float; refused where it is no probability."""
+def for_rows(rule: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    """The keywords of a rule for rows of `size` messages, which may be fewer than its prefix where rows differ."""
+    return tuple(min(v, size) if name == "prefix" else v for name, v in zip(KEYWORDS, rule, strict=True))
+
+
+def check_p(p: Any) -> float | tuple[float, float]:
+    """p as a float, or a range as two; refused where it is neither."""
+    if not isinstance(p, tuple):
+        return _check_probability(p)
+    if len(p) != 2:
+        raise TypeError(f"p must be a number, an array, or a range (lo, hi), but got {len(p)} numbers: {p!r}")
+    low, high = map(_check_probability, p)
+    if low > high:
+        raise ValueError(f"p must be a range (lo, hi) with lo <= hi, but got {p!r}")
+    return low if low == high else (low, high)
+
+
+def _check_probability(p: Any) -> float:
     if isinstance(p, bool) or not isinstance(p, numbers.Real):
         raise TypeError(
-            f"p must be a number, the probability of dropping a message, or an array of them, but got {p!r}"
+            "p must be a number, the probability of dropping a message, or an array of them, or a range (lo, hi), "
+            f"but got {p!r}"
         )
     number = float(p)
     if not 0 <= number <= 1:

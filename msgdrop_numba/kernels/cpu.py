@@ -28,24 +28,34 @@ from msgdrop_numba.kernels.memory import (
     zero_line,
 )
 from msgdrop_numba.kernels.records import COPY, DRAW, FLOAT16, FLOAT32, FLOAT64, LINE, PLAN
-from msgdrop_numba.kernels.rules import BLOCK, GROUP, Array, Row, keep_block, row_cutoff, row_phase, row_scale
+from msgdrop_numba.kernels.rules import (
+    BLOCK,
+    GROUP,
+    Array,
+    keep_block,
+    make_row,
+    message_scales,
+    row_cutoff,
+    row_scale,
+    row_valid,
+)
 
 AHEAD = 2048  # bytes of kept messages that are asked for before they are copied
 NARROW = 1024  # messages of fewer bytes are written without a branch
 TOGETHER = 512  # messages of fewer bytes are scaled many at once, which passes over them once more
 PREFETCH_BYTES = 4 * 2**20  # ranges of fewer bytes are in the cache that the processor fetches from by itself
 SCRATCH = 4096  # bytes scaled at a time on their way past the cache
-# One allocation for all of a call's own memory, since each costs as much as a small row: list, scratch, words, keep.
-MEMORY = 8 * BLOCK + SCRATCH + 4 * (BLOCK + GROUP) + BLOCK
+# One allocation for all of a call's own memory, since each costs as much as a small row: list, scratch, words, keep,
+# scales.
+MEMORY = 8 * BLOCK + SCRATCH + 4 * (BLOCK + GROUP) + BLOCK + 8 * BLOCK
 
 
 class Writing(NamedTuple):
-    """How a call writes: message by message, and then, where that is quicker, once more over many."""
+    """How a call writes."""
 
     kind: int  # what is done to a kept message
     fill: int  # what a dropped one becomes: a message, 0: zeros
-    then_kind: int  # the same of the second pass; COPY: there is none
-    then_fill: int
+    together: bool  # whether messages of one scale are copied, and then multiplied many at once
     stream: bool  # past the cache
     foresee: bool  # asking for what is read next
     found: int  # memory for a block's list, or for its flags as words
@@ -174,7 +184,7 @@ def _write_narrow(target: int, source: int, keep: Array, plan: Any, fill: int) -
 
 @inlined_jit
 def _write_each(target: int, source: int, keep: Array, plan: Any, how: Writing, scale: float, scales: int) -> None:
-    """Write messages one by one; what is dropped isn't read."""
+    """Write messages one by one, each with its own of the `scales`, if there are any; what is dropped isn't read."""
     width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]  # not read again after a write
     each = view(scales, keep.size if scales else 0, np.float64)
     # With gaps between them, the processor doesn't foresee which messages are read next.
@@ -187,12 +197,13 @@ def _write_each(target: int, source: int, keep: Array, plan: Any, how: Writing, 
             continue
         passed += 1
         ahead = source + kept[min(passed + distance, kept.size - 1)] * source_step if how.foresee else 0
-        if how.kind == COPY:
-            _copy(to, from_, width, how.stream, ahead)
+        message_scale = each[j] if scales else scale
+        if how.kind == COPY or message_scale == 0:
+            if to != from_:
+                _copy(to, from_, width, how.stream, ahead)
             continue
         for at in range(0, width if ahead else 0, LINE):
             prefetch(ahead + at)
-        message_scale = each[j] if scales else scale
         if how.stream:
             _multiply_past(to, from_, width, how.kind, message_scale, how.scratch)
         else:
@@ -262,29 +273,29 @@ def _writing(plan: Any, draw: Any, x: int, out: int, messages: int, memory: int)
     width, kind, fill = plan["width"], plan["kind"], draw["fill"]
     stream = plan["stream"] and out % LINE == 0
     foresee = x != out and width >= 4 * LINE and messages * width >= PREFETCH_BYTES
-    together = kind != COPY and width < TOGETHER and plan["out_step"] == width and not (draw["scales"] or stream)
-    first = (COPY, 0) if together else (kind, fill)
-    then = (kind, fill) if together else (COPY, 0)
-    return Writing(first[0], first[1], then[0], then[1], stream, foresee, memory, memory + 8 * BLOCK)
+    together = kind != COPY and width < TOGETHER and plan["out_step"] == width and not stream
+    return Writing(kind, fill, together, stream, foresee, memory, memory + 8 * BLOCK)
 
 
 @inner_jit
 def _write_part(
     to: int, from_: int, keep: Array, plan: Any, how: Writing, as_words: bool, scale: float, scales: int
 ) -> None:
-    """Write the messages of `keep` in the way that is quickest for their width."""
-    width = plan["width"]
-    if as_words and how.kind == COPY:
-        _write_words(to, from_, keep, width, how.fill, how.found)
-    elif to == from_ and how.kind == COPY:
-        _fill_dropped(to, plan["out_step"], keep, how.fill, width, how.stream, how.found)
-    elif how.kind == COPY and width < NARROW and not (how.foresee or how.stream):
-        _write_narrow(to, from_, keep, plan, how.fill if how.fill else how.scratch)
+    """Write the messages of `keep` in the way that is quickest for their width and scales."""
+    width, together = plan["width"], how.together and not scales
+    kind, fill = (COPY, 0) if together else (how.kind, how.fill)
+    first = Writing(kind, fill, together, how.stream, how.foresee, how.found, how.scratch)
+    if as_words and kind == COPY:
+        _write_words(to, from_, keep, width, fill, how.found)
+    elif to == from_ and kind == COPY:
+        _fill_dropped(to, plan["out_step"], keep, fill, width, how.stream, how.found)
+    elif kind == COPY and width < NARROW and not (how.foresee or how.stream):
+        _write_narrow(to, from_, keep, plan, fill if fill else how.scratch)
     else:
-        _write_each(to, from_, keep, plan, how, scale, scales)
-    if how.then_kind != COPY:
-        _multiply(to, to, keep.size * width, how.then_kind, scale)
-        _fill_dropped(to, width, keep[: keep.size if how.then_fill else 0], how.then_fill, width, False, how.found)
+        _write_each(to, from_, keep, plan, first, scale, scales)
+    if together:
+        _multiply(to, to, keep.size * width, how.kind, scale)
+        _fill_dropped(to, width, keep[: keep.size if how.fill else 0], how.fill, width, False, how.found)
 
 
 @jit
@@ -301,20 +312,18 @@ def drop_range(
     size, width, given = plan["size"], plan["width"], draw["given"]
     memory = np.empty(MEMORY, np.uint8)
     how = _writing(plan, draw, x, out, last - first, memory.ctypes.data)
-    words, drawn = how.scratch + SCRATCH, how.found + MEMORY - BLOCK
+    words = how.scratch + SCRATCH
+    drawn = words + 4 * (BLOCK + GROUP)
     zero_bytes(how.scratch, NARROW)  # what narrow messages drop to; only `_multiply_past` writes here, where none is
-    bits = np.uint64(np.int64(seed))
-    thresholds, scales = draw["thresholds"], draw["scales"]
+    bits, scales = np.uint64(np.int64(seed)), draw["scales"]
     for index in range(first // size, (last - 1) // size + 1):
-        valid = view(draw["lengths"] + 8 * index, 1, np.int64)[0] if draw["lengths"] else size
-        key = view(draw["keys"] + 8 * index, 1, np.uint64)[0] if draw["keys"] else np.uint64(index)
+        valid, row = row_valid(plan, draw, index), make_row(words, plan, draw, bits, index)
         source = view(draw["sources"] + 8 * index, 1, np.int64)[0] if draw["sources"] else x + index * plan["x_row"]
         as_words = plan["words"] and (source | out) & (min(width, 8) - 1) == 0 and (width <= 8 or draw["fill"] == 0)
-        if draw["per_row"]:
-            thresholds, scales = draw["thresholds"] + 8 * size * index, draw["scales"] + 8 * size * index
-        scale = row_scale(plan, valid)
+        if draw["per_row"] and draw["scales"]:
+            scales = draw["scales"] + 8 * size * index
+        scale = row_scale(plan, row)
         if not given:
-            row = Row(bits, key, thresholds, row_phase(words, plan, bits, key))
             cutoff = row_cutoff(drawn, words, plan, row, valid)
         stop = min(size, last - index * size)
         for position in range(max(0, first - index * size), stop, BLOCK):
@@ -329,10 +338,22 @@ def drop_range(
             if out:
                 to = out + index * plan["out_row"] + position * plan["out_step"]
                 from_ = source + position * plan["x_step"]
-                part_scales = scales + 8 * position if draw["scales"] else 0
-                _write_part(to, from_, keep[:inside], plan, how, as_words, scale, part_scales)
+                each = (
+                    0 if how.kind == COPY else message_scales(drawn + BLOCK, plan, row, scale, scales, position, inside)
+                )
+                _write_part(to, from_, keep[:inside], plan, how, as_words, scale, each)
                 to, from_ = to + inside * plan["out_step"], from_ + inside * plan["x_step"]
                 _write_padding(to, from_, count - inside, plan, draw, how.stream)
+    memory[0] = 0  # used until here: views don't keep it
+
+
+@jit
+def scale_rows(plan_address: int, draw_address: int, seed: int, rows: int, scales: int) -> None:
+    """Write what each row's kept messages are multiplied by, float64, to the address `scales`."""
+    plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
+    memory, each = np.empty(4 * GROUP, np.uint8), view(scales, rows, np.float64)
+    for index in range(rows):
+        each[index] = row_scale(plan, make_row(memory.ctypes.data, plan, draw, np.uint64(np.int64(seed)), index))
     memory[0] = 0  # used until here: views don't keep it
 
 

@@ -21,7 +21,7 @@ _MULTIPLIER_1 = np.uint64(0xCD9E8D57)
 _WEYL_0 = np.uint64(0x9E3779B9)
 _WEYL_1 = np.uint64(0xBB67AE85)
 _FOLD_STREAM = np.uint64(0xFFFFFFFF)
-_0 = np.uint64(0)
+_0, _1, _2 = np.uint64(0), np.uint64(1), np.uint64(2)
 
 
 @inlined_jit
@@ -59,3 +59,16 @@ def draw_block(seed: U64, key: U64, stream: U64, counter: U64, words: np.ndarray
         words[4 * j + 1] = w1
         words[4 * j + 2] = w2
         words[4 * j + 3] = w3
+
+
+@jit
+def draw_each(seed: U64, key: U64, stream: U64, positions: np.ndarray[Any, Any], words: np.ndarray[Any, Any]) -> None:
+    """Fill `words` (uint32) with the draws of as many positions (int64), in any order: a Philox for each."""
+    k0, k1 = seed & _M32, seed >> _32
+    c2, c3 = key & _M32, key >> _32
+    for j in range(words.size):
+        position = np.uint64(positions[j])
+        w0, w1, w2, w3 = philox4x32_10(position >> _2, stream, c2, c3, k0, k1)
+        low, high = _0 - (position & _1), _0 - ((position >> _1) & _1)  # all bits or none: no branch on the word
+        even, odd = w0 ^ ((w0 ^ w2) & high), w1 ^ ((w1 ^ w3) & high)
+        words[j] = even ^ ((even ^ odd) & low)

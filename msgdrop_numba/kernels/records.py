@@ -31,7 +31,7 @@ PLAN = np.dtype(
     ]
 )
 
-# What of a call its arguments decide beside: addresses, 0 where there is none, and a flag or two.
+# What of a call its arguments decide beside: addresses, 0 where there is none, and a number or two.
 DRAW = np.dtype(
     [
         ("fill", np.int64),  # one message; none: zeros
@@ -43,6 +43,12 @@ DRAW = np.dtype(
         ("scales", np.int64),  # float64 as the thresholds, where kept messages are scaled by them
         ("sources", np.int64),  # int64, one a row: where its messages lie, each row in memory of its own
         ("padding", np.int64),  # one message, for what lies behind a row that has a source; none: zeros
+        ("protect", np.int64),  # bool, one a position or, where protect_row, one a message: which take no part
+        ("protect_row", np.int64),  # bytes from row to row; 0: all share them
+        ("taking", np.int64),  # int64, one a row: how many take part, where `protect` decides it and the rule counts
+        ("offset", np.int64),  # the position of a row's first message, where they are consecutive
+        ("positions", np.int64),  # int64, one a message of a row or, where positions_row, of all; none: consecutive
+        ("positions_row", np.int64),
     ]
 )
 

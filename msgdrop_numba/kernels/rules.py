@@ -13,18 +13,21 @@ import numpy as np
 
 from msgdrop_numba.kernels._jit import inlined_jit, inner_jit, jit
 from msgdrop_numba.kernels.memory import view
-from msgdrop_numba.kernels.philox import draw_block, fold_in
+from msgdrop_numba.kernels.philox import draw_block, draw_each, fold_in
 
 Array = np.ndarray[Any, Any]
 
 # The rule, as the kernels read it from the plan. Each is an attribute of `DropRule`.
 RULE = [
-    ("threshold", np.int64),  # T(p)
+    ("threshold", np.int64),  # T(p), of the least p where p is a range
+    ("spread", np.int64),  # what a row may add to it
+    ("ranged", np.int64),  # whether p is a range, of which each row draws its own
     ("certain", np.int64),  # p = 1
     ("limited", np.int64),  # whether fewer may drop than the draws alone say
     ("exact", np.int64),
     ("span", np.int64),
     ("min_keep", np.int64),
+    ("prefix", np.int64),  # messages of a row that take no part
 ]
 
 # Positions drawn at a time: words and flags stay in the first-level cache.
@@ -32,9 +35,9 @@ BLOCK = 1024
 # Draws are made and compared in whole groups, so that no vector loop leaves a rest to be done one by one.
 GROUP = 64
 
-STREAM_DRAW, STREAM_PHASE, STREAM_LIMIT = np.uint64(0), np.uint64(1), np.uint64(2)
+STREAM_DRAW, STREAM_PHASE, STREAM_LIMIT, STREAM_RANGE = np.uint64(0), np.uint64(1), np.uint64(2), np.uint64(3)
 EVERYTHING = np.uint64(2**32)  # a cutoff above all draws
-_8, _255 = np.uint64(8), np.uint64(255)
+_8, _32, _255 = np.uint64(8), np.uint64(32), np.uint64(255)
 
 
 @inlined_jit
@@ -44,12 +47,17 @@ def whole_groups(count: int) -> int:
 
 
 class Row(NamedTuple):
-    """What a row's draws come from, and what they are compared with."""
+    """What a row's draws come from, what they are compared with, and who takes part. Of addresses 0 means none."""
 
     seed: Any
     key: Any
-    thresholds: int  # where p is an array: uint64, one a position
     phase: Any  # where in a span the row begins
+    threshold: Any  # T(p)
+    thresholds: Any  # where p is an array: uint64, one a message
+    protect: Any  # bool, one a message
+    taking: Any  # how many take part
+    offset: Any  # the first message's position
+    positions: Any  # int64, one a message, where they aren't consecutive
 
 
 class Cutoff(NamedTuple):
@@ -60,20 +68,55 @@ class Cutoff(NamedTuple):
 
 
 @inner_jit
-def _draw(words: int, seed: Any, key: Any, stream: Any, first: int, count: int) -> int:
+def _draw_run(words: int, seed: Any, key: Any, stream: Any, first: int, count: int) -> int:
     """Make the draws of `count` positions from `first` on, and some more behind them; returns where they lie."""
     skip = first & 3
     draw_block(seed, key, stream, np.uint64(first >> 2), view(words, whole_groups(skip + count), np.uint32))
     return words + 4 * skip
 
 
+@inner_jit
+def _draw(words: int, row: Row, stream: Any, first: int, count: int) -> int:
+    """Make the draws of a row's messages from `first` on; returns where they lie."""
+    if not row.positions:
+        return _draw_run(words, row.seed, row.key, stream, first + row.offset, count)
+    draw_each(
+        row.seed, row.key, stream, view(row.positions + 8 * first, count, np.int64), view(words, count, np.uint32)
+    )
+    return words
+
+
 @inlined_jit
-def row_phase(words: int, plan: Any, seed: Any, key: Any) -> Any:
-    """Where in a span the row begins, so that every position keeps the marginal probability p."""
-    if plan["span"] == 1:
-        return 0
-    draws = view(_draw(words, seed, key, STREAM_PHASE, 0, 1), 1, np.uint32)
-    return multiply_shift(plan["span"], np.int64(draws[0]), 32)
+def _first_draw(words: int, seed: Any, key: Any, stream: Any) -> Any:
+    """What a row draws for itself, whatever its positions."""
+    return np.uint64(view(_draw_run(words, seed, key, stream, 0, 1), 1, np.uint32)[0])
+
+
+@inlined_jit
+def make_row(words: int, plan: Any, draw: Any, seed: Any, index: int) -> Row:
+    """What holds for the row of this index."""
+    key = view(draw["keys"] + 8 * index, 1, np.uint64)[0] if draw["keys"] else np.uint64(index)
+    thresholds, protect, positions = draw["thresholds"], draw["protect"], draw["positions"]
+    if draw["per_row"]:
+        thresholds += 8 * plan["size"] * index
+    phase, threshold = np.int64(0), np.uint64(plan["threshold"])
+    if plan["span"] > 1:  # so begun, every position keeps the marginal probability p
+        phase = multiply_shift(plan["span"], np.int64(_first_draw(words, seed, key, STREAM_PHASE)), 32)
+    if plan["ranged"]:
+        threshold += (np.uint64(plan["spread"]) * _first_draw(words, seed, key, STREAM_RANGE)) >> _32
+    taking = max(0, row_valid(plan, draw, index) - plan["prefix"])
+    if draw["taking"]:
+        taking = view(draw["taking"] + 8 * index, 1, np.int64)[0]
+    return Row(
+        seed, key, phase, threshold, thresholds, protect + draw["protect_row"] * index if protect else 0, taking,
+        draw["offset"], positions + draw["positions_row"] * index if positions else 0,
+    )  # fmt: skip
+
+
+@inlined_jit
+def row_valid(plan: Any, draw: Any, index: int) -> Any:
+    """The messages of a row before its padding."""
+    return view(draw["lengths"] + 8 * index, 1, np.int64)[0] if draw["lengths"] else plan["size"]
 
 
 @jit
@@ -84,44 +127,93 @@ def multiply_shift(a: Any, b: Any, shift: int) -> Any:
 
 
 @inner_jit
-def dropped_exactly(plan: Any, valid: int) -> Any:
-    """How many of `valid` messages the exact rule drops: floor(valid * p), in integers."""
-    wanted = multiply_shift(valid, 2 * plan["threshold"] + 1, 33)
-    return min(wanted, max(0, valid - plan["min_keep"]))
+def _may_drop(plan: Any, row: Row) -> Any:
+    """How many of a row may drop, where that is limited; with `exact`, how many do: floor(n p), in integers."""
+    limit = max(0, row.taking - plan["min_keep"])
+    if not plan["exact"]:
+        return limit
+    return min(limit, multiply_shift(row.taking, 2 * np.int64(row.threshold) + 1, 33))
 
 
 @inlined_jit
-def row_scale(plan: Any, valid: int) -> float:
-    """What the kept messages of a row are multiplied by: n / (n - d) where exactly d of n drop."""
-    if not plan["exact"] or plan["certain"]:
-        return float(plan["scale"])
-    return valid / float(max(1, valid - dropped_exactly(plan, valid)))
+def row_scale(plan: Any, row: Row) -> float:
+    """What the kept messages of a row that take part are multiplied by: n / (n - d) where exactly d of n drop."""
+    if plan["certain"] or (plan["ranged"] and row.threshold == EVERYTHING):
+        return 1.0
+    if plan["exact"]:
+        return float(row.taking) / float(max(1, row.taking - _may_drop(plan, row)))
+    if plan["ranged"]:
+        return 2.0**32 / float(np.int64(EVERYTHING - row.threshold))
+    return float(plan["scale"])
 
 
 @inner_jit
 def _candidates(memory: int, words: int, plan: Any, row: Row, first: int, count: int) -> None:
-    """Set the flags in `memory`: whether position first + j drops by the rule itself, before any limit."""
+    """Set the flags in `memory`: whether message first + j drops by the rule itself, before any limit."""
     drop = view(memory, whole_groups(count), np.bool_)
     if plan["exact"]:
         drop[:] = True
-        return
-    span, threshold = plan["span"], np.uint64(plan["threshold"])
-    if span == 1 and not row.thresholds:
-        draws = view(_draw(words, row.seed, row.key, STREAM_DRAW, first, count), drop.size, np.uint32)
+    elif plan["span"] == 1 and not row.thresholds:
+        draws = view(_draw(words, row, STREAM_DRAW, first, count), drop.size, np.uint32)
         for j in range(drop.size):
-            drop[j] = np.uint64(draws[j]) < threshold
-        return
-    group, inside = (first + row.phase) // span, (first + row.phase) % span
-    groups = (first + row.phase + count - 1) // span - group + 1
-    draws = view(_draw(words, row.seed, row.key, STREAM_DRAW, group, groups), groups, np.uint32)
+            drop[j] = np.uint64(draws[j]) < row.threshold
+    else:
+        _candidates_of_spans(drop[:count], words, plan, row, first)
+    if row.protect or first < plan["prefix"]:
+        _spare_protected(drop[:count], plan, row, first)
+
+
+@inner_jit
+def _candidates_of_spans(drop: Array, words: int, plan: Any, row: Row, first: int) -> None:
+    """The same where neighbours share a draw, or each message has a threshold of its own."""
+    span, count, start = plan["span"], drop.size, first + row.offset + row.phase
     thresholds = view(row.thresholds + 8 * first, count if row.thresholds else 0, np.uint64)
+    if row.positions:
+        groups = np.empty(count, np.int64)
+        positions = view(row.positions + 8 * first, count, np.int64)
+        for j in range(count):
+            groups[j] = (positions[j] + row.phase) // span
+        each = view(words, count, np.uint32)
+        draw_each(row.seed, row.key, STREAM_DRAW, groups, each)
+        for j in range(count):
+            drop[j] = np.uint64(each[j]) < (thresholds[j] if row.thresholds else row.threshold)
+        return
+    group, inside = start // span, start % span
+    run = (start + count - 1) // span - group + 1
+    draws = view(_draw_run(words, row.seed, row.key, STREAM_DRAW, group, run), run, np.uint32)
     group = 0
     for j in range(count):
-        drop[j] = np.uint64(draws[group]) < (thresholds[j] if row.thresholds else threshold)
+        drop[j] = np.uint64(draws[group]) < (thresholds[j] if row.thresholds else row.threshold)
         inside += 1
         if inside == span:
             inside = 0
             group += 1
+
+
+@inner_jit
+def _spare_protected(drop: Array, plan: Any, row: Row, first: int) -> None:
+    for j in range(min(drop.size, plan["prefix"] - first)):
+        drop[j] = False
+    protect = view(row.protect + first, drop.size if row.protect else 0, np.bool_)
+    for j in range(protect.size):
+        drop[j] = drop[j] and not protect[j]
+
+
+@inner_jit
+def message_scales(memory: int, plan: Any, row: Row, scale: float, scales: int, first: int, count: int) -> int:
+    """Where the scales of a row's messages from `first` on lie, 0 for one that passes as it is; 0: all have `scale`.
+
+    They are `scales` (0: none), or in `memory` where some of the messages take no part.
+    """
+    if not (row.protect or first < plan["prefix"]):
+        return scales + 8 * first if scales else 0
+    each = view(memory, count, np.float64)
+    given = view(scales + 8 * first, count if scales else 0, np.float64)
+    protect = view(row.protect + first, count if row.protect else 0, np.bool_)
+    for j in range(count):
+        taking = first + j >= plan["prefix"] and not (row.protect and protect[j])
+        each[j] = (given[j] if scales else scale) if taking else 0.0
+    return memory
 
 
 @inlined_jit
@@ -132,14 +224,14 @@ def _limit_stream(plan: Any) -> Any:
 
 @inner_jit
 def row_cutoff(memory: int, words: int, plan: Any, row: Row, valid: int) -> Cutoff:
-    """What holds for a whole row of `valid` messages, so that no more of them drop than may.
+    """What holds for a whole row, `valid` messages before its padding, so that no more of them drop than may.
 
     Radix selection on the 32-bit draws, eight bits a pass, drawn anew in each pass: O(n), no memory of size n.
     """
     if not plan["limited"]:
         return Cutoff(EVERYTHING, np.int64(0))
     stream = _limit_stream(plan)
-    limit = dropped_exactly(plan, valid) if plan["exact"] else max(0, valid - plan["min_keep"])
+    limit = _may_drop(plan, row)
     prefix, counts, drop = np.uint64(0), np.zeros(256, np.int64), view(memory, BLOCK, np.bool_)
     for shift in (24, 16, 8, 0):
         low = np.uint64(shift)
@@ -147,7 +239,7 @@ def row_cutoff(memory: int, words: int, plan: Any, row: Row, valid: int) -> Cuto
         for first in range(0, valid, BLOCK):
             count = min(BLOCK, valid - first)
             _candidates(memory, words, plan, row, first, count)
-            draws = view(_draw(words, row.seed, row.key, stream, first, count), count, np.uint32)
+            draws = view(_draw(words, row, stream, first, count), count, np.uint32)
             for j in range(count):
                 digits = np.uint64(draws[j]) >> low
                 if drop[j] and digits >> _8 == prefix:
@@ -171,7 +263,7 @@ def _after_ties(memory: int, words: int, plan: Any, row: Row, valid: int, draw: 
     for first in range(0, valid, BLOCK):
         count = min(BLOCK, valid - first)
         _candidates(memory, words, plan, row, first, count)
-        draws = view(_draw(words, row.seed, row.key, _limit_stream(plan), first, count), count, np.uint32)
+        draws = view(_draw(words, row, _limit_stream(plan), first, count), count, np.uint32)
         for j in range(count):
             if drop[j] and draws[j] == draw:
                 ties -= 1
@@ -188,7 +280,7 @@ def _keep_candidates(memory: int, words: int, plan: Any, row: Row, cutoff: Cutof
         for j in range(keep.size):
             keep[j] = not keep[j]
         return
-    draws = view(_draw(words, row.seed, row.key, _limit_stream(plan), first, count), count, np.uint32)
+    draws = view(_draw(words, row, _limit_stream(plan), first, count), count, np.uint32)
     for j in range(count):
         draw = np.uint64(draws[j])
         keep[j] = not (keep[j] and (draw < cutoff.draw or (draw == cutoff.draw and first + j < cutoff.position)))

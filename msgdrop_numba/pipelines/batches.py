@@ -77,6 +77,7 @@ class MessageDropoutBatch:
         exact: bool = False,
         span: int = 1,
         min_keep: int = 0,
+        prefix: int = 0,
         fill: Any = ZERO,
         return_mask: bool = False,
     ) -> None:
@@ -93,7 +94,7 @@ class MessageDropoutBatch:
             )
         self.key, self.lengths = key, lengths
         self.seed = fold_in(check_seed(seed), check_key("epoch", epoch))
-        rule = DropRule(number, exact, span, min_keep)
+        rule = DropRule(number, exact, span, min_keep, prefix)
         self.return_mask, self.passthrough = return_mask, passthrough
         if not isinstance(fill, np.ndarray):
             check_is_number("fill", fill)

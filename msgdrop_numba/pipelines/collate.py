@@ -95,6 +95,7 @@ class MessageDropoutCollate:
         exact: bool = False,
         span: int = 1,
         min_keep: int = 0,
+        prefix: int = 0,
         fill: Any = ZERO,
         return_mask: bool = False,
     ) -> None:
@@ -112,7 +113,7 @@ class MessageDropoutCollate:
         check_is_number("pad_value", pad_value)
         if isinstance(fill, np.ndarray):
             fill = torch.from_numpy(fill.copy())
-        rule = DropRule(number, exact, span, min_keep)
+        rule = DropRule(number, exact, span, min_keep, prefix)
         fill = fill.detach() if isinstance(fill, Tensor) else fill
         self._options = Options(rule.p if array is None else array, rule.rest, scale, fill, message_dims=2)
         self._padding = Padding(pad, pad_value)

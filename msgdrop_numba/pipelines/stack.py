@@ -73,7 +73,8 @@ class Stack:
             out.fill_(self.padding.value)
         for row, (owner, length) in enumerate(zip(rows.owners, rows.lengths, strict=True)):
             out[row, :length] = owner
-        out.copy_(where(plan, draw, out, draw_mask(Job(plan, draw, self.seed))))
+        job = Job(plan, draw, self.seed)
+        out.copy_(where(job, out, draw_mask(job)))
 
     def mask(self) -> Tensor:
         """The keep mask `(samples, messages)` of the fields built, padding kept."""

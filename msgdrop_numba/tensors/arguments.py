@@ -9,7 +9,10 @@ from torch import Tensor
 
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.keys import row_keys
+from msgdrop_numba.call.request import Request
+from msgdrop_numba.call.rule import MAX_ROW, P
 from msgdrop_numba.kernels.records import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, OTHER
+from msgdrop_numba.tensors.operations import Rows
 from msgdrop_numba.tensors.placement import move
 from msgdrop_numba.torch_private import is_plain
 
@@ -93,12 +96,12 @@ def _check_inference(name: str, target: Tensor) -> None:
         raise ValueError(f"{name} is an inference tensor, which can only be written under torch.inference_mode()")
 
 
-def split_p_of_device(p: Any) -> tuple[float | None, Any]:
+def split_p_of_device(p: Any) -> tuple[P, Any]:
     """`arguments.split_p`; a tensor on a device is an array, as its value isn't looked at."""
     return (None, p) if isinstance(p, Tensor) and not p.is_cpu else arguments.split_p(p)
 
 
-def split_p_traced(p: Any) -> tuple[float | None, Any]:
+def split_p_traced(p: Any) -> tuple[P, Any]:
     """`arguments.split_p`; a tensor whose value can't be looked at is an array."""
     if isinstance(p, Tensor):
         return arguments.split_p(p) if is_plain(p) else (None, p)
@@ -130,7 +133,7 @@ def keys_on(keys: Any, rows: tuple[int, ...], device: torch.device) -> Tensor | 
         host = row_keys(keys, rows)
         assert host is not None
         return move("keys", torch.from_numpy(host.view("int64")).reshape(rows), device)
-    _check_rows("keys", keys)
+    _check_integers("keys", keys)
     if keys.shape != rows[: keys.ndim]:
         raise ValueError(f"keys must have shape {rows} or a leading part of it, but got {tuple(keys.shape)}")
     keys = move("keys", keys, device)
@@ -148,10 +151,47 @@ def lengths_on(lengths: Any, shape: tuple[int, ...], device: torch.device) -> Te
         host = arguments.row_lengths(lengths, rows, size)
         assert host is not None
         return move("lengths", torch.from_numpy(host).reshape(rows), device)
-    _check_rows("lengths", lengths)
+    _check_integers("lengths", lengths)
     if lengths.shape != rows:
         raise ValueError(f"lengths must have shape {rows}, one a row, but got {tuple(lengths.shape)}")
     return move("lengths", lengths, device).to(torch.int64).clamp(0, size)
+
+
+def rows_on(request: Request, shape: tuple[int, ...], device: torch.device) -> Rows:
+    """A call's arrays over rows and messages, on the device."""
+    lengths, keys = lengths_on(request.lengths, shape, device), keys_on(request.keys, shape[:-1], device)
+    protect = protect_on(request.protect, shape, device)
+    return Rows(lengths, keys, protect, *positions_on(request.positions, shape, device))
+
+
+def protect_on(protect: Any, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """Which messages take no part, bool over the message dims or the last one, in memory that may be the caller's."""
+    if protect is None:
+        return None
+    if torch.compiler.is_compiling():
+        protect = _constant(protect)
+    if not isinstance(protect, Tensor):
+        protect = torch.from_numpy(arguments.protected(protect, shape))
+    arguments.check_protect(protect, shape)
+    return move("protect", protect, device)
+
+
+def positions_on(positions: Any, shape: tuple[int, ...], device: torch.device) -> tuple[Any, Tensor | None]:
+    """The offset and None; or 0 and int64 positions over the message dims or the last one."""
+    if isinstance(positions, Tensor) and not (positions.ndim == 0 and is_plain(positions)):
+        _check_integers("positions", positions)
+        if positions.ndim == 0:
+            positions = positions.to(torch.int64) + torch.arange(shape[-1], device=positions.device)
+    offset, values = arguments.split_positions(positions, shape[-1])
+    if values is None:
+        return offset, None
+    if torch.compiler.is_compiling():
+        values = _constant(values)
+    if not isinstance(values, Tensor) or is_plain(values):
+        return 0, move("positions", torch.from_numpy(arguments.message_positions(values, shape)), device)
+    _check_integers("positions", values)
+    arguments.check_each("positions", tuple(values.shape), shape)
+    return 0, move("positions", values, device).to(torch.int64).clamp(0, MAX_ROW - 1)
 
 
 def _constant(values: Any) -> Tensor:
@@ -161,6 +201,6 @@ def _constant(values: Any) -> Tensor:
     return torch.as_tensor(values - 2**64 if isinstance(values, int) and values >= 2**63 else values)
 
 
-def _check_rows(name: str, values: Tensor) -> None:
+def _check_integers(name: str, values: Tensor) -> None:
     if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
         raise TypeError(f"{name} must be integers, but got dtype {values.dtype}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.plan import GIVEN, PLAIN, Draw
+from msgdrop_numba.call.plan import GIVEN, PLAIN, Draw, Places, Plan
 from msgdrop_numba.call.request import Job
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import operations
@@ -23,15 +23,14 @@ class _DropMessages(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, fill: Tensor | None, job: Job) -> Tensor:
         plan, draw, seed, target, mask, given = job
         if draw.seeded:
-            ctx.again = plan, PLAIN, seed
+            ctx.again = plan, Draw(places=draw.places) if draw.places.offset else PLAIN, seed
         else:
             if given is None and mask is None:
                 mask = torch.empty(plan.shape, dtype=torch.bool, device=x.device)
                 job = tuple.__new__(Job, (plan, draw, seed, target, mask, None))
             ctx.save_for_backward(mask if given is None else given)
             # Unscaled, padding passes like any kept message.
-            again = GIVEN if plan.kind == COPY else Draw(None, draw.lengths, None, None, draw.scales, given=True)
-            ctx.again = plan, again, seed
+            ctx.again = plan, GIVEN if plan.kind == COPY else _scales_again(plan, draw), seed
         if target is not None:
             ctx.mark_dirty(x)
         return write(job, x)
@@ -54,12 +53,18 @@ class _DropMessages(torch.autograd.Function):
             grad_fill = _fill_gradient(grad, draw_mask(job))
         if needs_x:
             if not (is_plain if type(seed) is int else is_plain_cuda)(grad):
-                grad_x = where(plan, draw, grad, draw_mask(job))
+                grad_x = where(job, grad, draw_mask(job))
             elif differentiable:
                 grad_x = run_job(grad, None, job)
             else:
                 grad_x = write(job, grad)
         return grad_x, grad_fill, None
+
+
+def _scales_again(plan: Plan, draw: Draw) -> Draw:
+    """What the scales come from where the mask is given."""
+    keys, (protect, taking, *_) = draw.keys if plan.rule.ranged else None, draw.places
+    return Draw(None, draw.lengths, keys, None, draw.scales, given=True, places=Places(protect, taking))
 
 
 # What autograd runs for a tensor, its fill or None, and a job whose target is None or the tensor itself.

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call.arguments import address
-from msgdrop_numba.call.plan import Draw, Plan
+from msgdrop_numba.call.plan import Draw, Places, Plan
+from msgdrop_numba.call.request import Request
 from msgdrop_numba.kernels.records import Addresses
 from msgdrop_numba.tensors import operations
-from msgdrop_numba.tensors.arguments import keys_on, lengths_on, probabilities_on
+from msgdrop_numba.tensors.arguments import probabilities_on, rows_on
 from msgdrop_numba.torch_private import raw_stream
 
 _INSTALL = 'pip install "msgdrop_numba[cuda]"'
@@ -73,19 +74,31 @@ def reset() -> None:
     _say.cache_clear()
 
 
-def row_arguments(
-    plan: Plan, p: Any, fill: Tensor | None, scale: bool, lengths: Any, keys: Any, device: torch.device
-) -> Draw:
+def row_arguments(plan: Plan, p: Any, fill: Tensor | None, request: Request, device: torch.device) -> Draw:
     """`plan.row_arguments` on a device; keys keep their shape, which may lack trailing dims."""
     thresholds = scales = None
     if p is not None:
         p = probabilities_on(p, plan.shape, device)
         thresholds = operations.thresholds(p).contiguous()
-        scales = operations.scales(p).contiguous() if scale else None
-    row_lengths, row_keys = lengths_on(lengths, plan.shape, device), keys_on(keys, plan.shape[:-1], device)
-    if row_keys is not None:
-        row_keys = row_keys.clone(memory_format=torch.contiguous_format)  # the caller's memory may be written
-    return Draw(fill, None if row_lengths is None else row_lengths.contiguous(), row_keys, thresholds, scales)
+        scales = operations.scales(p).contiguous() if request.scale else None
+    rows = rows_on(request, plan.shape, device)
+    keys, protect, positions = map(_copied, (rows.keys, rows.protect, rows.positions))
+    lengths, taking = None if rows.lengths is None else rows.lengths.contiguous(), None
+    if protect is not None and plan.rule.limited:
+        taking = operations.taking(plan.shape, plan.rule, rows, device).sum(-1).expand(plan.shape[:-1]).contiguous()
+    places = Places(protect, taking, rows.offset, positions)
+    return Draw(fill, lengths, keys, thresholds, scales, places=places)
+
+
+def _copied(values: Tensor | None) -> Tensor | None:
+    """In memory of its own: the caller's may be written."""
+    return None if values is None else values.clone(memory_format=torch.contiguous_format)
+
+
+def told(draw: Draw) -> operations.Rows:
+    """The same arrays for torch's operations."""
+    protect, _, offset, positions = draw.places
+    return operations.Rows(draw.lengths, draw.keys, protect, offset, positions)
 
 
 def launch(plan: Plan, draw: Draw, seed: Tensor, x: int, out: int, mask: int) -> bool:
@@ -129,5 +142,5 @@ def draw_mask(plan: Plan, draw: Draw, seed: Tensor, mask: Tensor | None = None) 
     if mask is None:
         mask = torch.empty(plan.shape, dtype=torch.bool, device=seed.device)
     if plan.messages and not draw.given and not launch(plan, draw, seed, 0, 0, mask.data_ptr()):
-        mask.copy_(operations.keep_mask(plan.shape, plan.rule, seed, draw.keys, draw.lengths, draw.thresholds))
+        mask.copy_(operations.keep_mask(plan.shape, plan.rule, seed, told(draw), draw.thresholds))
     return mask

@@ -56,7 +56,7 @@ class _Ordinary(Tensors):
         return target
 
     def run(self, x: Tensor, job: Job, request: Request) -> Any:
-        plan, draw, seed, target, mask, _ = job
+        _, draw, seed, target, mask, _ = job
         fill = draw.fill
         graph = torch.is_grad_enabled() and (x.requires_grad or (fill is not None and fill.requires_grad))
         if seed is request.seed and type(seed) is not int and (graph or target is not None):
@@ -64,7 +64,7 @@ class _Ordinary(Tensors):
         if not graph:
             result = write(job, x)
         elif request.inplace and is_view(x):
-            result = x.copy_(where(plan, draw, x, draw_mask(job)))
+            result = x.copy_(where(job, x, draw_mask(job)))
         else:
             result = run_job(x, fill, job)
         return (result, mask) if request.return_mask else result
@@ -76,7 +76,7 @@ class _OnHost(_Ordinary):
 
     def draw(self, plan: Plan, p: Any, fill: Any, request: Request, device: torch.device) -> Draw:
         fill = _own_fill(fill, request)
-        return row_arguments(plan, p, fill, request.scale, request.lengths, request.keys)
+        return row_arguments(plan, p, fill, request)
 
     def seed(self, given: int | None, generator: Any, device: torch.device) -> int:
         return fresh_seed(generator) if given is None else given
@@ -89,7 +89,7 @@ class _OnDevice(_Ordinary):
 
     def draw(self, plan: Plan, p: Any, fill: Any, request: Request, device: torch.device) -> Draw:
         fill = _own_fill(fill, request)
-        return cuda.row_arguments(plan, p, fill, request.scale, request.lengths, request.keys, device)
+        return cuda.row_arguments(plan, p, fill, request, device)
 
 
 ON_HOST, ON_DEVICE = _OnHost(), _OnDevice()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call.request import Job, Request, perform
+from msgdrop_numba.call.rule import rule_of
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.arguments import fill_message
 from msgdrop_numba.tensors.traced import Outline, Traced, draw_mask, row_scales
@@ -33,11 +34,28 @@ def message_dropout(x: Tensor, request: Request) -> Any:
     if int(offsets[0]) != 0 or int(offsets[-1]) != len(values):
         raise ValueError(f"a nested x must use all its {len(values)} values, but has offsets {offsets.tolist()}")
     shape = (len(sizes), int(sizes.max()) if len(sizes) else 0)
-    result = perform(_Ragged(shape), values, request._replace(lengths=sizes))
+    protect, positions = (_padded(each, offsets, shape) for each in (request.protect, request.positions))
+    told = request._replace(lengths=sizes, protect=protect, positions=positions)
+    result = perform(_Ragged(shape), values, told)
     y, keep = result if request.return_mask else (result, None)
     if y is not values:
         x = torch.nested.nested_tensor_from_jagged(y, offsets)
     return x if keep is None else (x, torch.nested.nested_tensor_from_jagged(keep, offsets))
+
+
+def _padded(each: Any, offsets: Tensor, shape: tuple[int, int]) -> Any:
+    """What is jagged as x is, padded with zeros; anything else as it is."""
+    if not isinstance(each, Tensor) or not each.is_nested:
+        return each
+    if each.ndim != 2 or not torch.equal(each.offsets(), offsets):  # type: ignore[attr-defined]
+        raise ValueError("protect and positions that are nested must have one value for each message of x")
+    padded = torch.zeros(shape, dtype=each.dtype, device=each.device)
+    padded[_inside(offsets.diff(), shape[1])] = each.values()
+    return padded
+
+
+def _inside(lengths: Tensor, size: int) -> Tensor:
+    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(-1)
 
 
 class _Ragged(Traced):
@@ -47,7 +65,7 @@ class _Ragged(Traced):
         self.shape = shape
 
     def plan(self, x: Tensor, kind: int, message_dims: Any, rule: tuple[Any, ...]) -> Outline:
-        return self.mask_plan(self.shape, rule)
+        return Outline(self.shape, rule_of(rule))  # rows may be shorter than the prefix
 
     def fill(self, fill: Any, x: Tensor, message_dims: int) -> Tensor | None:
         return fill_message(fill, x, 1)
@@ -56,10 +74,10 @@ class _Ragged(Traced):
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
 
     def run(self, x: Tensor, job: Job, request: Request) -> Any:
-        inside = torch.arange(self.shape[1], device=x.device) < job.draw.lengths.unsqueeze(-1)
+        inside = _inside(job.draw.rows.lengths, self.shape[1])
         keep = draw_mask(job)[inside]
-        scale, _ = row_scales(job, x.device) if request.scale else (None, None)
+        scale, taking = row_scales(job) if request.scale else (None, None)
         if isinstance(scale, Tensor):
             scale = scale.expand(self.shape)[inside]
-        y = operations.select(x, keep, job.draw.fill, scale)
+        y = operations.select(x, keep, job.draw.fill, scale, None if taking is None else taking[inside])
         return (y, keep) if request.return_mask else y

@@ -7,7 +7,7 @@ C++ leaves undefined and Inductor then compiles wrongly; the product's high word
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,13 +42,25 @@ def fold_in(seed: Tensor, data: Tensor) -> Tensor:
     return folded
 
 
-def draws(seed: Tensor, keys: Tensor, count: int, stream: int) -> Tensor:
-    """The draws of positions 0..count - 1, `(*keys.shape, count)`."""
+def draws(seed: Tensor, keys: Tensor, first: int, count: int, stream: int) -> Tensor:
+    """The draws of `count` positions from `first` on, `(*keys.shape, count)`."""
+    skip = first % 4
     # The mask tells Inductor that these are 64-bit values, not indices that it may keep in 32 bits.
-    counters = torch.arange((count + 3) // 4, device=keys.device) & _M32
+    counters = ((torch.arange((skip + count + 3) // 4, device=keys.device) & _M32) + first // 4) & _M32
+    words = _words(seed, keys, counters, stream)
+    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(-2)[..., skip : skip + count]
+
+
+def draws_of(seed: Tensor, keys: Tensor, positions: Tensor, stream: int) -> Tensor:
+    """The draws of positions that needn't be consecutive, over the rows of `keys` or the same for all."""
+    w0, w1, w2, w3 = _words(seed, keys, (positions >> 2) & _M32, stream)
+    word = positions & 3
+    return torch.where(word < 2, torch.where(word == 0, w0, w1), torch.where(word == 2, w2, w3))
+
+
+def _words(seed: Tensor, keys: Tensor, counters: Tensor, stream: int) -> tuple[Any, Any, Any, Any]:
     (c2, c3), (k0, k1) = _halves(keys), _halves(seed)
-    words = philox4x32_10(counters, stream, c2.unsqueeze(-1), c3.unsqueeze(-1), k0, k1)
-    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(-2)[..., :count]
+    return philox4x32_10(counters, stream, c2.unsqueeze(-1), c3.unsqueeze(-1), k0, k1)
 
 
 def row_keys(keys: Tensor | None, rows: tuple[int, ...], device: torch.device) -> Tensor:
@@ -69,12 +81,12 @@ def _fewer(keys: Tensor, count: Tensor) -> Tensor:
     return torch.zeros_like(among).scatter(-1, order, among)
 
 
-def _exactly(valid: Tensor, rule: DropRule) -> Tensor:
-    """How many of `valid` messages the exact rule drops, in two steps since the product may not fit into 64 bits."""
-    share = 2 * rule.threshold + 1
+def _exactly(taking: Tensor, rule: DropRule, threshold: Any) -> Tensor:
+    """How many of `taking` messages the exact rule drops, in two steps since the product may not fit into 64 bits."""
+    share = 2 * threshold + 1
     high, low = share // 2**17, share % 2**17  # what Inductor follows in symbolic integers
-    wanted = (valid * high + ((valid * low) >> 17)) >> 16
-    return torch.minimum(wanted, (valid - rule.min_keep).clamp(min=0))
+    wanted = (taking * high + ((taking * low) >> 17)) >> 16
+    return torch.minimum(wanted, (taking - rule.min_keep).clamp(min=0))
 
 
 def thresholds(p: Tensor) -> Tensor:
@@ -87,66 +99,115 @@ def scales(p: Tensor) -> Tensor:
     return 1 / torch.where(p < 1, 1 - p, 1)
 
 
-def keep_mask(
-    shape: tuple[int, ...], rule: DropRule, seed: Tensor, keys: Tensor | None, lengths: Tensor | None,
-    thresholds: Tensor | None,
-) -> Tensor:  # fmt: skip
+class Rows(NamedTuple):
+    """The arrays of a call, on one device: what `plan.Draw` is to the kernels.
+
+    Fields:
+        lengths: integers, one a row. keys: int64, one a row or lacking trailing dims.
+        protect: bool, over the message dims or the last one. offset: the position of a row's first message.
+        positions: int64 as `protect`, where they aren't consecutive.
+    """
+
+    lengths: Tensor | None = None
+    keys: Tensor | None = None
+    protect: Tensor | None = None
+    offset: int = 0
+    positions: Tensor | None = None
+
+
+def keep_mask(shape: tuple[int, ...], rule: DropRule, seed: Tensor, told: Rows, thresholds: Tensor | None) -> Tensor:
     """The keep mask over the message dims `shape`, on the seed's device.
 
     Args:
         rule: its p is None where the tensor `thresholds`, broadcastable to `shape`, takes its place.
-        seed: 0-d int64; keys: int64, one a row or lacking trailing dims; lengths: integers, one a row.
+        seed: 0-d int64.
     """
     *rows, size = shape
-    keys = row_keys(keys, tuple(rows), seed.device)
-    position = torch.arange(size, device=seed.device)
-    valid = torch.full(tuple(rows), size, device=seed.device) if lengths is None else lengths
-    inside = position < valid.unsqueeze(-1)
+    keys = row_keys(told.keys, tuple(rows), seed.device)
+    takes = taking(shape, rule, told, seed.device)
+    count: Any = takes.sum(-1).broadcast_to(rows) if rule.limited else None
+    threshold = _row_threshold(rule, seed, keys) if thresholds is None else thresholds
     if rule.exact:
-        drawn = torch.where(inside, draws(seed, keys, size, 0), 2**33)
-        return ~(_fewer(drawn, _exactly(valid, rule)) & inside)
-    threshold: Any = rule.threshold if thresholds is None else thresholds
-    if rule.span > 1:
-        first = draws(seed, keys, 1, 1)
-        # In two steps since the product may not fit into 64 bits.
-        phase = (first * (rule.span // 2**17) + ((first * (rule.span % 2**17)) >> 17)) >> 15
-        # No more groups than positions: their exact number would bind the sizes of an exported program.
-        drawn = draws(seed, keys, size, 0).gather(-1, (position + phase) // rule.span)
-    else:
-        drawn = draws(seed, keys, size, 0)
-    dropped = (drawn < threshold) & inside
+        drawn = torch.where(takes, _drawn(seed, keys, told, size, 0), 2**33)
+        wanted = _exactly(count, rule, threshold.squeeze(-1) if rule.ranged else threshold)
+        return ~(_fewer(drawn, wanted) & takes)
+    dropped = (_drawn(seed, keys, told, size, 0, rule.span) < threshold) & takes
     if rule.min_keep:
-        drawn = torch.where(dropped, draws(seed, keys, size, 2), 2**33)
-        dropped = dropped & _fewer(drawn, (valid - rule.min_keep).clamp(min=0))
+        drawn = torch.where(dropped, _drawn(seed, keys, told, size, 2), 2**33)
+        dropped = dropped & _fewer(drawn, (count - rule.min_keep).clamp(min=0))
     return torch.logical_not(dropped)
 
 
+def taking(shape: tuple[int, ...], rule: DropRule, told: Rows, device: torch.device) -> Tensor:
+    """Whether a message takes part, neither padding nor protected; broadcastable to `shape`."""
+    position = torch.arange(shape[-1], device=device)
+    takes = position >= rule.prefix
+    if told.lengths is not None:
+        takes = takes & (position < told.lengths.unsqueeze(-1))
+    return takes if told.protect is None else takes & ~told.protect
+
+
+def _row_threshold(rule: DropRule, seed: Tensor, keys: Tensor) -> Any:
+    """T(p): a number, or one a row where p is a range, in two steps since the product may not fit into 64 bits."""
+    if not rule.ranged:
+        return rule.threshold
+    first = draws(seed, keys, 0, 1, 3)
+    return rule.threshold + ((first * (rule.spread >> 16) + ((first * (rule.spread & 0xFFFF)) >> 16)) >> 16)
+
+
+def _drawn(seed: Tensor, keys: Tensor, told: Rows, size: int, stream: int, span: int = 1) -> Tensor:
+    """The draws of a row's messages, `span` neighbouring positions sharing one."""
+    positions: Any = told.positions
+    if span == 1:
+        return (
+            draws(seed, keys, told.offset, size, stream)
+            if positions is None
+            else draws_of(seed, keys, positions, stream)
+        )
+    first = draws(seed, keys, 0, 1, 1)
+    # In two steps since the product may not fit into 64 bits.
+    phase = (first * (span // 2**17) + ((first * (span % 2**17)) >> 17)) >> 15
+    if positions is not None:
+        return draws_of(seed, keys, (positions + phase) // span, stream)
+    start = told.offset // span
+    index = (torch.arange(size, device=keys.device) + told.offset % span + phase) // span
+    # No more groups than positions, and one: their exact number would bind the sizes of an exported program.
+    return draws(seed, keys, start, size + (1 if told.offset % span else 0), stream).gather(-1, index)
+
+
 def row_scales(
-    shape: tuple[int, ...], rule: DropRule, lengths: Tensor | None, scales: Tensor | None, device: torch.device
+    shape: tuple[int, ...], rule: DropRule, seed: Tensor, told: Rows, scales: Tensor | None
 ) -> tuple[Any, Tensor | None]:
-    """What each message is multiplied by (a number, or float64), and where, not in padding; None: everywhere.
+    """What each message is multiplied by (a number, or float64), and where: where it takes part; None: everywhere.
 
     `scales` are those of a p that is an array.
     """
-    valid = None if lengths is None else torch.arange(shape[-1], device=device) < lengths.unsqueeze(-1)
+    takes = None
+    if rule.prefix or told.lengths is not None or told.protect is not None:
+        takes = taking(shape, rule, told, seed.device)
     if scales is not None:
-        return scales, valid
-    if rule.exact and lengths is not None and rule.p != 1:
-        rest = lengths - _exactly(lengths, rule)
-        return (lengths.to(torch.float64) / rest.clamp(min=1)).unsqueeze(-1), valid
-    return rule.row_scale(shape[-1]), valid
+        return scales, takes
+    if rule.certain or not (rule.exact or rule.ranged):
+        return rule.scale, takes
+    threshold = _row_threshold(rule, seed, row_keys(told.keys, tuple(shape[:-1]), seed.device))
+    if rule.exact:
+        n: Any = torch.full((1,), shape[-1], device=seed.device) if takes is None else takes.sum(-1, keepdim=True)
+        scale = n.to(torch.float64) / (n - _exactly(n, rule, threshold)).clamp(min=1)
+    else:
+        scale = 1 / (1 - threshold.to(torch.float64) / 2**32)
+    return (torch.where(threshold < 2**32, scale, 1.0) if rule.ranged else scale), takes
 
 
-def select(x: Tensor, keep: Tensor, fill: Any, scale: Any = None, valid: Tensor | None = None) -> Tensor:
-    """`where(keep, x * scale, fill)`, padding unscaled; fill None is 0, scale a number or over the message dims."""
+def select(x: Tensor, keep: Tensor, fill: Any, scale: Any = None, taking: Tensor | None = None) -> Tensor:
+    """`where(keep, x * scale, fill)`, unscaled where not `taking`; fill None: 0, scale a number or one a message."""
     features = (1,) * (x.ndim - keep.ndim)
     y = x
     if scale is not None:
         if isinstance(scale, Tensor):
             scale = scale.reshape(*scale.shape, *features)
         y = _multiply(x, scale)
-        if valid is not None:
-            y = torch.where(valid.reshape(*valid.shape, *features), y, x)
+        if taking is not None:
+            y = torch.where(taking.reshape(*taking.shape, *features), y, x)
     if fill is None:
         fill = torch.zeros((), dtype=x.dtype, device=x.device)
     keep = keep.reshape(*keep.shape, *features)

@@ -12,17 +12,16 @@ from torch import Tensor
 
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.plan import mask_plan, row_arguments
-from msgdrop_numba.call.request import Job
-from msgdrop_numba.call.rule import DropRule, unpacked
+from msgdrop_numba.call.request import Job, Request
+from msgdrop_numba.call.rule import DropRule, for_rows, unpacked
 from msgdrop_numba.tensors import cuda
+from msgdrop_numba.tensors.operations import Rows
 from msgdrop_numba.tensors.write import draw_mask
 
 
-def kernel_mask(
-    shape: tuple[int, ...], rule: DropRule, seed: Tensor, keys: Tensor | None, lengths: Tensor | None, p: Tensor | None
-) -> Tensor:
-    """The keep mask, of the kernels of the seed's device; p is None where the rule has a number."""
-    return torch.ops.msgdrop_numba.keep_mask(shape, seed, keys, lengths, p, rule.p, rule.packed)  # type: ignore[no-any-return]
+def kernel_mask(shape: tuple[int, ...], rule: DropRule, seed: Tensor, rows: Rows, p: Tensor | None) -> Tensor:
+    """The keep mask, of the kernels of the seed's device; p is None where the rule has a number or a range."""
+    return torch.ops.msgdrop_numba.keep_mask(shape, seed, p, rule.numbers, rule.packed, *rows)  # type: ignore[no-any-return]
 
 
 def opaque_seed(bits: int, device: torch.device) -> Tensor:
@@ -33,14 +32,20 @@ def opaque_seed(bits: int, device: torch.device) -> Tensor:
 @torch.library.custom_op(
     "msgdrop_numba::keep_mask",
     mutates_args=(),
-    schema="(SymInt[] shape, Tensor seed, Tensor? keys, Tensor? lengths, Tensor? p, float? number, SymInt[] rule) "
-    "-> Tensor",
+    schema="(SymInt[] shape, Tensor seed, Tensor? p, float[] numbers, SymInt[] rule, Tensor? lengths, Tensor? keys, "
+    "Tensor? protect, SymInt offset, Tensor? positions) -> Tensor",
 )
-def _keep_mask(shape: Any, seed: Any, keys: Any, lengths: Any, p: Any, number: Any, rule: Any) -> Tensor:
-    plan = mask_plan(tuple(shape), (number, *unpacked(rule)))
+def _keep_mask(shape: Any, seed: Any, p: Any, numbers: Any, rule: Any, *rows: Any) -> Tensor:
+    told = unpacked(rule)
+    number = tuple(numbers) if len(numbers) == 2 else numbers[0] if numbers else None
+    plan = mask_plan(tuple(shape), (number, *for_rows(told, shape[-1])))
+    lengths, keys, protect, offset, positions = rows
+    request = Request(
+        p, told, lengths=lengths, keys=keys, protect=protect, positions=offset if positions is None else positions
+    )
     if seed.device.type == "cpu":
-        return draw_mask(Job(plan, row_arguments(plan, p, None, False, lengths, keys), arguments.check_seed(seed)))
-    return draw_mask(Job(plan, cuda.row_arguments(plan, p, None, False, lengths, keys, seed.device), seed))
+        return draw_mask(Job(plan, row_arguments(plan, p, None, request), arguments.check_seed(seed)))
+    return draw_mask(Job(plan, cuda.row_arguments(plan, p, None, request, seed.device), seed))
 
 
 @_keep_mask.register_fake

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call import arguments
+from msgdrop_numba.call.plan import check_prefix
 from msgdrop_numba.call.request import Job, Request
 from msgdrop_numba.call.rule import DropRule, rule_of
 from msgdrop_numba.tensors import operations
-from msgdrop_numba.tensors.arguments import keys_on, lengths_on, probabilities_on, split_p_traced
+from msgdrop_numba.tensors.arguments import probabilities_on, rows_on, split_p_traced
 from msgdrop_numba.tensors.library import Tensors
 from msgdrop_numba.tensors.operator import kernel_mask
 from msgdrop_numba.tensors.seeds import check_device_seed, device_seed
-from msgdrop_numba.torch_private import in_transform, is_exporting
+from msgdrop_numba.torch_private import in_transform, is_eager, is_exporting
 
 
 class Outline(NamedTuple):
@@ -32,32 +33,30 @@ class Outline(NamedTuple):
 class Told(NamedTuple):
     """What of a draw operations need, on x's device."""
 
-    fill: Tensor | None
-    lengths: Tensor | None
-    keys: Tensor | None
-    p: Tensor | None  # float64; None: the rule has a number
+    fill: Tensor | None = None
+    p: Tensor | None = None  # float64; None: the rule has a number or a range
+    rows: operations.Rows = operations.Rows()
 
 
 class Traced(Tensors):
     """Torch's operations, see call.request.Library."""
 
-    nothing = Told(None, None, None, None)
+    nothing = Told()
     split_p = staticmethod(split_p_traced)
     check_seed = staticmethod(check_device_seed)
     seed = staticmethod(device_seed)
 
     def plan(self, x: Tensor, kind: int, message_dims: Any, rule: tuple[Any, ...]) -> Outline:
         checked = rule_of(rule)
-        return Outline(tuple(x.shape[: arguments.message_dims(x.shape, message_dims)]), checked)
+        return _outline(tuple(x.shape[: arguments.message_dims(x.shape, message_dims)]), checked)
 
     def mask_plan(self, shape: tuple[int, ...], rule: tuple[Any, ...]) -> Outline:
-        return Outline(shape, rule_of(rule))
+        return _outline(shape, rule_of(rule))
 
     def draw(self, plan: Outline, p: Any, fill: Any, request: Request, device: torch.device) -> Told:
         shape = plan.shape
         p = None if p is None else probabilities_on(p, shape, device)
-        lengths = lengths_on(request.lengths, shape, device)
-        return Told(fill, lengths, keys_on(request.keys, shape[:-1], device), p)
+        return Told(fill, p, rows_on(request, shape, device))
 
     def mask(self, shape: tuple[int, ...], device: torch.device) -> None:  # type: ignore[override]
         """Operations make their own."""
@@ -65,8 +64,8 @@ class Traced(Tensors):
     def run(self, x: Tensor, job: Job, request: Request) -> Any:
         told: Told = job.draw
         keep = draw_mask(job)
-        scale, valid = row_scales(job, x.device) if request.scale else (None, None)
-        y = operations.select(x, keep, told.fill, scale, valid)
+        scale, taking = row_scales(job) if request.scale else (None, None)
+        y = operations.select(x, keep, told.fill, scale, taking)
         if job.target is not None:
             y = job.target.copy_(y)
         return (y, keep) if request.return_mask else y
@@ -75,16 +74,22 @@ class Traced(Tensors):
 TRACED = Traced()
 
 
-def row_scales(job: Job, device: torch.device) -> tuple[Any, Tensor | None]:
+def _outline(shape: tuple[int, ...], rule: DropRule) -> Outline:
+    if is_eager():  # else sizes may be symbols, which a check would bind
+        check_prefix(rule, shape[-1])
+    return Outline(shape, rule)
+
+
+def row_scales(job: Job) -> tuple[Any, Tensor | None]:
     """What each message is multiplied by, and where; see operations.row_scales."""
-    (shape, rule), (_, lengths, _, p) = job.plan, job.draw
-    return operations.row_scales(shape, rule, lengths, None if p is None else operations.scales(p), device)
+    (shape, rule), (_, p, rows), seed = job.plan, job.draw, job.seed
+    return operations.row_scales(shape, rule, seed, rows, None if p is None else operations.scales(p))
 
 
 def draw_mask(job: Job) -> Tensor:
     """The mask in torch's operations; in compiled code from the kernels."""
-    (shape, rule), (_, lengths, keys, p), seed = job.plan, job.draw, job.seed
+    (shape, rule), (_, p, rows), seed = job.plan, job.draw, job.seed
     compiled = torch.compiler.is_compiling() and not is_exporting()
     if compiled and not in_transform() and seed.device.type in ("cpu", "cuda"):
-        return kernel_mask(shape, rule, seed, keys, lengths, p)
-    return operations.keep_mask(shape, rule, seed, keys, lengths, None if p is None else operations.thresholds(p))
+        return kernel_mask(shape, rule, seed, rows, p)
+    return operations.keep_mask(shape, rule, seed, rows, None if p is None else operations.thresholds(p))

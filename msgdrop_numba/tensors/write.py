@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from msgdrop_numba import outputs
-from msgdrop_numba.call.plan import Draw, Plan, follow, make_plan
+from msgdrop_numba.call.plan import Draw, Plan, follow, kept_scales, make_plan
 from msgdrop_numba.call.request import Job
 from msgdrop_numba.call.rule import DEFAULTS
 from msgdrop_numba.call.threads import launch
@@ -86,7 +86,7 @@ def _write_over(job: Job, x: Tensor, result: Tensor) -> Tensor:
             if target is not None and not target.is_inference():
                 increment_version(target)  # torch can't see a write through a pointer
             return result
-    return result.copy_(where(plan, draw, x, draw_mask(job)))
+    return result.copy_(where(job, x, draw_mask(job)))
 
 
 def draw_mask(job: Job) -> Tensor:
@@ -103,15 +103,15 @@ def draw_mask(job: Job) -> Tensor:
     return mask  # type: ignore[no-any-return]
 
 
-def where(plan: Plan, draw: Draw, x: Tensor, mask: Tensor) -> Tensor:
+def where(job: Job, x: Tensor, mask: Tensor) -> Tensor:
     """What the kernels do, in torch's operations: for layouts that they can't follow and what autograd must see."""
-    scales = valid = None
-    if plan.kind != COPY:
-        lengths, given = _tensor(draw.lengths), _tensor(draw.scales)
-        lengths = None if lengths is None else lengths.reshape(plan.shape[:-1])
-        scales, valid = operations.row_scales(plan.shape, plan.rule, lengths, given, x.device)
-    return operations.select(x, mask, draw.fill, scales, valid)
-
-
-def _tensor(values: Any) -> Tensor | None:
-    return torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    plan, draw, seed, *_ = job
+    if plan.kind == COPY:
+        return operations.select(x, mask, draw.fill)
+    scales: Any
+    taking: Any
+    if type(seed) is int:
+        scales, taking = (torch.from_numpy(np.array(each)) for each in kept_scales(plan, draw, seed))
+    else:
+        scales, taking = operations.row_scales(plan.shape, plan.rule, seed, cuda.told(draw), draw.scales)
+    return operations.select(x, mask, draw.fill, scales, taking)

@@ -20,14 +20,14 @@ def dropout(
         x, p, keys, lengths, fill: arrays, lists or CPU tensors; keys may be a loader's ids.
         epoch, name: of loaders: what they fold into their seed.
         dtype: what x's elements are where NumPy has no such type: "bfloat16", in uint16.
-        rule: exact, span, min_keep.
+        rule: exact, span, min_keep, prefix, protect, positions.
     """
     x, p, lengths, fill = _host(x), _host(p), _host(lengths), _host(fill)
+    rule = {name: _host(value) for name, value in rule.items()}
     dims = message_dims or (2 if x.ndim > 2 else 1)
-    keep = naive.keep_mask(
-        x.shape[:dims], p, seed=loader_seed(seed, epoch, name), keys=row_keys(keys), lengths=lengths, **rule
-    )
-    return drop(x, keep, p=p, fill=fill, scale=scale, lengths=lengths, dtype=dtype, **rule), keep
+    rule = {"seed": loader_seed(seed, epoch, name), "keys": row_keys(keys), "lengths": lengths, **rule}
+    keep = naive.keep_mask(x.shape[:dims], p, **rule)
+    return drop(x, keep, p=p, fill=fill, scale=scale, dtype=dtype, **rule), keep
 
 
 def rows(
@@ -42,18 +42,18 @@ def rows(
 
 
 def drop(
-    x: np.ndarray, keep: np.ndarray, *, p: Any = 0.5, fill: Any = 0, scale: bool = False, lengths: Any = None,
-    dtype: str | None = None, **rule: Any,
+    x: np.ndarray, keep: np.ndarray, *, p: Any = 0.5, fill: Any = 0, scale: bool = False, dtype: str | None = None,
+    **rule: Any,
 ) -> np.ndarray:  # fmt: skip
     """The same where the mask is known; bfloat16, which naive.py hasn't got, as the contract says."""
     if dtype != "bfloat16" or not scale:
-        return naive.drop(x, keep, p=p, fill=fill, scale=scale, lengths=lengths, **rule)
+        return naive.drop(x, keep, p=p, fill=fill, scale=scale, **rule)
     ones = (1,) * (x.ndim - keep.ndim)
-    s = naive.scales(keep, p, lengths, rule.get("exact", False), rule.get("min_keep", 0)).reshape(*keep.shape, *ones)
-    n = keep.shape[-1] if lengths is None else np.asarray(lengths)[..., None]
-    inside = np.broadcast_to(np.arange(keep.shape[-1]) < n, keep.shape).reshape(s.shape)
+    takes = naive.part(keep.shape, rule.pop("lengths", None), rule.pop("prefix", 0), rule.pop("protect", None))
+    rule.pop("positions", None)
+    s = naive.scales(keep, takes, p, **rule).reshape(*keep.shape, *ones)
     wide = (x.astype(np.uint32) << 16).view(np.float32)
-    y = np.where(inside, bfloat16(wide * s.astype(np.float32)), x)
+    y = np.where(takes.reshape(s.shape), bfloat16(wide * s.astype(np.float32)), x)
     return np.where(keep.reshape(s.shape), y, np.asarray(fill, x.dtype))
 
 

@@ -1,4 +1,4 @@
-"""The golden vectors of `mask_vectors.json`, as arguments and what must come of them."""
+"""The golden vectors of `mask_vectors.json` and `mask_vectors_1_1.json`, as arguments and what must come of them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-VECTORS = json.loads((Path(__file__).parents[1] / "mask_vectors.json").read_text())
-MASKS = VECTORS["keep_masks"]
+VECTORS, ADDED = (
+    json.loads((Path(__file__).parents[1] / f"mask_vectors{version}.json").read_text()) for version in ("", "_1_1")
+)
+MASKS = VECTORS["keep_masks"] + ADDED["keep_masks"]
 
 
 def expected(vector: dict) -> np.ndarray:
@@ -17,7 +19,8 @@ def expected(vector: dict) -> np.ndarray:
 
 
 def probability(vector: dict) -> Any:
-    return np.array(vector["p"]) if isinstance(vector["p"], list) else vector["p"]
+    p = vector["p"]
+    return tuple(p["range"]) if isinstance(p, dict) else np.array(p) if isinstance(p, list) else p
 
 
 def arguments(vector: dict) -> dict:

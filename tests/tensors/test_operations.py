@@ -8,21 +8,22 @@ import torch
 from helpers.vectors import MASKS, arguments, expected, probability
 
 from msgdrop_numba import keep_mask
+from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.tensors import operations as tensor
+from msgdrop_numba.tensors.arguments import rows_on
 
 
 def tensor_mask(vector: dict) -> torch.Tensor:
-    given = arguments(vector)
-    seed, keys, lengths = given.pop("seed"), given.pop("keys", None), given.pop("lengths", None)
-    p = probability(vector)
+    given, shape, p = arguments(vector), tuple(vector["shape"]), probability(vector)
+    seed = given.pop("seed")
+    told = Request(p, (), **{name: given.pop(name, None) for name in ("lengths", "keys", "protect", "positions")})
     array = tensor.thresholds(torch.from_numpy(p)) if isinstance(p, np.ndarray) else None
     return tensor.keep_mask(
-        tuple(vector["shape"]),
+        shape,
         DropRule(None if array is not None else p, **given),
         torch.tensor(seed - 2**64 if seed >= 2**63 else seed),
-        None if keys is None else torch.tensor(keys),
-        None if lengths is None else torch.tensor(lengths),
+        rows_on(told, shape, torch.device("cpu")),
         array,
     )
 
@@ -36,5 +37,5 @@ def test_vectors(vector):
 @pytest.mark.parametrize("span", [2**31, 2**34])
 def test_huge_spans(span):
     for seed in range(8):
-        got = tensor.keep_mask((3, 50), DropRule(0.5, span=span), torch.tensor(seed), None, None, None)
+        got = tensor.keep_mask((3, 50), DropRule(0.5, span=span), torch.tensor(seed), tensor.Rows(), None)
         assert np.array_equal(got, keep_mask((3, 50), 0.5, span=span, seed=seed))
