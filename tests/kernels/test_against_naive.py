@@ -20,6 +20,7 @@ DTYPES = [
     "float32", "float64", "float16", "complex64", "complex128",
     "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
 ]  # fmt: skip
+PLACES = ("protect", "positions")
 P = [0.0, 1.0, 0.5, 0.3, 0.01, 0.99, 2.0**-33, 1 - 2.0**-33]
 
 
@@ -41,10 +42,14 @@ def numbers(rng: random.Random, shape: tuple[int, ...], dtype: str) -> np.ndarra
 
 
 def rule(rng: random.Random, shape: tuple[int, ...]) -> tuple[Any, dict[str, Any]]:
-    """A probability or an array of them, and the other numbers of a rule."""
+    """A probability, a range or an array of them, and the other numbers of a rule."""
     p: Any = rng.choice(P) if rng.random() < 0.5 else rng.random()
+    if rng.random() < 0.25:
+        p = tuple(sorted(rng.choice([*P, p, rng.random()]) for _ in range(2)))
     kind = rng.choice(["default", "default", "exact", "span", "array"])
     options: dict[str, Any] = {"min_keep": rng.randint(0, 6)} if rng.random() < 0.3 else {}
+    if rng.random() < 0.25:
+        options["prefix"] = rng.randint(0, min(5, shape[-1]))
     if kind == "exact":
         return p, {**options, "exact": True}
     if kind == "array":
@@ -52,6 +57,27 @@ def rule(rng: random.Random, shape: tuple[int, ...]) -> tuple[Any, dict[str, Any
         values = [rng.choice([*P, rng.random()]) for _ in range(math.prod(per))]
         p = np.array(values, dtype=np.float64).reshape(per)
     return p, {**options, "span": rng.randint(1, 7)} if kind != "default" else options
+
+
+def per_message(rng: random.Random, shape: tuple[int, ...], values: list[int], dtype: Any) -> np.ndarray:
+    """One for each message, or for each position alone."""
+    per = rng.choice([shape[-1:], shape])
+    return np.array([rng.choice(values) for _ in range(math.prod(per))], dtype).reshape(per)
+
+
+def places(rng: random.Random, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Which messages take part, and the numbers that they go by."""
+    options: dict[str, Any] = {}
+    if rng.random() < 0.25:
+        options["protect"] = per_message(rng, shape, [0, 0, 1], bool)
+    if rng.random() < 0.15:
+        options["positions"] = rng.choice(
+            [rng.randint(0, 9), rng.randint(0, 2**34 - max(1, shape[-1])), 2**34 - max(1, shape[-1])]
+        )
+    elif rng.random() < 0.15:
+        known = [0, 1, 2**34 - 1, *(rng.randrange(2 ** rng.randint(1, 34)) for _ in range(20))]
+        options["positions"] = per_message(rng, shape, known, np.int64)
+    return options
 
 
 def case(rng: random.Random, size: int) -> dict[str, Any]:
@@ -67,7 +93,8 @@ def case(rng: random.Random, size: int) -> dict[str, Any]:
         keys = np.array([rng.getrandbits(64) for _ in range(math.prod(named))], dtype=np.uint64).reshape(named)
         keys = keys.view(np.int64) if rng.random() < 0.5 else keys
     p, options = rule(rng, shape)
-    return {"shape": shape, "p": p, "seed": rng.getrandbits(64), "keys": keys, "lengths": lengths, **options}
+    told = {"shape": shape, "p": p, "seed": rng.getrandbits(64), "keys": keys, "lengths": lengths}
+    return {**told, **options, **places(rng, shape)}
 
 
 def laid_out(rng: random.Random, x: np.ndarray) -> tuple[np.ndarray, Any]:
@@ -97,7 +124,7 @@ def check(rng: random.Random, size: int) -> None:
 def check_case(rng: random.Random, size: int) -> None:
     c = case(rng, size)
     shape, p, seed, keys, lengths = (c[name] for name in ("shape", "p", "seed", "keys", "lengths"))
-    rules = {name: c[name] for name in ("exact", "span", "min_keep") if name in c}
+    rules = {name: value for name, value in c.items() if name not in ("shape", "p", "seed", "keys", "lengths")}
     keep = naive.keep_mask(**c)
     assert np.array_equal(keep_mask(**c), keep), c
     dtype = rng.choice(DTYPES)
@@ -114,20 +141,24 @@ def check_case(rng: random.Random, size: int) -> None:
     array, tensor = laid_out(rng, x)
     signed = None if keys is None else torch.from_numpy(keys.view(np.int64).copy())
     tensor_fill = torch.from_numpy(fill) if isinstance(fill, np.ndarray) else fill
+    as_tensors = {
+        name: torch.from_numpy(value.copy()) for name, value in options.items() if name in PLACES and np.ndim(value)
+    }
     told = (c, dtype, options, array.strides, fill)
     with pytest.MonkeyPatch.context() as patch:
         internals.no_plain_tensors(patch)
-        y, mask = message_dropout(tensor, p, keys=signed, fill=tensor_fill, return_mask=True, **options)
+        named = {**options, **as_tensors, "keys": signed, "fill": tensor_fill}
+        y, mask = message_dropout(tensor, p, return_mask=True, **named)
         assert bits(mask) == bits(keep), told
         assert bits(y) == bits(want), told
-    for x_, keys_, fill_ in ((array, keys, fill), (tensor, signed, tensor_fill)):
-        y, mask = message_dropout(x_, p, keys=keys_, fill=fill_, return_mask=True, **options)
+    for x_, told_ in ((array, {**options, "keys": keys, "fill": fill}), (tensor, named)):
+        y, mask = message_dropout(x_, p, return_mask=True, **told_)
         assert bits(mask) == bits(keep), told
         assert bits(y) == bits(want), told
         out = laid_out(rng, np.zeros_like(x))[isinstance(x_, torch.Tensor)]
-        assert message_dropout(x_, p, out=out, keys=keys_, fill=fill_, **options) is out
+        assert message_dropout(x_, p, out=out, **told_) is out
         assert bits(out) == bits(want), told
-        assert message_dropout(x_, p, inplace=True, keys=keys_, fill=fill_, **options) is x_
+        assert message_dropout(x_, p, inplace=True, **told_) is x_
         assert bits(x_) == bits(want), told
 
 
