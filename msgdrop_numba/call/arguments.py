@@ -141,9 +141,11 @@ def split_positions(positions: Any, size: Any) -> tuple[Any, Any]:
     """The position of a row's first message where they are consecutive, and None; or (0, an array of positions)."""
     if positions is None:
         return 0, None
-    if getattr(positions, "ndim", 0) or isinstance(positions, (list, tuple)):
-        return 0, positions
-    offset = positions.item() if hasattr(positions, "item") else positions
+    offset = positions
+    if not isinstance(positions, int):  # asked first: Dynamo can't ask a symbol for attributes
+        if getattr(positions, "ndim", 0) or isinstance(positions, (list, tuple)):
+            return 0, positions
+        offset = positions.item() if hasattr(positions, "item") else positions
     if isinstance(offset, bool) or not isinstance(offset, numbers.Integral):
         raise TypeError(
             f"positions must be an integer, the first message's, or an array of them, but got {positions!r}"

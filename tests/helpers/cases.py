@@ -41,6 +41,13 @@ TRACED_OPTIONS: list[dict[str, Any]] = [
     {"exact": True, "scale": True, "lengths": [9, 0, 4, 5]},
     {"span": 3, "min_keep": 4, "fill": 2.5},
     {"keys": [-1, 2, 2**63, 7], "lengths": [9, 0, 4, 5]},
+    {"prefix": 2, "protect": np.arange(36).reshape(4, 9) % 5 == 1, "positions": 6, "span": 4, "scale": True},
+    {
+        "protect": torch.arange(9) % 4 == 1,
+        "positions": torch.arange(36).reshape(4, 9) // 2,
+        "exact": True,
+        "scale": True,
+    },
 ]
 TRACED_IDS = [",".join(option) or "default" for option in TRACED_OPTIONS]
 TRACED_X = torch.randn(4, 9, 3, generator=torch.Generator().manual_seed(0))

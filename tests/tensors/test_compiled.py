@@ -14,8 +14,10 @@ from helpers.vectors import MASKS, arguments, expected, probability
 from torch._dynamo.testing import EagerAndRecordGraphs
 
 from msgdrop_numba import MessageDropout, keep_mask, message_dropout
+from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.tensors import operations as tensor
+from msgdrop_numba.tensors.arguments import rows_on
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -23,7 +25,8 @@ def test_compiled_operations_are_right(compiled, dynamic):
     """Inductor compiles a naive 64-bit Philox wrongly for some seeds: compare many, on more than 12 rows."""
     rule = DropRule(0.5)
     f = compiled(
-        lambda x, seed, keys: tensor.keep_mask((x.shape[0], x.shape[1]), rule, seed, keys, None, None), dynamic=dynamic
+        lambda x, seed, keys: tensor.keep_mask((x.shape[0], x.shape[1]), rule, seed, tensor.Rows(None, keys), None),
+        dynamic=dynamic,
     )
     draws = np.random.default_rng(5)
     for shape in [(17, 9), (5, 31)] if dynamic else [(17, 9)]:
@@ -75,17 +78,18 @@ def test_compiled_vectors(compiled, vector):
 @pytest.mark.parametrize("vector", MASKS)
 def test_compiled_operations_on_vectors(compiled, vector, dynamic):
     given = arguments(vector)
-    rule = {name: given[name] for name in ("exact", "span", "min_keep") if name in given}
+    rule = {name: given[name] for name in ("exact", "span", "min_keep", "prefix") if name in given}
     p = probability(vector)
     array = tensor.thresholds(torch.from_numpy(p)) if isinstance(p, np.ndarray) else None
     dropping = DropRule(None if array is not None else p, **rule)
     f = compiled(
-        lambda x, seed, keys, lengths: tensor.keep_mask((x.shape[0], x.shape[1]), dropping, seed, keys, lengths, array),
+        lambda x, seed, rows: tensor.keep_mask((x.shape[0], x.shape[1]), dropping, seed, rows, array),
         dynamic=dynamic,
     )
     seed = torch.tensor(given["seed"] - 2**64 if given["seed"] >= 2**63 else given["seed"])
-    keys, lengths = (torch.tensor(given[name]) if name in given else None for name in ("keys", "lengths"))
-    assert np.array_equal(f(torch.empty(vector["shape"]), seed, keys, lengths), expected(vector))
+    told = Request(p, (), **{name: given.get(name) for name in ("lengths", "keys", "protect", "positions")})
+    rows = rows_on(told, tuple(vector["shape"]), torch.device("cpu"))
+    assert np.array_equal(f(torch.empty(vector["shape"]), seed, rows), expected(vector))
 
 
 def test_compiled_in_place_and_into_out(compiled):
@@ -123,6 +127,14 @@ def test_compiled_arguments_of_every_form(compiled):
     assert torch.equal(f(x), message_dropout(x, seed=3, message_dims=3, keys=keys))
     f = compiled(lambda seed: keep_mask((3, 4), seed=seed, device="cpu"))
     assert torch.equal(f(torch.tensor(5)), keep_mask((3, 4), seed=5, device="cpu"))
+
+
+@pytest.mark.parametrize("options", [{}, {"exact": True, "scale": True}, {"span": 3, "prefix": 1}], ids=str)
+def test_compiled_ranges_and_offsets(compiled, options):
+    f = compiled(lambda x, seed, start: message_dropout(x, (0.2, 0.9), seed=seed, positions=start, **options))
+    for seed, start in ((3, 0), (4, 5), (-5, 2**33 + 3)):
+        want = message_dropout(X, (0.2, 0.9), seed=seed % 2**64, positions=start, **options)
+        assert torch.equal(f(X, torch.tensor(seed), start), want)
 
 
 def test_compiled_with_dynamic_shapes(compiled):
@@ -193,15 +205,19 @@ def test_export(training):
 
 
 @pytest.mark.parametrize(
-    "options", [{"span": 2}, {"exact": True, "scale": True}, {"min_keep": 2, "keys": [-1, 2, 3, 7]}]
-)
+    "options",
+    [
+        {"span": 2}, {"exact": True, "scale": True}, {"min_keep": 2, "keys": [-1, 2, 3, 7]},
+        {"p": (0.2, 0.9), "prefix": 1, "positions": 6, "span": 4, "scale": True},
+    ],
+)  # fmt: skip
 def test_exported_masks_are_the_same(options):
     class Model(torch.nn.Module):
         def forward(self, x, seed):
-            return message_dropout(x, 0.4, seed=seed, **options)
+            return message_dropout(x, seed=seed, **{"p": 0.4, **options})
 
     sizes = {1: torch.export.Dim.AUTO}
     program = torch.export.export(Model(), (X, torch.tensor(1)), dynamic_shapes=(sizes, None)).module()
     for size in (9, 33, 5):  # fewer than 5 would be another branch of the program, as torch sees it
         x = torch.randn(4, size, 3)
-        assert torch.equal(program(x, torch.tensor(-5)), message_dropout(x, 0.4, seed=2**64 - 5, **options))
+        assert torch.equal(program(x, torch.tensor(-5)), message_dropout(x, seed=2**64 - 5, **{"p": 0.4, **options}))

@@ -166,6 +166,31 @@ def test_nested_tensors(options):
             message_dropout(x, **bad)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_who_takes_part_in_nested_tensors(exact):
+    """Jagged as x is, or padded; rows may be shorter than the prefix."""
+    sizes, options = [5, 2, 7], {"p": (0.2, 0.9), "prefix": 3, "exact": exact, "scale": True, "seed": 4}
+    padded, positions = torch.randn(3, 7, 3), torch.randint(0, 100, (3, 7))
+    protect = torch.rand(3, 7) < 0.3
+    want = message_dropout(padded, lengths=sizes, protect=protect, positions=positions, **options)
+    x, jagged_protect, jagged_positions = (
+        torch.nested.as_nested_tensor([row[:n] for row, n in zip(each, sizes, strict=True)], layout=torch.jagged)
+        for each in (padded, protect, positions)
+    )
+    offsets = x.offsets()
+    for told in ({"protect": protect, "positions": positions}, {
+        "protect": torch.nested.nested_tensor_from_jagged(jagged_protect.values(), offsets),
+        "positions": torch.nested.nested_tensor_from_jagged(jagged_positions.values(), offsets),
+    }):  # fmt: skip
+        for got, row in zip(message_dropout(x, **told, **options).unbind(), want, strict=True):
+            assert torch.equal(got, row[: len(got)])
+    assert torch.equal(want[1], padded[1])
+    short = torch.nested.as_nested_tensor([torch.ones(n, 3) for n in (1, 2)], layout=torch.jagged)
+    assert torch.equal(message_dropout(short, 1.0, prefix=5).values(), short.values())
+    with pytest.raises(ValueError, match="one value for each message"):
+        message_dropout(x, protect=short.bool())
+
+
 def test_save_and_replicate():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), MessageDropout(0.5, fill=torch.nn.Parameter(torch.zeros(3))))
     buffer = io.BytesIO()
