@@ -29,6 +29,9 @@ def rules() -> dict[str, Callable[[], Any]]:
         "exact": {"p": P, "exact": True}, "min_keep": {"p": P, "min_keep": 8},
         "min_keep that binds": {"p": P, "min_keep": 200}, "keys": {"p": P, "seed": 1, "keys": np.arange(SHAPE[0])},
         "scale": {"p": P, "scale": True}, "a vector fill": {"p": P, "fill": torch.ones(SHAPE[2])},
+        "prefix": {"p": P, "prefix": 1}, "protect": {"p": P, "protect": torch.rand(SHAPE[:2]) < 0.1},
+        "a range of p": {"p": (0.0, 2 * P)}, "positions, an offset": {"p": P, "positions": 4097},
+        "positions, an array": {"p": P, "positions": torch.randint(0, 2**34, SHAPE[:2])},
     }  # fmt: skip
     return {name: (lambda o=o: message_dropout(x, out=out, **o)) for name, o in options.items()}
 
@@ -111,7 +114,7 @@ def run(rounds: int) -> dict[str, Any]:
 def bars(results: dict[str, Any]) -> dict[str, float]:
     """Every ratio that was asked for."""
     t, p = results["milliseconds"], results["p"]
-    others = [name for name in list(t)[1:] if "," not in name or name.startswith("array")]
+    others = [name for name in list(t)[1:] if "," not in name or name.startswith(("array", "positions"))]
     ratios = {f"{name}: time, of the default rule's": t[name] / t["default"] for name in others}
     for dtype in ("bfloat16", "float16"):
         for kind in ("unscaled", "scaled"):
