@@ -56,6 +56,7 @@ class Places(NamedTuple):
 
 
 USUAL = Places()
+_NOWHERE = (0,) * 6  # what of a record says so
 
 
 class Draw:
@@ -82,16 +83,22 @@ class Draw:
     ) -> None:  # fmt: skip
         self.fill, self.lengths, self.keys, self.thresholds = fill, lengths, keys, thresholds
         self.scales, self.given, self.rows, self.places = scales, given, rows, places
-        protect, taking, offset, positions = places
         # Whether plan and seed and at most numbers decide the mask.
-        self.seeded = not given and all(a is None for a in (lengths, keys, thresholds, protect, positions))
+        self.seeded = lengths is None and keys is None and thresholds is None and not given
         per_row = any(values is not None and values.ndim > 1 for values in (thresholds, scales))
         starts, padding = (0, 0) if rows is None else (address(rows.starts), address(rows.padding))
+        stand = _NOWHERE
+        if places is not USUAL:
+            protect, taking, offset, positions = places
+            self.seeded = self.seeded and protect is None and positions is None
+            stand = (
+                address(protect), _row_bytes(protect, 1), address(taking), offset, address(positions),
+                _row_bytes(positions, 8),
+            )  # fmt: skip
         # One DRAW, whose fields are all int64.
         self.record = array(
             "q", (address(fill), given, address(lengths), address(keys), address(thresholds), per_row,
-                  address(scales), starts, padding, address(protect), _row_bytes(protect, 1), address(taking),
-                  offset, address(positions), _row_bytes(positions, 8)),
+                  address(scales), starts, padding, *stand),
         )  # fmt: skip
         self.address, _ = self.record.buffer_info()
         self._numbers: Any = None

@@ -170,8 +170,8 @@ def prepare_mask(library: Library, shape: tuple[int, ...], request: Request, dev
     number, array = library.split_p(request.p)
     plan = library.mask_plan(shape, (number, *request.rule))
     seed = None if request.seed is None else library.check_seed(request.seed, None, device)
-    arrays = array, request.lengths, request.keys, request.protect, request.positions
-    told = any(value is not None for value in arrays)
+    told = array is not None or request.lengths is not None or request.keys is not None
+    told = told or request.protect is not None or request.positions is not None
     draw = library.draw(plan, array, None, request, device) if told else library.nothing
     return tuple.__new__(Job, (plan, draw, library.seed(seed, None, device), None, None, None))
 

@@ -51,11 +51,12 @@ MEMORY = 8 * BLOCK + SCRATCH + 4 * (BLOCK + GROUP) + BLOCK + 8 * BLOCK
 
 
 class Writing(NamedTuple):
-    """How a call writes."""
+    """How a call writes: message by message, and then, where that is quicker, once more over many."""
 
     kind: int  # what is done to a kept message
     fill: int  # what a dropped one becomes: a message, 0: zeros
-    together: bool  # whether messages of one scale are copied, and then multiplied many at once
+    then_kind: int  # the same of the second pass; COPY: there is none
+    then_fill: int
     stream: bool  # past the cache
     foresee: bool  # asking for what is read next
     found: int  # memory for a block's list, or for its flags as words
@@ -270,32 +271,33 @@ def _write_words(target: int, source: int, keep: Array, width: int, fill: int, f
 @inlined_jit
 def _writing(plan: Any, draw: Any, x: int, out: int, messages: int, memory: int) -> Writing:
     """How a call that writes so many messages does it; `memory` is its own, of MEMORY bytes."""
+    apart = draw["scales"] or draw["protect"] or plan["prefix"]  # messages have scales of their own
     width, kind, fill = plan["width"], plan["kind"], draw["fill"]
     stream = plan["stream"] and out % LINE == 0
     foresee = x != out and width >= 4 * LINE and messages * width >= PREFETCH_BYTES
-    together = kind != COPY and width < TOGETHER and plan["out_step"] == width and not stream
-    return Writing(kind, fill, together, stream, foresee, memory, memory + 8 * BLOCK)
+    together = kind != COPY and width < TOGETHER and plan["out_step"] == width and not (apart or stream)
+    first = (COPY, 0) if together else (kind, fill)
+    then = (kind, fill) if together else (COPY, 0)
+    return Writing(first[0], first[1], then[0], then[1], stream, foresee, memory, memory + 8 * BLOCK)
 
 
 @inner_jit
 def _write_part(
     to: int, from_: int, keep: Array, plan: Any, how: Writing, as_words: bool, scale: float, scales: int
 ) -> None:
-    """Write the messages of `keep` in the way that is quickest for their width and scales."""
-    width, together = plan["width"], how.together and not scales
-    kind, fill = (COPY, 0) if together else (how.kind, how.fill)
-    first = Writing(kind, fill, together, how.stream, how.foresee, how.found, how.scratch)
-    if as_words and kind == COPY:
-        _write_words(to, from_, keep, width, fill, how.found)
-    elif to == from_ and kind == COPY:
-        _fill_dropped(to, plan["out_step"], keep, fill, width, how.stream, how.found)
-    elif kind == COPY and width < NARROW and not (how.foresee or how.stream):
-        _write_narrow(to, from_, keep, plan, fill if fill else how.scratch)
+    """Write the messages of `keep` in the way that is quickest for their width."""
+    width = plan["width"]
+    if as_words and how.kind == COPY:
+        _write_words(to, from_, keep, width, how.fill, how.found)
+    elif to == from_ and how.kind == COPY:
+        _fill_dropped(to, plan["out_step"], keep, how.fill, width, how.stream, how.found)
+    elif how.kind == COPY and width < NARROW and not (how.foresee or how.stream):
+        _write_narrow(to, from_, keep, plan, how.fill if how.fill else how.scratch)
     else:
-        _write_each(to, from_, keep, plan, first, scale, scales)
-    if together:
-        _multiply(to, to, keep.size * width, how.kind, scale)
-        _fill_dropped(to, width, keep[: keep.size if how.fill else 0], how.fill, width, False, how.found)
+        _write_each(to, from_, keep, plan, how, scale, scales)
+    if how.then_kind != COPY:
+        _multiply(to, to, keep.size * width, how.then_kind, scale)
+        _fill_dropped(to, width, keep[: keep.size if how.then_fill else 0], how.then_fill, width, False, how.found)
 
 
 @jit
@@ -316,6 +318,7 @@ def drop_range(
     drawn = words + 4 * (BLOCK + GROUP)
     zero_bytes(how.scratch, NARROW)  # what narrow messages drop to; only `_multiply_past` writes here, where none is
     bits, scales = np.uint64(np.int64(seed)), draw["scales"]
+    scaled = how.kind != COPY
     for index in range(first // size, (last - 1) // size + 1):
         valid, row = row_valid(plan, draw, index), make_row(words, plan, draw, bits, index)
         source = view(draw["sources"] + 8 * index, 1, np.int64)[0] if draw["sources"] else x + index * plan["x_row"]
