@@ -162,7 +162,7 @@ def message_dropout(
         and training is True and not inplace and not return_mask and (address := door.address(x))
     ):  # fmt: skip
         try:
-            plan = door.plan(x.shape, x.dtype, not not scale, message_dims, p, exact, span, min_keep, prefix)
+            plan = door.plan(x.shape, x.dtype, bool(scale), message_dims, p, exact, span, min_keep, prefix)
         except TypeError:  # what is wrong is said below
             plan = None
         if plan is not None:

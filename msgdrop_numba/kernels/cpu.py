@@ -318,7 +318,6 @@ def drop_range(
     drawn = words + 4 * (BLOCK + GROUP)
     zero_bytes(how.scratch, NARROW)  # what narrow messages drop to; only `_multiply_past` writes here, where none is
     bits, scales = np.uint64(np.int64(seed)), draw["scales"]
-    scaled = how.kind != COPY
     for index in range(first // size, (last - 1) // size + 1):
         valid, row = row_valid(plan, draw, index), make_row(words, plan, draw, bits, index)
         source = view(draw["sources"] + 8 * index, 1, np.int64)[0] if draw["sources"] else x + index * plan["x_row"]
