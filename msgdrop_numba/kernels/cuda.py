@@ -18,7 +18,7 @@ import numpy as np
 from msgdrop_numba.kernels import philox, rules
 from msgdrop_numba.kernels.cuda_memory import SIMULATOR, number, scaler
 from msgdrop_numba.kernels.records import COPY
-from msgdrop_numba.kernels.rules import EVERYTHING, STREAM_DRAW, STREAM_LIMIT, STREAM_PHASE
+from msgdrop_numba.kernels.rules import EVERYTHING, STREAM_DRAW, STREAM_LIMIT, STREAM_PHASE, STREAM_RANGE
 
 cuda: Any = numba.cuda  # of which the simulator, the built-in target and numba-cuda each know other types
 
@@ -55,23 +55,50 @@ _PIECES = {16: None, 8: np.uint64, 4: np.uint32, 2: np.uint16, 1: np.uint8}
 
 
 class Rule(NamedTuple):
-    """The rule, of the kernels' arguments."""
+    """The rule, as the kernels' arguments name it: `rules.RULE`."""
 
     threshold: int
+    spread: int
+    ranged: int
     certain: int
     exact: int
     span: int
     min_keep: int
+    prefix: int
+
+
+class Told(NamedTuple):
+    """What else decides a mask, as the kernels' arguments name it: a count or a flag, or where an array lies."""
+
+    size: int
+    given: int
+    lengths: int
+    keys: int
+    inner: int
+    thresholds: int
+    row_bytes: int
+    protect: int
+    protect_row: int
+    taking: int
+    offset: int
+    positions: int
+    positions_row: int
+    seed: int
 
 
 class Row(NamedTuple):
-    """What holds for a whole row."""
+    """What holds for a whole row, as on the CPU. Of addresses 0 means none."""
 
     seed: Any
     key: Any
-    valid: Any
+    valid: Any  # messages before its padding
+    taking: Any
     phase: Any
-    thresholds: Any  # where the row's lie; 0: the rule's
+    threshold: Any
+    thresholds: Any
+    protect: Any
+    offset: Any
+    positions: Any
 
 
 @_device
@@ -93,43 +120,74 @@ def _draw(seed: Any, key: Any, i: Any, stream: Any) -> Any:
 
 
 @_device
-def _phase(seed: Any, key: Any, span: int) -> Any:
-    if span == 1:
-        return np.int64(0)
-    return np.int64(_multiply_shift(span, np.int64(_draw(seed, key, np.int64(0), STREAM_PHASE)), 32))
+def _first_draw(seed: Any, key: Any, stream: Any) -> Any:
+    """What a row draws for itself, whatever its positions."""
+    return np.uint64(_draw(seed, key, np.int64(0), stream))
+
+
+@_device
+def _make_row(rule: Rule, told: Told, index: Any) -> Row:
+    """What holds for the row of this index; nobody may have looked at what lies on the device."""
+    seed = _load_word(told.seed) if told.seed else np.uint64(0)
+    key, size = _row_key(told.keys, told.inner, index), np.int64(told.size)
+    valid = min(max(_load_int(told.lengths + 8 * index), np.int64(0)), size) if told.lengths else size
+    taking = _load_int(told.taking + 8 * index) if told.taking else max(np.int64(0), valid - rule.prefix)
+    phase, threshold = np.int64(0), np.uint64(rule.threshold)
+    if rule.span > 1 and not told.given:
+        phase = np.int64(_multiply_shift(rule.span, np.int64(_first_draw(seed, key, STREAM_PHASE)), 32))
+    if rule.ranged:
+        threshold += (np.uint64(rule.spread) * _first_draw(seed, key, STREAM_RANGE)) >> _32
+    return Row(
+        seed, key, valid, taking, phase, threshold,
+        told.thresholds + told.row_bytes * index if told.thresholds else np.int64(0),
+        told.protect + told.protect_row * index if told.protect else np.int64(0),
+        told.offset,
+        told.positions + told.positions_row * index if told.positions else np.int64(0),
+    )  # fmt: skip
+
+
+@_device
+def _takes_part(rule: Rule, row: Row, i: Any) -> Any:
+    """Whether message i is neither padding nor protected."""
+    if i < rule.prefix or i >= row.valid:
+        return False
+    return not row.protect or _load_byte(row.protect + i) == 0
+
+
+@_device
+def _position(row: Row, i: Any) -> Any:
+    return _load_int(row.positions + 8 * i) if row.positions else i + row.offset
 
 
 @_device
 def _candidate(rule: Rule, row: Row, i: Any) -> Any:
-    """Whether position i drops by the rule itself, before any limit."""
+    """Whether message i, which takes part, drops by the rule itself, before any limit."""
     if rule.exact:
         return True
-    threshold = _load_word(row.thresholds + 8 * i) if row.thresholds else np.uint64(rule.threshold)
-    group = i if rule.span == 1 else (i + row.phase) // rule.span
+    threshold = _load_word(row.thresholds + 8 * i) if row.thresholds else row.threshold
+    position = _position(row, i)
+    group = position if rule.span == 1 else (position + row.phase) // rule.span
     return _draw(row.seed, row.key, group, STREAM_DRAW) < threshold
 
 
 @_device
 def _limit_draw(rule: Rule, row: Row, i: Any) -> Any:
     """What decides whether candidate i drops, where not all of them may."""
-    return _draw(row.seed, row.key, i, STREAM_DRAW if rule.exact else STREAM_LIMIT)
+    return _draw(row.seed, row.key, _position(row, i), STREAM_DRAW if rule.exact else STREAM_LIMIT)
 
 
 @_device
-def _valid(lengths: int, row: Any, size: int) -> Any:
-    """The messages of a row before its padding; nobody may have looked at what lies on the device."""
-    return min(max(_load_int(lengths + 8 * row), np.int64(0)), np.int64(size)) if lengths else np.int64(size)
-
-
-@_device
-def _dropped_exactly(rule: Rule, valid: Any) -> Any:
-    wanted = _multiply_shift(valid, 2 * rule.threshold + 1, 33)
-    return min(wanted, max(np.int64(0), valid - rule.min_keep))
+def _may_drop(rule: Rule, row: Row) -> Any:
+    """How many of a row may drop, where that is limited; with `exact`, how many do."""
+    limit = max(np.int64(0), row.taking - rule.min_keep)
+    if rule.exact:
+        limit = min(limit, _multiply_shift(row.taking, 2 * np.int64(row.threshold) + 1, 33))
+    return limit
 
 
 @_device
 def _keeps(rule: Rule, row: Row, i: Any, limit: Any) -> Any:
-    """Whether position i is kept; `limit` is where `select` left the row's cutoff, 0: it has none."""
+    """Whether message i, which takes part, is kept; `limit` is where `select` left the row's cutoff, 0: it has none."""
     if not _candidate(rule, row, i):
         return True
     if not limit:
@@ -142,12 +200,12 @@ def _keeps(rule: Rule, row: Row, i: Any, limit: Any) -> Any:
 
 
 @_device
-def _count(counts: Any, prefix: Any, shift: Any, rule: Rule, row: Row) -> None:
+def _count(counts: Any, leading: Any, shift: Any, rule: Rule, row: Row) -> None:
     i = np.int64(cuda.threadIdx.x)
     while i < row.valid:
-        if _candidate(rule, row, i):
+        if _takes_part(rule, row, i) and _candidate(rule, row, i):
             digits = _limit_draw(rule, row, i) >> shift
-            if digits >> np.uint64(BITS) == prefix:
+            if digits >> np.uint64(BITS) == leading:
                 cuda.atomic.add(counts, np.int64(digits & np.uint64(BINS - 1)), 1)
         i += cuda.blockDim.x
 
@@ -173,7 +231,7 @@ def _next_tie(chosen: Any, after: Any, draw: Any, rule: Rule, row: Row) -> Any:
     cuda.syncthreads()
     i = after + cuda.threadIdx.x
     while i < row.valid:
-        if _candidate(rule, row, i) and _limit_draw(rule, row, i) == draw:
+        if _takes_part(rule, row, i) and _candidate(rule, row, i) and _limit_draw(rule, row, i) == draw:
             cuda.atomic.min(chosen, 2, i)
         i += cuda.blockDim.x
     cuda.syncthreads()
@@ -182,20 +240,15 @@ def _next_tie(chosen: Any, after: Any, draw: Any, rule: Rule, row: Row) -> Any:
     return found
 
 
-def select(
-    rows: int, size: int, threshold: int, certain: int, exact: int, span: int, min_keep: int, lengths: int, keys: int,
-    inner: int, thresholds: int, row_bytes: int, seed: int, limits: int,
-) -> None:  # fmt: skip
+def select(rows: int, rule: Rule, told: Told, limits: int) -> None:
     """Write each row's cutoff to `limits`, 16 bytes a row: the (draw, position) below which candidates drop."""
     counts = cuda.shared.array(BINS, np.int64)
     chosen = cuda.shared.array(3, np.int64)
-    rule = Rule(threshold, certain, exact, span, min_keep)
-    bits, index = _load_word(seed), np.int64(cuda.blockIdx.x)
+    index = np.int64(cuda.blockIdx.x)
     while index < rows:
-        key, valid = _row_key(keys, inner, index), _valid(lengths, index, size)
-        row = Row(bits, key, valid, _phase(bits, key, span), thresholds + row_bytes * index)
-        limit = _dropped_exactly(rule, valid) if exact else max(np.int64(0), valid - min_keep)
-        prefix, shift, end, digit = np.uint64(0), np.uint64(32), np.int64(0), np.int64(0)
+        row = _make_row(rule, told, index)
+        limit = _may_drop(rule, row)
+        leading, shift, end, digit = np.uint64(0), np.uint64(32), np.int64(0), np.int64(0)
         while shift > np.uint64(0) and digit >= 0:
             shift -= np.uint64(BITS)
             j = cuda.threadIdx.x
@@ -204,20 +257,20 @@ def select(
                 j += cuda.blockDim.x
             chosen[0] = -1
             cuda.syncthreads()
-            _count(counts, prefix, shift, rule, row)
+            _count(counts, leading, shift, rule, row)
             cuda.syncthreads()
             _choose(counts, chosen, limit)
             cuda.syncthreads()
             digit = chosen[0]
             if digit >= 0:  # only the first pass can find that all candidates may drop
                 limit = chosen[1]
-                prefix = (prefix << np.uint64(BITS)) | np.uint64(digit)
+                leading = (leading << np.uint64(BITS)) | np.uint64(digit)
             cuda.syncthreads()
         while digit >= 0 and limit > 0:
-            end = _next_tie(chosen, end, prefix, rule, row) + 1
+            end = _next_tie(chosen, end, leading, rule, row) + 1
             limit -= 1
         if cuda.threadIdx.x == 0:
-            _store_word(limits + 16 * index, prefix if digit >= 0 else EVERYTHING)
+            _store_word(limits + 16 * index, leading if digit >= 0 else EVERYTHING)
             _store_int(limits + 16 * index + 8, end)
         index += cuda.gridDim.x
 
@@ -259,10 +312,14 @@ def _make_copy(unit: int, kind: int) -> Device:
 
 
 @_device
-def _kept_scale(rule: Rule, valid: Any, scale: float, place: Any) -> float:
-    """What a kept message is multiplied by; `place` is where its own scale lies, 0: it has none."""
-    if rule.exact and not rule.certain:
-        return float(valid) / float(max(np.int64(1), valid - _dropped_exactly(rule, valid)))
+def _kept_scale(rule: Rule, row: Row, scale: float, place: Any) -> float:
+    """What a kept message that takes part is multiplied by; `place` is where its own scale lies, 0: it has none."""
+    if rule.certain or (rule.ranged and row.threshold == EVERYTHING):
+        return 1.0
+    if rule.exact:
+        return float(row.taking) / float(max(np.int64(1), row.taking - _may_drop(rule, row)))
+    if rule.ranged:
+        return 2.0**32 / float(np.int64(EVERYTHING - row.threshold))
     return _load_float(place) if place else scale
 
 
@@ -272,38 +329,33 @@ def _make_drop(unit: int, kind: int) -> Device:
     scaled, places = kind != COPY, THREADS
 
     def drop(
-        messages: int, size: int, width: int, x_row: int, x_step: int, out_row: int, out_step: int, threshold: int,
-        certain: int, exact: int, span: int, min_keep: int, fill: int, given: int, lengths: int, keys: int, inner: int,
-        thresholds: int, row_bytes: int, scales: int, x: int, out: int, mask: int, seed: int, limits: int, scale: float,
+        messages: int, width: int, x_row: int, x_step: int, out_row: int, out_step: int, rule: Rule, told: Told,
+        fill: int, scales: int, x: int, out: int, mask: int, limits: int, scale: float,
     ) -> None:  # fmt: skip
         tile_source = cuda.shared.array(places, np.int64)
         tile_target = cuda.shared.array(places, np.int64)
         tile_scale = cuda.shared.array(places if scaled else 1, np.float64)
-        rule = Rule(threshold, certain, exact, span, min_keep)
         j, tile = cuda.threadIdx.x + cuda.blockDim.x * cuda.threadIdx.y, UNROLL * cuda.blockDim.y
-        bits = _load_word(seed) if seed else np.uint64(0)
         if j < tile:  # no loop: what it carries would take half of the registers
             message, from_, to, kept_scale = np.int64(cuda.blockIdx.x) * tile + j, np.int64(0), np.int64(0), 0.0
             if message < messages:
-                index = np.int64(np.uint64(message) // np.uint64(size))
-                i, valid, keep = message - index * size, _valid(lengths, index, size), True
-                if given:
-                    keep = i >= valid or _load_byte(mask + message) != 0
-                elif i < valid:
-                    key = _row_key(keys, inner, index)
-                    place = thresholds + row_bytes * index if thresholds else np.int64(0)
-                    row = Row(bits, key, valid, _phase(bits, key, span), place)
+                index = np.int64(np.uint64(message) // np.uint64(told.size))
+                i, row, keep = message - index * told.size, _make_row(rule, told, index), True
+                taking = _takes_part(rule, row, i)
+                if taking and told.given:
+                    keep = _load_byte(mask + message) != 0
+                elif taking:
                     keep = _keeps(rule, row, i, limits + 16 * index if limits else np.int64(0))
-                if mask and not given and cuda.blockIdx.y == 0:
+                if mask and not told.given and cuda.blockIdx.y == 0:
                     _store_byte(mask + message, np.uint8(keep))
                 if out:
                     from_ = x + index * x_row + i * x_step
                     to = out + index * out_row + i * out_step
                     if not keep:
                         from_ = np.int64(fill)
-                    elif scaled and i < valid:
-                        place = scales + row_bytes * index + 8 * i if scales else np.int64(0)
-                        kept_scale = _kept_scale(rule, valid, scale, place)
+                    elif scaled and taking:
+                        place = scales + told.row_bytes * index + 8 * i if scales else np.int64(0)
+                        kept_scale = _kept_scale(rule, row, scale, place)
                     elif from_ == to:
                         to = np.int64(0)
             tile_source[j], tile_target[j] = from_ if to else 0, to
@@ -316,10 +368,22 @@ def _make_drop(unit: int, kind: int) -> Device:
     return drop
 
 
+def parameters(kernel: Device) -> dict[str, Any]:
+    """A kernel's parameters by name: int, float, or a tuple of integers."""
+    found = inspect.signature(kernel, eval_str=True).parameters
+    return {name: parameter.annotation for name, parameter in found.items()}
+
+
 def signature(kernel: Device) -> Any:
-    """What a kernel is compiled for, once: addresses and counts are int64."""
-    types = {"int": cuda.types.int64, "float": cuda.types.float64}
-    return cuda.types.void(*(types[given.annotation] for given in inspect.signature(kernel).parameters.values()))
+    """What a kernel is compiled for, once: addresses and counts are int64; a tuple is passed as its fields are."""
+    types = cuda.types
+    numbers = {int: types.int64, float: types.float64}
+    return types.void(
+        *(
+            numbers[kind] if kind in numbers else types.NamedUniTuple(types.int64, len(kind._fields), kind)
+            for kind in parameters(kernel).values()
+        )
+    )
 
 
 def function(unit: int, kind: int) -> Callable[..., Any]:

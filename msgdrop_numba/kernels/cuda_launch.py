@@ -6,11 +6,11 @@ Compiling touches no device; only `load` must not happen while a graph is captur
 
 from __future__ import annotations
 
-import inspect
 import re
 import threading
 from collections.abc import Callable
 from functools import cache, lru_cache
+from itertools import islice
 from operator import itemgetter
 from typing import Any, NoReturn
 
@@ -74,8 +74,21 @@ _NAMES = [*PlanNumbers._fields, *DrawNumbers._fields, "messages", "rows", "inner
 
 
 def _picker(function: Callable[..., Any]) -> Callable[[list[Any]], tuple[Any, ...]]:
-    """What takes from `launch`'s values those that the kernel's parameters name."""
-    return itemgetter(*(_NAMES.index(name) for name in inspect.signature(function).parameters))
+    """What takes from `launch`'s values those that the kernel's parameters name, of a tuple its fields one by one."""
+    kinds = cuda.parameters(function)
+    fields = [getattr(kind, "_fields", (name,)) for name, kind in kinds.items()]
+    flat = itemgetter(*(_NAMES.index(name) for names in fields for name in names))
+    if not SIMULATOR:
+        return flat
+
+    def grouped(values: list[Any]) -> tuple[Any, ...]:
+        rest = iter(flat(values))
+        return tuple(
+            kind._make(islice(rest, len(names))) if hasattr(kind, "_make") else next(rest)
+            for kind, names in zip(kinds.values(), fields, strict=True)
+        )
+
+    return grouped
 
 
 @lru_cache(maxsize=1024)

@@ -68,5 +68,5 @@ class Addresses(NamedTuple):
     x: int
     out: int  # x: in place; 0: the mask alone is made
     mask: int  # written, or read where it is given
-    seed: int  # an int64; 0 where the mask is given
+    seed: int  # an int64; 0 where nothing is drawn
     limits: int  # 16 bytes a row, where the rule is limited; else 0

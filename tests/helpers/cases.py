@@ -32,6 +32,17 @@ OPTIONS: list[dict[str, Any]] = [
     {"p": np.linspace(0, 1, 21).reshape(3, 7), "min_keep": 1},
     {"p": 1.0, "min_keep": 2, "scale": True},
     {"message_dims": 1},
+    {"prefix": 2, "exact": True, "scale": True, "lengths": [7, 1, 5]},
+    {"positions": 1000, "prefix": 1},
+    {"positions": 2**34 - 7, "p": (0.2, 0.8), "scale": True},
+    {
+        "p": (0.3, 1.0),
+        "protect": np.arange(21).reshape(3, 7) % 4 == 1,
+        "exact": True,
+        "keys": [7, -1, 0],
+        "scale": True,
+    },
+    {"span": 2, "min_keep": 2, "protect": np.arange(7) == 3, "positions": 5 * np.arange(21)[::-1].reshape(3, 7) % 17},
 ]
 
 # The same for tracing and transforms.
@@ -61,8 +72,8 @@ def mask_alone(options: dict[str, Any]) -> dict[str, Any]:
 def moved(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
     """The same options with their arrays as tensors on the device."""
     there = dict(options)
-    for name in ("p", "lengths", "keys"):
-        if np.ndim(there.get(name, 0)):
+    for name in ("p", "lengths", "keys", "protect", "positions"):
+        if np.ndim(there.get(name, 0)) and not isinstance(there[name], tuple):
             values = np.array([value % 2**64 for value in there[name]], np.uint64) if name == "keys" else there[name]
             there[name] = torch.from_numpy(np.array(values)).to(device)
     return there

@@ -43,7 +43,8 @@ class Kernels:
         written = range(out, end if out else out)
         read = {
             seed: 8, draw.fill: plan.width, draw.lengths: 8 * rows, draw.keys: 8 * rows // (inner or 1),
-            draw.thresholds: 8, draw.scales: 8,
+            draw.thresholds: 8, draw.scales: 8, draw.protect: rows * draw.protect_row or plan.size,
+            draw.taking: 8 * rows, draw.positions: rows * draw.positions_row or 8 * plan.size,
         }  # fmt: skip
         for start, size in read.items():
             assert not start or start >= written.stop or start + size <= written.start

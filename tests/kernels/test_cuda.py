@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 import random
-from dataclasses import fields
+from collections.abc import Callable
 from typing import Any
 
 import naive
@@ -19,7 +19,8 @@ from helpers.simulator import compiled, in_the_simulator, needs_numba_cuda, simu
 from helpers.vectors import MASKS, arguments, probability
 
 from msgdrop_numba.call import plan as plans
-from msgdrop_numba.call.rule import DropRule
+from msgdrop_numba.call.request import Request
+from msgdrop_numba.call.rule import DEFAULTS
 from msgdrop_numba.kernels import records
 from msgdrop_numba.kernels.records import Addresses
 
@@ -81,40 +82,41 @@ class Call:
     Args:
         shape: of the mask; the kernels see its rows one after another.
         keys: one for each row, or fewer: then each stands for all rows that share its place.
+        options: lengths, protect, positions; the rest is the rule.
     """
 
     def __init__(
-        self, cuda: Any, shape: tuple[int, ...], p: Any, seed: int, *, lengths: Any = None, keys: Any = None,
-        **rule: Any,
+        self, cuda: Any, shape: tuple[int, ...], p: Any, seed: int, *, keys: Any = None, **options: Any
     ) -> None:  # fmt: skip
-        self.cuda, self.shape, self.p, self.seed, self.rule = cuda, shape, p, seed, rule
-        self.lengths, self.keys = lengths, keys
+        self.cuda, self.shape, self.p, self.seed, self.keys, self.options = cuda, shape, p, seed, keys, options
         self.rows, self.size = math.prod(shape[:-1]), shape[-1]
-        self.keep = naive.keep_mask(shape, p, seed=seed, keys=keys, lengths=lengths, **rule)
+        self.keep = naive.keep_mask(shape, p, seed=seed, keys=keys, **options)
 
     def launch(
         self, x: Any = None, out: Any = None, dtype: str = "uint8", scale: bool = False, fill: Any = None,
         given: Any = None,
     ) -> np.ndarray:  # fmt: skip
-        number = self.p if isinstance(self.p, float) else None
+        number, array = (None, self.p) if isinstance(self.p, np.ndarray) else (self.p, None)
         kind = KINDS[dtype] if scale else records.COPY
         like = np.empty((self.rows, self.size, 1), np.uint8) if x is None else x
         target = like if out is None else out
-        rule = (number, *(self.rule.get(f.name, f.default) for f in fields(DropRule)[1:]))
-        plan = plans.make_plan(like.shape, like.itemsize, kind, 2, rule, like.strides, target.strides)
+        rule = tuple(self.options.get(name, default) for name, default in DEFAULTS.items())
+        plan = plans.make_plan(like.shape, like.itemsize, kind, 2, (number, *rule), like.strides, target.strides)
         assert plan.followed
-        lengths = None if self.lengths is None else self.lengths.ravel()
-        draw = plans.row_arguments(plan, None if number is not None else self.p, fill, scale, lengths, None)
+        told = {name: value for name, value in self.options.items() if name not in DEFAULTS}
+        if "lengths" in told:
+            told["lengths"] = told["lengths"].ravel()
+        draw = plans.row_arguments(plan, array, fill, Request(self.p, rule, scale, **told))
         inner = 0
         if self.keys is not None:
-            draw = plans.Draw(fill, draw.lengths, self.keys, draw.thresholds, draw.scales)
+            draw = plans.Draw(fill, draw.lengths, self.keys, draw.thresholds, draw.scales, places=draw.places)
             inner = self.rows // self.keys.size if self.keys.ndim < len(self.shape) - 1 else 0
         mask = np.full(self.shape, 7, np.uint8) if given is None else given.astype(np.uint8)
         seed, limits = np.array([self.seed], np.uint64), np.empty((self.rows, 2), np.int64)
         limited = plan.numbers.limited and given is None
         addresses = Addresses(
             0 if x is None else x.ctypes.data, 0 if out is None else out.ctypes.data, mask.ctypes.data,
-            0 if given is not None else seed.ctypes.data, limits.ctypes.data if limited else 0,
+            0 if given is not None and not isinstance(number, tuple) else seed.ctypes.data, limits.ctypes.data if limited else 0,
         )  # fmt: skip
         launch(plan.numbers, draw.numbers._replace(given=given is not None), plan.messages, inner, addresses, 0, 0)
         return mask
@@ -124,13 +126,13 @@ class Call:
     ) -> None:
         x = x.reshape(self.rows, self.size, -1)
         want, keep = oracle.dropout(
-            x.reshape(*self.shape, -1), self.p, seed=self.seed, keys=self.keys, lengths=self.lengths,
-            message_dims=len(self.shape), fill=0 if fill is None else fill, scale=scale, dtype=dtype, **self.rule,
+            x.reshape(*self.shape, -1), self.p, seed=self.seed, keys=self.keys, message_dims=len(self.shape),
+            fill=0 if fill is None else fill, scale=scale, dtype=dtype, **self.options,
         )  # fmt: skip
         assert np.array_equal(keep, self.keep)
         keep = keep.reshape(self.rows, self.size)
         source, out = placed(x, start, gap, far), placed(np.zeros_like(x), 0, gap // 2)
-        told = (self.shape, self.p, self.seed, self.lengths, self.rule, dtype, scale, start, gap, far, given)
+        told = (self.shape, self.p, self.seed, self.options, dtype, scale, start, gap, far, given)
         before = source.base.tobytes()
         unread = source[~keep].copy()
         source[~keep] = np.frombuffer(b"\xff" * x.itemsize, x.dtype)[0]
@@ -147,17 +149,31 @@ class Call:
         assert source.base.tobytes() == before, told  # nothing between the messages was written
 
 
+def each(rng: random.Random, shape: tuple[int, ...], value: Callable[[], Any]) -> np.ndarray:
+    """A value for each position, or for each message."""
+    per = rng.choice([shape[1:], shape])
+    return np.array([value() for _ in range(math.prod(per))]).reshape(per)
+
+
 def random_call(cuda: Any, rng: random.Random, rule: dict[str, Any], positions: int) -> Call:
     shape = (rng.randint(1, 4), rng.randint(1, positions))
     p: Any = rng.choice([1.0, 0.5, 0.3, 0.9, 2.0**-33, rng.random()])
     options = dict(rule)
     if not rule.get("exact") and rng.random() < 0.3:
-        per = rng.choice([shape[1:], shape])
-        p = np.array([rng.choice([0.0, 1.0, rng.random()]) for _ in range(math.prod(per))]).reshape(per)
+        p = each(rng, shape, lambda: rng.choice([0.0, 1.0, rng.random()]))
+    elif rng.random() < 0.3:
+        p = rng.choice([(0.2, 0.9), (0.0, 1.0), (1 - 2.0**-40, 1.0)])
     if rng.random() < 0.5:
         options["lengths"] = np.array([rng.randint(0, shape[1]) for _ in range(shape[0])])
     if rng.random() < 0.5:
         options["keys"] = np.array([rng.getrandbits(64) for _ in range(shape[0])], np.uint64)
+    if rng.random() < 0.4:
+        options["prefix"] = rng.randint(0, min(3, shape[1]))
+    if rng.random() < 0.4:
+        options["protect"] = each(rng, shape, lambda: rng.random() < 0.3)
+    if rng.random() < 0.5:
+        some = each(rng, shape, lambda: rng.choice([rng.randrange(5), rng.randrange(2**34)]))
+        options["positions"] = rng.choice([rng.randrange(2**20), 2**34 - shape[1], some])
     return Call(cuda, shape, p, rng.getrandbits(64), **options)
 
 
@@ -167,8 +183,8 @@ def test_mask_vectors(vector, small):
     options = arguments(vector)
     if "keys" in options:
         options["keys"] = np.array([key % 2**64 for key in options["keys"]], np.uint64)
-    if "lengths" in options:
-        options["lengths"] = np.array(options["lengths"])
+    for name in {"lengths", "protect"} & set(options):
+        options[name] = np.array(options[name])
     mask = Call(small, tuple(vector["shape"]), probability(vector), **options).launch()
     assert ["".join(map(str, row)) for row in mask.tolist()] == vector["keep"]
 
@@ -186,6 +202,15 @@ def test_random_cases(rule, scale, dtype, small):
         fill = rng.choice([None, numbers(rng, (width,), dtype)])
         start = rng.choice([0, 0, 16, x.itemsize])
         call.check(x, dtype, scale, fill, start, rng.choice([0, 0, 3, 16]), rng.random() < 0.3, rng.random() < 0.3)
+
+
+@simulated
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_random_masks(rule, small):
+    rng = random.Random(str(rule))
+    for _ in range(8):
+        call = random_call(small, rng, rule, 13)
+        assert np.array_equal(call.launch(), call.keep), (call.shape, call.p, call.seed, call.keys, call.options)
 
 
 @simulated
@@ -212,10 +237,11 @@ def test_nothing_but_what_drops_is_written_in_place(small, monkeypatch):
 @simulated
 @pytest.mark.parametrize("rule", [{"exact": True}, {"min_keep": 9}, {"min_keep": 8, "span": 2}], ids=str)
 def test_equal_draws_drop_in_order_of_position(rule, small, monkeypatch):
-    """Draws with two bits left: nearly all are tied."""
+    """Draws with two bits left: nearly all are tied, those of protected messages too."""
     internals.coarse_draws(monkeypatch, bits=2)
     for p in (0.3, 0.5, 0.9, 1.0):
-        call = Call(small, (3, 23), p, 3, lengths=np.array([23, 14, 5]), **rule)
+        told = {"lengths": np.array([23, 14, 5]), "prefix": 1, "protect": np.arange(23) % 5 == 2}
+        call = Call(small, (3, 23), p, 3, **told, **rule)
         assert np.array_equal(call.launch(), call.keep)
 
 
@@ -237,7 +263,7 @@ def test_rows_that_lie_billions_of_bytes_apart(small):
 
 @simulated
 def test_what_lies_on_the_device_is_clamped(small):
-    call = Call(small, (3, 9), 0.5, 3, lengths=np.array([9, 0, 4]), exact=True)
+    call = Call(small, (3, 9), 0.5, 3, lengths=np.array([9, 0, 4]), exact=True, prefix=1)
     with pytest.MonkeyPatch.context() as patch:
         internals.unchecked_lengths(patch, np.array([11, -5, 4]))
         assert np.array_equal(call.launch(), call.keep)
@@ -256,11 +282,12 @@ def test_where_everything_but_min_keep_drops_nothing_is_scaled(small):
 
 
 @simulated
-def test_padding_of_a_mask_that_is_given_stays(small):
-    call = Call(small, (2, 6), 0.5, 3, lengths=np.array([6, 2]))
+def test_what_takes_no_part_stays_whatever_the_mask_that_is_given_says(small):
+    told = {"lengths": np.array([6, 3]), "prefix": 1, "protect": np.array([0, 0, 0, 1, 0, 0], bool)}
+    call = Call(small, (2, 6), 0.5, 3, **told)
     x, out = np.ones((2, 6, 4), np.float32), np.zeros((2, 6, 4), np.float32)
-    call.launch(x, out, "float32", given=np.where(np.arange(6) < call.lengths[:, None], call.keep, False))
-    assert np.array_equal(out, naive.drop(x, call.keep, lengths=call.lengths))
+    call.launch(x, out, "float32", given=call.keep & naive.part((2, 6), **told))
+    assert np.array_equal(out, naive.drop(x, call.keep, **told))
 
 
 @simulated
@@ -286,7 +313,10 @@ def test_alignment_and_missing_memory():
     assert [cuda_launch.piece_size(records.FLOAT32, n) for n in (32, 8, 4)] == [16, 4, 4]
     with pytest.raises(ValueError, match="off by 2"):
         cuda_launch.piece_size(records.FLOAT32, 6)
-    plan, nowhere = plans.make_plan((1, 4, 1), 1, records.COPY, 2, (0.5, True, 1, 0)).numbers, Addresses(0, 0, 1, 1, 0)
+    plan, nowhere = (
+        plans.make_plan((1, 4, 1), 1, records.COPY, 2, (0.5, True, 1, 0, 0)).numbers,
+        Addresses(0, 0, 1, 1, 0),
+    )
     with pytest.raises(ValueError, match="limits"):
         launch(plan, plans.PLAIN.numbers, 4, 0, nowhere, 0, 0)
     assert cuda_launch.launch(plan, plans.PLAIN.numbers, 0, 0, nowhere, 0, 0) is None

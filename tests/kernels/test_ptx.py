@@ -54,6 +54,17 @@ def copy_loop(ptx: str, store: str) -> list[str]:
     return min((loop for loop in loops if sum(bool(re.search(store, line)) for line in loop) >= 4), key=len)
 
 
+def takes_numbers_alone(ptx: str, kernel: Any) -> bool:
+    """Whether a kernel takes the fields of its tuples one by one, 64 bits each, as it is launched with them."""
+    from msgdrop_numba.kernels import cuda
+
+    entry = ptx[ptx.index(".entry") :]
+    kinds = cuda.parameters(kernel).values()
+    wanted = [kind for kind in kinds for _ in getattr(kind, "_fields", "1")]
+    passed = re.findall(r"\.param (.*?) ", entry[: entry.index(")")])
+    return passed == [".f64" if kind is float else ".u64" for kind in wanted]
+
+
 @pytest.mark.parametrize(
     ("unit", "kind"),
     [(unit, records.COPY) for unit in (16, 8, 4, 2, 1)]
@@ -67,6 +78,7 @@ def test_ptx_of_drop(unit, kind):
     drop = cuda.function(unit, kind)
     for (major, minor), ptx in ptx_of(drop, cuda.signature(drop)).items():
         assert f".target sm_{major}{minor}" in ptx
+        assert takes_numbers_alone(ptx, drop)
         assert ".local" not in ptx
         assert "fma." not in ptx
         loop = copy_loop(ptx, rf"st\.global\.{word}\b")
@@ -82,6 +94,7 @@ def test_ptx_of_select():
 
     for (major, minor), ptx in ptx_of(cuda.select, cuda.signature(cuda.select)).items():
         assert f".target sm_{major}{minor}" in ptx
+        assert takes_numbers_alone(ptx, cuda.select)
         assert ".local" not in ptx
         assert registers(ptx, major, minor) <= 85  # three blocks of 512 threads
         assert re.search(r"atom\.\S*shared", ptx)

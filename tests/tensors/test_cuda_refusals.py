@@ -86,6 +86,12 @@ def test_no_log_line_on_rocm(monkeypatch, caplog):
     [
         ({"lengths": torch.ones(3, dtype=torch.int64, device="meta")}, ValueError, "lengths must be on .* meta"),
         ({"keys": torch.ones(3, dtype=torch.int64, device="meta")}, ValueError, "keys must be on .* meta"),
+        ({"protect": torch.ones(7, dtype=torch.bool, device="meta")}, ValueError, "protect must be on .* meta"),
+        ({"positions": torch.ones(7, dtype=torch.int64, device="meta")}, ValueError, "positions must be on .* meta"),
+        ({"protect": torch.ones(7)}, TypeError, "protect must"),
+        ({"positions": torch.ones(7)}, TypeError, "positions must be integers"),
+        ({"positions": torch.ones(3, dtype=torch.int64)}, ValueError, "positions must"),
+        ({"prefix": 8}, ValueError, "prefix must be at most 7"),
         ({"p": torch.ones(7, device="meta")}, ValueError, "p must be on .* meta"),
         ({"seed": torch.tensor(3, device="meta")}, ValueError, "seed must be on .* meta"),
         ({"fill": torch.ones(4, device="meta")}, ValueError, "fill must be .* meta"),
@@ -100,7 +106,7 @@ def test_no_log_line_on_rocm(monkeypatch, caplog):
         ({"exact": True, "span": 2}, ValueError, "exact"),
         ({"fill": "0"}, TypeError, "fill"),
     ],
-    ids=[*"abcdefghijklmno"],
+    ids=[*"abcdefghijklmnopqrstu"],
 )
 def test_bad_input_leaves_all_as_it_was(options, error, match, device):
     x = torch.randn(SHAPE, device=device)

@@ -79,6 +79,13 @@ def test_p_seed_and_fill_on_the_device(host):
     assert np.array_equal(y.array, oracle.dropout(x, p, seed=9, fill=fill)[0])
 
 
+def test_who_takes_part_on_the_device(host):
+    x = np.random.default_rng(1).standard_normal(SHAPE)
+    told = {"protect": np.arange(7) % 3 == 0, "positions": np.arange(21).reshape(3, 7) // 2}
+    y = message_dropout(host(x), (0.2, 0.9), seed=9, scale=True, **{name: host(value) for name, value in told.items()})
+    assert np.array_equal(y.array, oracle.dropout(x, (0.2, 0.9), seed=9, scale=True, **told)[0])
+
+
 def test_strided(host):
     base = np.random.default_rng(1).standard_normal((7, 3, 8)).astype(np.float32)
     keep = naive.keep_mask(SHAPE[:2], 0.5, seed=1)

@@ -60,8 +60,9 @@ def test_a_graph_draws_anew_at_each_replay(options):
         torch.ones(64, 64, 4, device=device, requires_grad=True),
         {"p": 0.5, **options, "scale": False, "fill": 0.0},
     )
-    told.pop("lengths", None), told.pop("keys", None)
-    if np.ndim(told["p"]):
+    for name in ("lengths", "keys", "protect", "positions"):  # of rows of 7
+        told.pop(name, None)
+    if isinstance(told["p"], np.ndarray):
         told["p"] = torch.linspace(0, 1, 64, dtype=torch.float64, device=device)
     step = lambda: torch.autograd.grad(message_dropout(x, **told).sum(), x)[0]  # noqa: E731
     side = torch.cuda.Stream()

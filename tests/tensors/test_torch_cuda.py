@@ -98,9 +98,11 @@ def test_clamped_on_the_device(device):
     if device.type == "cpu":
         pytest.skip("the stand-in's tensors are the host's, whose values are checked")
     lengths, p = torch.tensor([9, -3, 4], device=device), torch.tensor([2.0, -1, float("nan"), 0.5] * 2)[:7]
+    positions, clamped = torch.tensor([-5, 1, 2, 3, 4, 5, 2**40], device=device), [0, 1, 2, 3, 4, 5, 2**34 - 1]
     x = torch.randn(SHAPE)
-    expected, _ = oracle.dropout(x, np.array([1.0, 0, 0, 0.5, 1, 0, 0]), seed=2, lengths=[7, 0, 4])
-    equal(message_dropout(x.to(device), p.to(device), seed=2, lengths=lengths), expected)
+    told = {"lengths": [7, 0, 4], "positions": clamped}
+    expected, _ = oracle.dropout(x, np.array([1.0, 0, 0, 0.5, 1, 0, 0]), seed=2, **told)
+    equal(message_dropout(x.to(device), p.to(device), seed=2, lengths=lengths, positions=positions), expected)
     keep = naive.keep_mask(SHAPE[:2], 0.5, seed=2)
     equal(message_dropout(x.to(device), torch.tensor(0.5, device=device), seed=2, return_mask=True)[1], keep)
 
@@ -178,17 +180,43 @@ def test_what_is_written_may_hold_the_arguments(device):
         words = torch.tensor([3, 4, 5] * 28, device=device).reshape(SHAPE)
         expected = message_dropout(words.clone(), seed=1, **{name: [3, 4, 5]})
         assert torch.equal(message_dropout(words, inplace=True, seed=1, **{name: words[0, 0, :3]}), expected)
+    for name, x in (
+        ("positions", torch.arange(84, device=device)),
+        ("protect", torch.arange(84, device=device) % 3 == 0),
+    ):
+        x = x.reshape(SHAPE)
+        for place in (x[1, :, 0], x[:, :, 1]):
+            told = {"seed": 3, "min_keep": 3, name: place}
+            expected = message_dropout(x.clone(), **told)
+            assert not torch.equal(expected, x)
+            assert torch.equal(message_dropout(x.clone(), **{**told, name: place.tolist()}), expected)
+            there = x.clone()
+            place = there[1, :, 0] if place.ndim == 1 else there[:, :, 1]
+            assert torch.equal(message_dropout(there, inplace=True, **{**told, name: place}), expected)
 
 
 def test_transposed_arguments(device, monkeypatch):
     internals.unseen_values(monkeypatch)  # those of the stand-in are the device's too
     x, lengths = torch.ones(2, 3, 5, 4, device=device), torch.arange(6, device=device).clamp(max=5).reshape(3, 2).t()
     p = torch.linspace(0, 1, 30, dtype=torch.float64, device=device).reshape(5, 3, 2).permute(2, 1, 0)
-    told = {"scale": True, "seed": 1, "lengths": lengths, "message_dims": 3}
+    numbers = torch.arange(30, device=device).reshape(5, 3, 2).permute(2, 1, 0)
+    protect, positions = numbers % 4 == 1, numbers * 3
+    told = {"scale": True, "seed": 1, "lengths": lengths, "message_dims": 3, "protect": protect, "positions": positions}
     expected, keep = oracle.dropout(x, p, **told)
     y, mask = message_dropout(x, p, return_mask=True, **told)
     equal(mask, keep)
     equal(y, expected)
+
+
+def test_an_offset_that_lies_on_the_device(device, monkeypatch):
+    internals.unseen_values(monkeypatch)
+    expected, keep = oracle.dropout(torch.ones(SHAPE), seed=1, positions=1000)
+    told = {"seed": 1, "positions": torch.tensor(1000, device=device)}
+    x = torch.ones(SHAPE, device=device, requires_grad=True)
+    y, mask = message_dropout(x, return_mask=True, **told)
+    equal(mask, keep)
+    y.sum().backward()
+    equal(x.grad, expected)
 
 
 def test_the_mask_under_a_transform(device):
@@ -224,6 +252,8 @@ def test_values_on_the_device_are_clamped(monkeypatch):
     assert tensors.lengths_on(torch.tensor([9, -3, 4]), (3, 7), cpu).tolist() == [7, 0, 4]
     assert tensors.probabilities_on(torch.tensor([2.0, -1, float("nan")]), (5, 3), cpu).tolist() == [1, 0, 0]
     assert tensors.probabilities_on(torch.tensor(0.5), (5, 3), cpu).tolist() == [0.5, 0.5, 0.5]
+    offset, positions = tensors.positions_on(torch.tensor([-1, 2**34, 5]), (5, 3), cpu)
+    assert (offset, positions.tolist()) == (0, [0, 2**34 - 1, 5])
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
