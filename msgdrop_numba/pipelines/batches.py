@@ -124,12 +124,12 @@ class MessageDropoutBatch:
         return [*self.columns, self.key, *([] if self.lengths is None else [self.lengths]), *self.own.values()]
 
     def __call__(self, batch: Any) -> Any:
-        there = _names(batch)
-        for name in self.needed:
+        there, needed = _names(batch), self.needed
+        for name in needed:
             if there.count(name) != 1:
                 have = f"{there.count(name)} columns" if name in there else "no column"
                 raise ValueError(f"the batch has {have} {name!r}: it has {', '.join(map(repr, there))}")
-        fields = {name: _field(batch, name) for name in self.needed}
+        fields = {name: _field(batch, name) for name in needed}
         if self.return_mask and MASK in there:
             raise ValueError(f"the batch has a column {MASK!r} already: rename it, or leave return_mask out")
         keys = _keys(self.key, fields[self.key].column)
