@@ -65,21 +65,20 @@ class Own(NamedTuple):
 
     def block(self, here: slice) -> Own:
         """The same of some rows."""
-        protect, positions = (
-            each._replace(rows=each.rows[here]) if isinstance(each, Each) else each
-            for each in (self.protect, self.positions)
-        )
+
+        def cut(each: Any) -> Any:
+            return each._replace(rows=each.rows[here]) if isinstance(each, Each) else each
+
         p = None if self.p is None else self.p[here]
-        return Own(lambda row: self.called(here.start + row), p, protect, positions)  # type: ignore[arg-type]
+        return Own(lambda row: self.called(here.start + row), p, cut(self.protect), cut(self.positions))
 
     def told(self, counts: Sequence[int] | None, size: int, of: str = "") -> Told:
         """What a request takes, for rows of `size` messages, of which `counts` are a row's own; None: up to all."""
-        p = None if self.p is None else self.p[:, None]
-        protect, positions = (
-            laid_out(each, counts, size, self.called, of) if isinstance(each, Each) else each
-            for each in (self.protect, self.positions)
-        )
-        return Told(p, protect, positions)  # type: ignore[arg-type]
+
+        def laid(each: Any) -> Any:
+            return laid_out(each, counts, size, self.called, of) if isinstance(each, Each) else each
+
+        return Told(None if self.p is None else self.p[:, None], laid(self.protect), laid(self.positions))
 
     def requested(self, request: Request, counts: Sequence[int] | None, size: int, of: str = "") -> Request:
         """The request for such rows, with what they bring."""
