@@ -56,7 +56,10 @@ class DropRule:
         if self.exact and self.span > 1:
             raise ValueError(f"exact can't be combined with span={self.span}: exact drops single messages")
         if self.exact and self.p is None:
-            raise ValueError("exact needs p to be a single number (traced: a Python one), but got an array or tensor")
+            raise ValueError(
+                "exact needs p to be a single number or range (traced: a Python one), but got an array, a tensor or "
+                "where each row has its own"
+            )
 
     @property
     def rest(self) -> tuple[Any, ...]:
@@ -107,6 +110,7 @@ class DropRule:
 # What of a rule is given by keyword, wherever messages drop, and what holds where it isn't: a bool or an integer each.
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(DropRule)[1:]}
 KEYWORDS = tuple(DEFAULTS)
+_PREFIX = KEYWORDS.index("prefix")
 
 
 def rule_of(told: tuple[Any, ...]) -> DropRule:
@@ -121,7 +125,7 @@ def unpacked(values: Any) -> tuple[Any, ...]:
 
 def for_rows(rule: tuple[Any, ...], size: int) -> tuple[Any, ...]:
     """The keywords of a rule for rows of `size` messages, which may be fewer than its prefix where rows differ."""
-    return tuple(min(v, size) if name == "prefix" else v for name, v in zip(KEYWORDS, rule, strict=True))
+    return rule if rule[_PREFIX] <= size else (*rule[:_PREFIX], size, *rule[_PREFIX + 1 :])
 
 
 def check_p(p: Any) -> float | tuple[float, float]:

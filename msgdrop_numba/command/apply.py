@@ -17,7 +17,7 @@ from msgdrop_numba.command.inputs import File, Input, look
 from msgdrop_numba.command.shards import PARTIAL, Settings, Task, Written, pieces, sync_folder
 from msgdrop_numba.version import __version__
 
-CONTRACT = 1
+CONTRACT = "1.1"
 LOCK = ".msgdrop.lock"
 
 

@@ -26,7 +26,8 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from msgdrop_numba.call.rule import KEYWORDS, DropRule
+from msgdrop_numba.call.arguments import split_positions
+from msgdrop_numba.call.rule import KEYWORDS, DropRule, check_p
 from msgdrop_numba.command.errors import JobError, one_line
 from msgdrop_numba.command.install import install_line
 
@@ -61,20 +62,49 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return tuple(int(part) for part in parts)
 
 
-def _probability(context: Any, parameter: Any, p: float) -> float:
-    if p != p:  # NaN lies in every range
-        raise click.BadParameter(f"must be from 0 to 1, but got {p}")
-    return p
+class _OrColumn(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Numbers with commas between them, and where there are columns anything else as the name of one."""
+
+    def __init__(self, name: str, columns: bool, kind: type, read: Callable[..., Any]) -> None:
+        self.name = f"{name}|COLUMN" if columns else name
+        self.columns, self.kind, self.read = columns, kind, read
+
+    def convert(self, value: Any, parameter: Any, context: Any) -> Any:
+        try:
+            numbers = [self.kind(part) for part in value.split(",")]
+        except ValueError:
+            if self.columns and value.strip():
+                return value
+            self.fail(f"must be {self.name}, but got {value!r}", parameter, context)
+        try:
+            return self.read(*numbers)
+        except (TypeError, ValueError) as error:
+            self.fail(str(error), parameter, context)
 
 
-def _rule(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say which messages drop; the command gets those of the rule behind p as one tuple, `rule`."""
+def _p(*numbers: float) -> Any:
+    return check_p(numbers[0] if len(numbers) == 1 else numbers)
 
+
+def _offset(*numbers: int) -> Any:
+    return split_positions(numbers[0] if len(numbers) == 1 else str(numbers), 1)[0]
+
+
+def _rule(columns: bool) -> Callable[..., Any]:
+    """The options that say which messages drop; the command gets those of the rule behind p as one tuple, `rule`.
+
+    Args:
+        columns: whether p and positions may be columns.
+    """
+    return functools.partial(_with_rule, columns)
+
+
+def _with_rule(columns: bool, command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
-    def with_rule(p: float, **told: Any) -> Any:
+    def with_rule(p: Any, **told: Any) -> Any:
         rule = tuple(told.pop(name) for name in KEYWORDS)
         try:
-            DropRule(p, *rule)
+            DropRule(None if isinstance(p, str) else p, *rule)
         except ValueError as error:
             named = re.sub(rf"\b({'|'.join(KEYWORDS)})\b", lambda m: "--" + m[0].replace("_", "-"), str(error))
             raise click.UsageError(named) from None
@@ -86,15 +116,19 @@ def _rule(command: Callable[..., Any]) -> Callable[..., Any]:
             of_rule = {"type": click.IntRange(min=keyword.metadata["least"])}
         flag = "--" + keyword.name.replace("_", "-")
         with_rule = click.option(flag, default=keyword.default, help=keyword.metadata["help"], **of_rule)(with_rule)
+    in_parquet = " Parquet: or a column of {}." if columns else ""
+    positions = click.option(
+        "--positions", type=_OrColumn("OFFSET", columns, int, _offset),
+        help="Position of each row's first message in the draws; 0 by default."
+        + in_parquet.format("lists of integers, the position of each message"),
+    )  # fmt: skip
     seed = click.option("--seed", required=True, type=click.IntRange(0, 2**64 - 1), help="Seed of the masks.")
     p = click.option(
-        "--p",
-        required=True,
-        type=click.FloatRange(0, 1),
-        callback=_probability,
-        help="Probability of dropping a message.",
-    )
-    return p(seed(with_rule))
+        "--p", required=True, type=_OrColumn("P|LO,HI", columns, float, _p),
+        help="Probability of dropping a message, or a range of which each row draws its own."
+        + in_parquet.format("each row's own"),
+    )  # fmt: skip
+    return p(seed(positions(with_rule)))
 
 
 def _picture_path(context: Any, parameter: Any, path: Path | None) -> Path | None:
@@ -119,12 +153,16 @@ def main(debug: bool) -> None:
 @main.command()
 @click.argument("source", metavar="INPUT", type=_PATH)
 @click.argument("output", type=_PATH)
-@_rule
+@_rule(columns=True)
 @click.option(
     "--epochs", default=1, show_default=True, type=click.IntRange(min=1), help="Folders to make, an epoch each."
 )
 @click.option("--columns", help="Parquet: the columns of messages, with commas between them. They share a mask.")
 @click.option("--key", help="Parquet: the column of sample ids, integers or strings. Equal ids get equal masks.")
+@click.option(
+    "--protect", metavar="COLUMN",
+    help="Parquet: a column of lists of bools, True where a message is left alone.",
+)  # fmt: skip
 @click.option("--ids", metavar="NAME.npy", help="The file of sample ids in each folder of .npy shards; copied along.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes (Ray: tasks at a time); by default one a CPU.")
 @click.option(
@@ -132,8 +170,9 @@ def main(debug: bool) -> None:
 )
 @click.option("--ray-address", metavar="ADDRESS", help="A Ray cluster that sees INPUT and OUTPUT under the same paths.")
 def apply(
-    source: Path, output: Path, p: float, seed: int, rule: tuple[Any, ...], epochs: int, columns: str | None,
-    key: str | None, ids: str | None, jobs: int | None, engine: str, ray_address: str | None,
+    source: Path, output: Path, p: Any, seed: int, rule: tuple[Any, ...], positions: Any, epochs: int,
+    columns: str | None, key: str | None, protect: str | None, ids: str | None, jobs: int | None, engine: str,
+    ray_address: str | None,
 ) -> None:  # fmt: skip
     """Drop messages in all shards of INPUT, into OUTPUT/epoch-0, OUTPUT/epoch-1 and so on.
 
@@ -155,7 +194,7 @@ def apply(
     if ids is not None and (Path(ids).name != ids or not ids.endswith(".npy")):
         raise click.UsageError(f"--ids must be the name of .npy files that lie beside the shards, but got {ids!r}")
     names = None if columns is None else tuple(name.strip() for name in columns.split(","))
-    settings = Settings(p, seed, rule, names, key, ids)
+    settings = Settings(p, seed, rule, names, key, ids, protect, positions)
     found = inputs.find(source, settings)
     run = engines.on_ray(jobs, ray_address) if engine == "ray" else engines.local(jobs or _cpus())
     with _bytes_bar("dropping", epochs * sum(file.bytes for file in found.files)) as tick:
@@ -199,15 +238,17 @@ def _bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 @click.option(
     "--shape", default=(8, 64), type=_Numbers(), metavar="ROWS,MESSAGES", help="Rows and messages.  [default: 8,64]"
 )
-@_rule
+@_rule(columns=False)
 @click.option("--output", type=_PNG, callback=_picture_path, help="Draw it into a PNG file too.")
-def show(shape: tuple[int, ...], p: float, seed: int, rule: tuple[Any, ...], output: Path | None) -> None:
+def show(
+    shape: tuple[int, ...], p: Any, seed: int, rule: tuple[Any, ...], positions: int | None, output: Path | None
+) -> None:
     """Show the mask of rows with the keys 0, 1, 2, ...: what is kept is full, what is dropped is empty."""
     from msgdrop_numba import keep_mask
 
     if len(shape) != 2:
         raise click.BadParameter(f"must be two numbers, rows and messages, but got {shape}", param_hint="--shape")
-    mask = keep_mask(shape, p, seed=seed, **dict(zip(KEYWORDS, rule, strict=True)))
+    mask = keep_mask(shape, p, seed=seed, positions=positions, **dict(zip(KEYWORDS, rule, strict=True)))
     encoding = sys.stdout.encoding or "ascii"
     kept, dropped = ("█", "·") if encoding.lower().startswith("utf") else ("#", ".")
     for key, row in enumerate(mask):
@@ -285,9 +326,10 @@ def bench(shape: tuple[int, ...], p: float, rounds: int) -> None:
 def demo(epochs: int, p: float, seeds: int, output: Path) -> None:
     """Train a speaker classifier on real speech and lose frames at test time.
 
-    Three arms on the Japanese Vowels utterances: without dropout, with nn.Dropout, and with message dropout (in the
-    DataLoader's collate, with probability --p, and as a layer between the recurrent layers). Then 0-80% of the test
-    frames are zeroed and the accuracy is measured. Takes about a minute with the defaults.
+    Four arms on the Japanese Vowels utterances: without dropout, with nn.Dropout, and twice with message dropout (in
+    the DataLoader's collate, with probability --p or with each utterance's own, drawn from 0 to 0.9; and as a layer
+    between the recurrent layers). Then 0-80% of the test frames are zeroed and the accuracy is measured. Takes a minute
+    or two with the defaults.
     """
     import matplotlib  # noqa: F401
     import sktime  # noqa: F401
@@ -302,9 +344,9 @@ def demo(epochs: int, p: float, seeds: int, output: Path) -> None:
         task = progress.add_task("", total=len(experiment.ARMS) * seeds * epochs)
         results = experiment.run(p, epochs, seeds, lambda: progress.advance(task))
     table = Table(title=f"Test accuracy (%), mean ± spread of {seeds} seeds, p = {p:g}, {epochs} epochs")
-    table.add_column("frames lost", no_wrap=True)
+    table.add_column("frames lost")
     for lost in experiment.LOST:
-        table.add_column(f"{lost:.0%}", justify="right")
+        table.add_column(f"{lost:.0%}", justify="right", no_wrap=True)
     for arm, row in experiment.summary(results).items():
         table.add_row(arm, *(f"{100 * mean:.1f}±{100 * spread:.1f}" for mean, spread in row))
     console.print(table)

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 
 from msgdrop_numba import KeyedDataset, MessageDropout, MessageDropoutCollate, message_dropout
 
-ARMS = ("no dropout", "nn.Dropout", "message dropout")
+RANGE = (0.0, 0.9)  # of which each utterance draws its p, in the last arm
+ARMS = ("no dropout", "nn.Dropout", "message dropout", f"message dropout, p in ({RANGE[0]:g}, {RANGE[1]:g})")
 LOST = (0.0, 0.2, 0.4, 0.6, 0.8)  # fractions of the frames lost at test time
-BETWEEN = 0.2  # dropout between the recurrent layers, in both arms that have dropout
+BETWEEN = 0.2  # dropout between the recurrent layers, in the arms that have dropout
 HIDDEN, BATCH, LEARNING_RATE = 64, 32, 3e-3
 
 Sample = tuple[Tensor, int]
@@ -69,12 +70,13 @@ def train_one(arm: str, train: list[Sample], p: float, epochs: int, seed: int, t
     torch.manual_seed(seed)
     before: nn.Module = nn.Dropout(p) if arm == "nn.Dropout" else nn.Identity()
     between: nn.Module = nn.Identity()
+    frames_p = dict(zip(ARMS[2:], (p, RANGE), strict=True)).get(arm, 0.0)
     if arm == "nn.Dropout":
         between = nn.Dropout(BETWEEN)
-    elif arm == "message dropout":
+    elif arm in ARMS[2:]:
         between = MessageDropout(BETWEEN)
     net = SpeakerNet(train[0][0].shape[1], 1 + max(speaker for _, speaker in train), before, between)
-    collate = MessageDropoutCollate(p if arm == "message dropout" else 0.0, pad=True, seed=seed)
+    collate = MessageDropoutCollate(frames_p, pad=True, seed=seed)
     loader = DataLoader(KeyedDataset(train), batch_size=BATCH, shuffle=True, collate_fn=collate)
     optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
     for epoch in range(epochs):
@@ -135,7 +137,7 @@ def save(results: list[Result], settings: dict[str, Any], picture: Path) -> Path
     table = summary(results)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for arm, style in zip(ARMS, ("o:", "s--", "D-"), strict=True):
+    for arm, style in zip(ARMS, ("o:", "s--", "D-", "^-"), strict=True):
         means, spreads = zip(*table[arm], strict=True)
         axes.errorbar(
             [100 * lost for lost in LOST], [100 * m for m in means], [100 * s for s in spreads],

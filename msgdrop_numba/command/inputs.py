@@ -45,14 +45,24 @@ def find(source: Path, settings: Settings) -> Input:
         what = "both .npy and .parquet files: give a folder of one kind" if kinds else "no .npy or .parquet file"
         raise JobError(f"{source} holds {what}")
     if kinds == {".npy"}:
-        if settings.columns or settings.key:
-            raise JobError(f"columns and key are for Parquet, but {source} holds .npy files: leave them out")
+        _refuse_columns(source, settings)
         files = _check_npy(files, settings)
     else:
         if not settings.columns or not settings.key or settings.ids:
             raise JobError(f"{source} holds Parquet files: give --columns and --key, and no --ids")
         _check_parquet(files, settings)
     return Input(files, digest)
+
+
+def _refuse_columns(source: Path, settings: Settings) -> None:
+    if settings.columns or settings.key:
+        raise JobError(f"columns and key are for Parquet, but {source} holds .npy files: leave them out")
+    for name in ("p", "protect", "positions"):
+        if isinstance(column := getattr(settings, name), str):
+            raise JobError(
+                f"--{name} {column} would be a column, which is for Parquet, but {source} holds .npy files: "
+                f"{'leave it out' if name == 'protect' else 'give a number'}"
+            )
 
 
 def look(source: Path) -> tuple[list[File], str]:
@@ -116,7 +126,7 @@ def _check_rule(header: Npy, settings: Settings) -> None:
     if len(header.shape) < 3:
         raise ValueError(f"it must be (samples, messages, features), but has the shape {header.shape}")
     none = np.empty((0, *header.shape[1:]), header.dtype)
-    drop_messages(none, Request(settings.p, settings.rule, seed=settings.seed))
+    drop_messages(none, Request(settings.p, settings.rule, seed=settings.seed, positions=settings.positions))
 
 
 def _with_ids(files: list[File], headers: dict[str, Npy], name: str) -> list[File]:
@@ -155,7 +165,7 @@ def _check_parquet(files: list[File], settings: Settings) -> None:
     for file in files:
         try:
             schema = parquet.read_schema(file.path)
-            table = arrow.empty(schema, {*drop.columns, drop.key})
+            table = arrow.empty(schema, set(drop.needed))
             drop(table)
             kinds.append([(f.name, _kind(table, f, drop.columns)) for f in schema])
         except (TypeError, ValueError, OSError) as error:

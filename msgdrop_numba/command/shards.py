@@ -27,17 +27,20 @@ PARTIAL = ".msgdrop-partial"  # how the names end under which files are written
 class Settings(NamedTuple):
     """What decides the bytes of an output, beside its epoch and the input."""
 
-    p: float
+    p: float | tuple[float, float] | str  # a number, a range, a column of Parquet
     seed: int
     rule: tuple[Any, ...]  # as of call.request.Options
     columns: tuple[str, ...] | None  # of Parquet
     key: str | None  # likewise
     ids: str | None  # of .npy: the name of the file of ids in each folder
+    protect: str | None = None  # a column of Parquet
+    positions: int | str | None = None  # of a row's first message, or a column of Parquet
 
     def parameters(self) -> dict[str, Any]:
         """All by their names, as a journal holds them."""
-        rest = {"columns": self.columns, "key": self.key, "ids": self.ids}
-        return {"p": self.p, "seed": self.seed, **dict(zip(KEYWORDS, self.rule, strict=True)), **rest}
+        told = self._asdict()
+        rule = dict(zip(KEYWORDS, told.pop("rule"), strict=True))
+        return {"p": told.pop("p"), "seed": told.pop("seed"), **rule, **told}
 
 
 class Task(NamedTuple):
@@ -162,7 +165,7 @@ def _npy(task: Task, out: _Hashed) -> None:
                 out.write(piece)
             return
         rows, settings = shape[0], task.settings
-        request = Request(settings.p, settings.rule, message_dims=2, inplace=True)
+        request = Request(settings.p, settings.rule, message_dims=2, inplace=True, positions=settings.positions)
         seed = fold_in(settings.seed, task.epoch)
         count = max(1, CHUNK // max(1, dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))))
         buffer, keys = np.empty((min(count, rows), *shape[1:]), dtype), _keys(task)
@@ -224,5 +227,5 @@ def batch_of(settings: Settings, epoch: int) -> Any:
 
     return MessageDropoutBatch(
         settings.p, columns=settings.columns or (), key=settings.key or "", seed=settings.seed, epoch=epoch,
-        **dict(zip(KEYWORDS, settings.rule, strict=True)),
+        protect=settings.protect, positions=settings.positions, **dict(zip(KEYWORDS, settings.rule, strict=True)),
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -77,6 +77,37 @@ def leaf(chunk: pa.Array, field: pa.Field | None = None) -> Leaf:
             "make each number a list of one"
         )
     return Leaf(_numbers(array), starts.tolist(), [(count, *features) for count in counts.tolist()])
+
+
+def lists(column: Any, bools: bool) -> list[np.ndarray]:
+    """Each row of a column of lists, or of tensors of one dim, that hold bools or else integers.
+
+    Raises:
+        TypeError: it holds something else.
+        ValueError: it has nulls.
+    """
+    rows: list[np.ndarray] = []
+    fits, wanted = (pa.types.is_boolean, "bools") if bools else (pa.types.is_integer, "integers")
+    for chunk in getattr(column, "chunks", [column]):
+        array = unsliced(chunk)
+        array = array.storage if isinstance(array, pa.ExtensionArray) else array
+        if array.null_count:
+            raise ValueError(f"there are {array.null_count} nulls among its rows: filter them out first")
+        if pa.types.is_struct(array.type) and "data" in {f.name for f in array.type}:  # Ray's ragged tensors
+            array = array.field("data")
+        if not _is_list(array.type) or not fits(array.type.value_type):
+            raise TypeError(f"it must hold lists of {wanted}, one for each message, but has the type {chunk.type}")
+        if array.values.null_count:
+            raise ValueError("there are nulls among its values: fill them first")
+        values, (starts, ends) = array.values.to_numpy(zero_copy_only=False), _bounds(array)
+        rows += [values[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    return rows
+
+
+def check_numbers(name: str, kind: pa.DataType) -> None:
+    """Refuse the type of a column that holds no numbers, which an empty one wouldn't show."""
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise TypeError(f"column {name!r} must hold numbers, but has the type {kind}")
 
 
 def with_numbers(array: pa.Array, values: np.ndarray) -> pa.Array:

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msgdrop_numba.call.arguments import ZERO, check_is_number, check_key, check_seed, position_p
+from msgdrop_numba.call.arguments import ZERO, check_is_number, check_key, check_seed
 from msgdrop_numba.call.keys import sample_keys
 from msgdrop_numba.call.request import Options, Request
-from msgdrop_numba.call.rule import DropRule
+from msgdrop_numba.call.rule import DropRule, for_rows
 from msgdrop_numba.functional import drop_messages, fold_in
+from msgdrop_numba.pipelines.rows import Own, read_each, read_p, sources
 
 MASK = "keep_mask"
 
@@ -26,7 +27,9 @@ class MessageDropoutBatch:
     sample's id alone, so partitions, order and retries don't matter.
 
     Args:
-        p: probability that a message is **dropped**; a number, or an array with one for each position.
+        p: probability that a message is **dropped**; a number, or a range, a tuple `(lo, hi)`, of which each row draws
+            its own, or an array with one for each position, or the name of a column with one number a row. `exact`
+            takes no array and no column.
         columns: name or names of the columns that hold messages. They share one mask: as many messages in each row.
         key: name of the column of sample ids, integers or strings (bytes and UUIDs too). Needed: a position in a
             block is no id. Rows with equal ids get equal masks. Floats, bools and nulls are refused (a null among
@@ -34,8 +37,13 @@ class MessageDropoutBatch:
         seed: integer in [0, 2**64).
         epoch: integer in [-2**63, 2**64); the masks are those of `fold_in(seed, epoch)`.
         lengths: name of a column with each row's count of valid messages. What lies behind is padding, left as it is.
+        protect: name of a column with bools for each row's messages, True = takes no part and passes as it is: an array
+            or tensor `(rows, messages)`, a list or object array of those of each row, Arrow's lists of bools.
+        positions: what the draws number messages by in place of their index: an integer, the position of each row's
+            first message, or the name of a column of such integers in [0, 2**34), of the same forms as `protect`.
         passthrough: give back all columns; with False `columns` (and the mask) alone.
         scale, exact, span, min_keep, fill: as for `message_dropout`.
+        prefix: the first so many messages of each row take no part, all where it has fewer.
         return_mask: add the keep mask as the column `"keep_mask"`, True = kept.
 
     Called with a batch, a mapping from names to columns (pandas DataFrames and Arrow tables do too), it gives back a
@@ -58,7 +66,7 @@ class MessageDropoutBatch:
         array([[False, False,  True,  True],
                [False,  True,  True, False]])
 
-    Source: the mask contract, version 1 (CONTRACT.md), on ids, keys and epochs.
+    Source: the mask contract, version 1.1 (CONTRACT.md), on ids, keys and epochs.
     """
 
     __module__ = "msgdrop_numba"  # where a pickle looks for it, wherever it stands
@@ -72,6 +80,8 @@ class MessageDropoutBatch:
         seed: int,
         epoch: int = 0,
         lengths: str | None = None,
+        protect: str | None = None,
+        positions: str | int | None = None,
         passthrough: bool = True,
         scale: bool = False,
         exact: bool = False,
@@ -81,18 +91,18 @@ class MessageDropoutBatch:
         fill: Any = ZERO,
         return_mask: bool = False,
     ) -> None:
-        number, array = position_p(p)
+        number, array, self.offset, self.own = sources(p, protect, positions, _source)
         names = (columns,) if isinstance(columns, str) else columns
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"columns must be a name or a list of names, but got {columns!r}")
         if not isinstance(key, str) or not isinstance(lengths, (str, type(None))):
             raise TypeError(f"key and lengths must be names, but got {key!r} and {lengths!r}")
-        self.columns = tuple(names)
-        if not self.columns or len({*self.columns, key, lengths}) < len(self.columns) + 2:
+        self.columns, self.key, self.lengths = tuple(names), key, lengths
+        if not self.columns or len(set(self.needed)) < len(self.needed):
             raise ValueError(
-                f"columns, key and lengths must name different columns, but got {columns!r}, {key!r} and {lengths!r}"
+                f"columns, key, lengths, p, protect and positions must name different columns, but got {columns!r}, "
+                f"{', '.join(map(repr, self.needed[len(self.columns) :]))}"
             )
-        self.key, self.lengths = key, lengths
         self.seed = fold_in(check_seed(seed), check_key("epoch", epoch))
         rule = DropRule(number, exact, span, min_keep, prefix)
         self.return_mask, self.passthrough = return_mask, passthrough
@@ -108,22 +118,27 @@ class MessageDropoutBatch:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, options=Options(*state["options"]))
 
+    @property
+    def needed(self) -> list[str]:
+        """The columns that a batch must have."""
+        return [*self.columns, self.key, *([] if self.lengths is None else [self.lengths]), *self.own.values()]
+
     def __call__(self, batch: Any) -> Any:
-        there = _names(batch)
-        wanted = [*self.columns, self.key, *([] if self.lengths is None else [self.lengths])]
-        for name in wanted:
+        there, needed = _names(batch), self.needed
+        for name in needed:
             if there.count(name) != 1:
                 have = f"{there.count(name)} columns" if name in there else "no column"
                 raise ValueError(f"the batch has {have} {name!r}: it has {', '.join(map(repr, there))}")
-        fields = {name: _field(batch, name) for name in wanted}
+        fields = {name: _field(batch, name) for name in needed}
         if self.return_mask and MASK in there:
             raise ValueError(f"the batch has a column {MASK!r} already: rename it, or leave return_mask out")
         keys = _keys(self.key, fields[self.key].column)
+        own = self._read(fields) if self.own or self.offset else None
         lengths = None if self.lengths is None else _plain(self.lengths, fields[self.lengths].column)
         changed, masks, sizes = {}, {}, {}
         for name in self.columns:
             try:
-                changed[name], masks[name], sizes[name] = self._drop(_read(*fields[name]), keys, lengths)
+                changed[name], masks[name], sizes[name] = self._drop(_read(*fields[name]), keys, lengths, own)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"column {name!r}: {error}") from error
             if sizes[name] != sizes[self.columns[0]]:
@@ -135,21 +150,43 @@ class MessageDropoutBatch:
             changed[MASK] = masks[self.columns[0]]
         return _answer(batch, changed, self.passthrough)
 
-    def _drop(self, rows: _Rows, keys: np.ndarray, lengths: np.ndarray | None) -> tuple[Any, Any, list[int]]:
+    def _read(self, fields: dict[str, _Field]) -> Own:
+        """What the rows bring."""
+        ids = _plain(self.key, fields[self.key].column).tolist()
+
+        def called(row: int) -> str:
+            return f"row {row} (key {ids[row]!r})" if row < len(ids) else f"row {row}"
+
+        read: dict[str, Any] = {"p": None, "protect": None, "positions": self.offset}
+        for argument, name in self.own.items():
+            column, place = fields[name].column, f"column {name!r} of"
+            if argument == "p":
+                read["p"] = read_p(_probabilities(name, column), place, called)
+            else:
+                read[argument] = read_each(argument, _each(argument, name, column), place, called)
+        return Own(called, **read)
+
+    def _drop(
+        self, rows: _Rows, keys: np.ndarray, lengths: np.ndarray | None, own: Own | None
+    ) -> tuple[Any, Any, list[int]]:
         """One column without its dropped messages, its mask, and its rows' counts of messages."""
         count = sum(map(len, rows.blocks))
-        for what, array in (("key", keys), ("lengths", lengths)):
+        arrays = {"key": keys, "lengths": lengths, **({} if own is None else own.arrays())}
+        for what, array in arrays.items():
             if array is not None and len(array) != count:
                 raise ValueError(f"it has {count} rows, but the {what} column has {len(array)}")
         p, fill = self.options.p, self.options.fill
         done, masks, first = [], [], 0
         for block in rows.blocks:
-            here = slice(first, first + len(block))
+            here, size = slice(first, first + len(block)), block.shape[1]
             first = here.stop
             options = self.options._replace(
-                p=p[: block.shape[1]] if isinstance(p, np.ndarray) else p, fill=_like(fill, block)
-            )
+                p=p[:size] if isinstance(p, np.ndarray) else p, rule=for_rows(self.options.rule, size),
+                fill=_like(fill, block),
+            )  # fmt: skip
             request = Request(*options, inplace=rows.writable, seed=self.seed, keys=keys[here], return_mask=True)
+            if own is not None:
+                request = own.block(here).requested(request, [size] * len(block), size)
             y, mask = drop_messages(block, request._replace(lengths=None if lengths is None else lengths[here]))
             done.append(y)
             masks.append(mask)
@@ -171,6 +208,13 @@ class _Rows(NamedTuple):
     join: Callable[[list[Any]], Any]
     join_masks: Callable[[list[Any]], Any]
     writable: bool = False  # whether the blocks are copies of ours
+
+
+def _source(name: str, value: Any) -> str | None:
+    """The column that an argument names, if it does."""
+    if name == "protect" and not isinstance(value, str):
+        raise TypeError(f"protect must be the name of a column, but got {value!r}")
+    return value if isinstance(value, str) else None
 
 
 def _names(batch: Any) -> list[str]:
@@ -222,7 +266,7 @@ def _read(column: Any, field: Any) -> _Rows:
         if column.ndim < 3:
             raise ValueError(f"it must be (rows, messages, *features), but has the shape {tuple(column.shape)}")
         return _Rows([column], lambda done: done[0], lambda masks: masks[0])
-    if _is("pyarrow", "Array", column) or _is("pyarrow", "ChunkedArray", column):
+    if _is_arrow(column):
         return _read_arrow(column, field)
     if not isinstance(column, (list, np.ndarray)):
         raise TypeError(f"it must be an array, a tensor, a list of those or an Arrow column, but is a {type(column)}")
@@ -287,11 +331,40 @@ def _like(fill: Any, block: Any) -> Any:
     return fill
 
 
+def _is_arrow(column: Any) -> bool:
+    return _is("pyarrow", "Array", column) or _is("pyarrow", "ChunkedArray", column)
+
+
+def _probabilities(name: str, column: Any) -> np.ndarray:
+    """A column of numbers."""
+    if _is_arrow(column):
+        from msgdrop_numba.pipelines import arrow
+
+        arrow.check_numbers(name, column.type)
+    return _plain(name, column)
+
+
+def _each(argument: str, name: str, column: Any) -> Any:
+    """A column of values for each row's messages: one array, or one a row."""
+    if _is_arrow(column):
+        from msgdrop_numba.pipelines import arrow
+
+        try:
+            return arrow.lists(column, bools=argument == "protect")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"column {name!r}: {error}") from None
+    if _is("torch", "Tensor", column):
+        return column.numpy(force=True)
+    if not isinstance(column, (list, np.ndarray)):
+        raise TypeError(f"column {name!r} must be an array, a tensor, a list or an Arrow column, but is {type(column)}")
+    return column
+
+
 def _plain(name: str, column: Any) -> np.ndarray:
     """A column of numbers or strings as an array."""
     if _is("torch", "Tensor", column):
         column = column.numpy(force=True)
-    if _is("pyarrow", "Array", column) or _is("pyarrow", "ChunkedArray", column):
+    if _is_arrow(column):
         if column.null_count:
             raise ValueError(f"column {name!r} has {column.null_count} nulls: filter those rows out before")
         column = column.to_numpy(zero_copy_only=False)

@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.arguments import ZERO, address, check_is_number, check_key, check_seed, position_p
+from msgdrop_numba.call.arguments import ZERO, address, check_is_number, check_key, check_seed
 from msgdrop_numba.call.keys import hash64, row_key
 from msgdrop_numba.call.request import Options, Request
-from msgdrop_numba.call.rule import DropRule
+from msgdrop_numba.call.rule import DropRule, for_rows
 from msgdrop_numba.call.threads import load
 from msgdrop_numba.functional import drop_messages, fold_in
 from msgdrop_numba.pipelines.datasets import Keyed
-from msgdrop_numba.pipelines.fields import Field, at, collate, extend, find, requested
-from msgdrop_numba.pipelines.stack import Padding, Stack
+from msgdrop_numba.pipelines.fields import Field, Path, at, collate, extend, find, leaves, requested, source
+from msgdrop_numba.pipelines.rows import Each, Own, read_each, read_p, sources
+from msgdrop_numba.pipelines.stack import Padding, Stack, called, padded
 from msgdrop_numba.tensors.seeds import fresh_seed
 
 
@@ -30,8 +31,10 @@ class MessageDropoutCollate:
     workers, batches and ranks are; ids come from a `KeyedDataset`.
 
     Args:
-        p: probability that a message is **dropped**, in [0, 1]; or an array of them, one a position, for at least as
-            many positions as the longest sample has.
+        p: probability that a message is **dropped**, in [0, 1]; or a range, a tuple `(lo, hi)`, of which each sample
+            draws its own; or an array, one a position, for at least as many positions as the longest sample has; or
+            where each sample's own p is, a number in it: a field's name, a path with a name in it, or a function of the
+            (bare) sample. `exact` takes no array and no samples' own.
         fields: index, name or list of them: where messages are dropped; all of them drop the same ones. A tuple is a
             path into nested samples, `("inputs", "audio")`. None: the sample itself where it is an array, its first
             element where it is a tuple or list. A dict sample must name them. For fields with masks of their own, a
@@ -45,12 +48,20 @@ class MessageDropoutCollate:
             order, in which messages are then dropped in place, its own padding too, and the dataset itself if it
             returns the samples' own memory. Not with `pad`.
         scale, exact, span, min_keep, fill: as for `message_dropout`; a vector fill may be an array or a tensor.
+        prefix: the first so many messages of each sample take no part, all where it has fewer.
+        protect: where each sample says which of its messages take no part: the name, index or path of a field of bools
+            `(messages,)`, True = takes no part, or a function of the (bare) sample that gives such. The field stays in
+            the batch; with `pad` it is padded with True, and so is what torch calls a `key_padding_mask`. One serves
+            all masks. With `collate_fn` it may be shorter than what that returned: what lies behind takes no part.
+        positions: what the draws number messages by in place of their index: an integer, the position of each sample's
+            first message; or where each sample has its own, integers `(messages,)` in [0, 2**34): a field's name, a
+            path with a name in it, or a function of the sample. With `pad` the field is padded with 0, as int64.
         return_mask: add the keep mask after the lengths, or under `"keep_mask"`, as the lengths are: a tensor, or an
             array where `collate_fn` returned arrays.
 
     Samples that aren't contiguous, or not in the machine's byte order, are copied before messages are dropped. In
     workers the fields and the keep mask are made in shared memory; lengths and other leaves are what torch makes of
-    them.
+    them. Functions go to spawned workers by pickle, which takes those that a module defines, no lambdas.
 
     Raises:
         TypeError, ValueError: an argument is wrong; at a call: samples that don't fit together, naming the field, the
@@ -77,7 +88,7 @@ class MessageDropoutCollate:
         >>> batch["in"]["video"].shape, batch["lengths"], batch["id"]
         (torch.Size([2, 120, 3, 8, 8]), {'av': tensor([120,  80]), 'text': tensor([9, 9])}, ['clip-120', 'clip-80'])
 
-    Source: the mask contract, version 1 (CONTRACT.md).
+    Source: the mask contract, version 1.1 (CONTRACT.md).
     """
 
     __module__ = "msgdrop_numba"  # where a pickle looks for it, wherever it stands
@@ -96,6 +107,8 @@ class MessageDropoutCollate:
         span: int = 1,
         min_keep: int = 0,
         prefix: int = 0,
+        protect: Any = None,
+        positions: Any = None,
         fill: Any = ZERO,
         return_mask: bool = False,
     ) -> None:
@@ -103,7 +116,7 @@ class MessageDropoutCollate:
             raise ValueError("pad=True can't be used with collate_fn, which pads for itself: leave one out")
         if collate_fn is not None and not callable(collate_fn):
             raise TypeError(f"collate_fn must be a function from the samples to a batch, but got {collate_fn!r}")
-        number, array = position_p(p)
+        number, array, self._offset, self._own = sources(p, protect, positions, source)
         self._masks = requested(fields)
         self.seed = None if seed is None else check_seed(seed)
         self.collate_fn = collate_fn
@@ -162,25 +175,32 @@ class MessageDropoutCollate:
             )
         ids, keys, samples = _split_keys(samples)
         seed = self._seed(ids is not None)
+        own, to_pad = self._read(samples, ids) if self._own or self._offset else (None, {})
         extras: dict[str, dict[str | None, Any]] = {}
         if self.collate_fn is None:
             fields = find(self._masks, samples[0], "a sample")
-            masks = [field.mask for field in fields.values()]
-            stacks = {mask: Stack(self._options, self._padding, _mask_seed(seed, mask), ids, keys) for mask in masks}
-            batch = collate(
-                samples, fields, lambda path, leaves: stacks[fields[path].mask].build(fields[path].label, leaves)
-            )
+            stacks = {
+                mask: Stack(self._options, self._padding, _mask_seed(seed, mask), ids, keys, own)
+                for mask in [field.mask for field in fields.values()]
+            }
+
+            def build(path: Path, values: list[Any]) -> Any:
+                field = fields.get(path)
+                return padded(to_pad[path]) if field is None else stacks[field.mask].build(field.label, values)
+
+            batch = collate(samples, {**to_pad, **fields}, build)
             if self._padding.wanted:
                 extras["lengths"] = {mask: torch.tensor(stack.lengths, device="cpu") for mask, stack in stacks.items()}
             if self.return_mask:
                 extras["keep_mask"] = {mask: stack.mask() for mask, stack in stacks.items()}
         else:
-            batch, keep = self.collate_fn(samples), {}
+            batch, sharing = self.collate_fn(samples), {}
             keys = np.arange(len(samples), dtype=np.uint64) if keys is None else keys
             fields = find(self._masks, batch, "what collate_fn returned")
             for mask in dict.fromkeys(field.mask for field in fields.values()):
-                sharing = {field.label: at(batch, path) for path, field in fields.items() if field.mask == mask}
-                keep[mask] = self._drop_in(sharing, _mask_seed(seed, mask), keys)
+                found = {field.label: at(batch, path) for path, field in fields.items() if field.mask == mask}
+                sharing[mask] = found, self._request(found, _mask_seed(seed, mask), keys, own)
+            keep = {mask: self._drop_in(*told) for mask, told in sharing.items()}
             if self.return_mask:
                 extras["keep_mask"] = keep
         return extend(batch, {name: by_mask.get(None, by_mask) for name, by_mask in extras.items()})
@@ -196,8 +216,26 @@ class MessageDropoutCollate:
             )
         return fold_in(self.seed, int(self._epoch))
 
-    def _drop_in(self, fields: dict[str, Any], seed: int, keys: np.ndarray) -> Any:
-        """Drop in what collate_fn returned, the fields of one mask, by their labels; that keep mask."""
+    def _read(self, samples: list[Any], ids: list[Any] | None) -> tuple[Own, dict[Path, Each]]:
+        """What the samples bring, and the leaves of it that are padded, by their paths."""
+
+        def name(row: int) -> str:
+            return called(row, ids)
+
+        read: dict[str, Any] = {"p": None, "protect": None, "positions": self._offset}
+        to_pad: dict[Path, Each] = {}
+        for argument, where in self._own.items():
+            path, place, values = leaves(argument, where, samples, name)
+            if argument == "p":
+                read["p"] = read_p(values, place, name)
+                continue
+            read[argument] = read_each(argument, values, place, name)
+            if path is not None and self._padding.wanted:
+                to_pad[path] = read[argument]
+        return Own(name, **read), to_pad
+
+    def _request(self, fields: dict[str, Any], seed: int, keys: np.ndarray, own: Own | None) -> Request:
+        """What is asked for in what collate_fn returned, in the fields of one mask, by their labels."""
         sizes = set()
         for field, x in fields.items():
             if not isinstance(x, (Tensor, np.ndarray)) or x.ndim < 3 or len(x) != len(keys):
@@ -212,13 +250,19 @@ class MessageDropoutCollate:
                 f"{', '.join(fields)} must have as many messages each, but got {sorted(sizes)}: they share one mask; "
                 "give them their own with fields={name: mask name, ...}"
             )
-        p, fill = self._options.p, self._options.fill
-        request = Request(*self._options, inplace=True, seed=seed, keys=keys, return_mask=True)
+        (size,) = sizes
+        p, rule = self._options.p, for_rows(self._options.rule, size)
+        options = self._options._replace(p=p[:size] if isinstance(p, np.ndarray) else p, rule=rule)
+        request = Request(*options, inplace=True, seed=seed, keys=keys, return_mask=True)
+        return request if own is None else own.requested(request, None, size, f" of {', '.join(fields)}")
+
+    def _drop_in(self, fields: dict[str, Any], request: Request) -> Any:
+        """Drop in those fields; their keep mask."""
+        fill = self._options.fill
         once = {_memory(x): x for x in fields.values()}  # memory that has two names is dropped in once
         for x in once.values():
             like_x = fill.numpy() if isinstance(fill, Tensor) and isinstance(x, np.ndarray) else fill
-            first = p[: max(sizes)] if isinstance(p, np.ndarray) else p
-            _, mask = drop_messages(x, request._replace(p=first, fill=like_x))
+            _, mask = drop_messages(x, request._replace(fill=like_x))
         return mask
 
 

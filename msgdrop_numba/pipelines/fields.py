@@ -52,6 +52,44 @@ def _is_step(step: Any) -> bool:
     return isinstance(step, (str, numbers.Integral)) and not isinstance(step, bool)
 
 
+def source(name: str, value: Any) -> Path | Callable[[Any], Any] | None:
+    """Where in a sample its own values of an argument are: a path, or a function of the sample; None: nowhere.
+
+    Raises:
+        TypeError: it is neither. A number, or a tuple of them, is p or the position of a row's first message itself.
+    """
+    if callable(value):
+        return value  # type: ignore[no-any-return]
+    path = value if isinstance(value, tuple) else (value,)
+    if name != "protect" and not any(isinstance(step, str) for step in path):
+        return None
+    if not path or not all(_is_step(step) for step in path):
+        raise TypeError(f"{name} must be a field's name, index or path, or a function of the sample, but got {value!r}")
+    return path
+
+
+def leaves(
+    name: str, where: Path | Callable[[Any], Any], samples: list[Any], called: Callable[[int], str]
+) -> tuple[Path | None, str, list[Any]]:
+    """The samples' own values of an argument: their path, what it is in words that a sample's name follows, and they.
+
+    Args:
+        where: as `source` gives it.
+        called: what a sample is called, by its number.
+    """
+    path = None if callable(where) else _located(where, samples[0], "a sample", name)
+    place = f"what {name} gives for" if path is None else f"field {label(where)} of"  # type: ignore[arg-type]
+    values = []
+    for row, sample in enumerate(samples):
+        try:
+            values.append(where(sample) if callable(where) else at(sample, path or ()))
+        except Exception as error:
+            raise ValueError(
+                f"{place} {called(row)}: {name} must be there for every sample, but got {error!r}"
+            ) from error
+    return path, place, values
+
+
 def find(fields: dict[Path, Field] | None, sample: Any, noun: str) -> dict[Path, Field]:
     """The fields where they lie in a sample, or in what `noun` says, attributes of named tuples as indices."""
     if isinstance(sample, (Tensor, np.ndarray)):
@@ -73,7 +111,7 @@ def find(fields: dict[Path, Field] | None, sample: Any, noun: str) -> dict[Path,
     return found
 
 
-def _located(path: Path, sample: Any, noun: str) -> Path:
+def _located(path: Path, sample: Any, noun: str, argument: str = "fields") -> Path:
     place: list[Any] = []
     for depth, name in enumerate(path):
         attributes = list(getattr(sample, "_fields", ()))
@@ -81,7 +119,9 @@ def _located(path: Path, sample: Any, noun: str) -> Path:
         step = attributes.index(name) if name in attributes else name
         if step not in there:
             where = f"field {label(path[:depth])} of {noun}" if depth else noun
-            raise ValueError(f"fields must be among {attributes or list(there)}, which {where} has, but got {name!r}")
+            raise ValueError(
+                f"{argument} must be among {attributes or list(there)}, which {where} has, but got {name!r}"
+            )
         place.append(step)
         sample = sample[step]
     return tuple(place)

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from msgdrop_numba import outputs
-from msgdrop_numba.call.arguments import address, scales, thresholds
-from msgdrop_numba.call.plan import Draw, Plan, Rows, make_plan
+from msgdrop_numba.call.arguments import address, scales, split_positions, thresholds
+from msgdrop_numba.call.plan import USUAL, Draw, Plan, Rows, make_plan, row_places
 from msgdrop_numba.call.request import Job, Options
+from msgdrop_numba.call.rule import for_rows
 from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.records import COPY
+from msgdrop_numba.pipelines.rows import Each, Own, Told, laid_out
 from msgdrop_numba.tensors.arguments import check_number, fill_message, scaled_kind
 from msgdrop_numba.tensors.write import draw_mask, where
 from msgdrop_numba.torch_private import all_dense, is_eager, is_plain
@@ -44,17 +46,22 @@ class _Samples(NamedTuple):
 
 
 class Stack:
-    """The fields of one batch that share a mask, by sharing rule, seed, keys and lengths."""
+    """The fields of one batch that share a mask, by sharing rule, seed, keys, lengths and what samples bring."""
 
     def __init__(
-        self, options: Options, padding: Padding, seed: int, ids: list[Any] | None, keys: np.ndarray | None
-    ) -> None:
+        self, options: Options, padding: Padding, seed: int, ids: list[Any] | None, keys: np.ndarray | None,
+        own: Own | None,
+    ) -> None:  # fmt: skip
         self.options, self.padding, self.seed, self.ids, self.keys = options, padding, seed, ids, keys
+        self.own, self.told = own, Told()
         self.lengths: list[int] | None = None
 
     def build(self, field: str, samples: list[Any]) -> Tensor:
         """The batch `(samples, messages, *features)` of one field."""
-        options, rows = self.options, self._rows(field, samples)
+        options, first = self.options, self.lengths is None
+        rows = self._rows(field, samples)
+        if first and self.own is not None:
+            self.told = self.own.told(rows.lengths, max(rows.lengths), f" of {field}" if field else "")
         out = _empty((len(samples), max(rows.lengths), *rows.features), rows.dtype)
         plan = self._plan(tuple(out.shape), rows.dtype.itemsize, scaled_kind(rows.dtype) if options.scale else COPY)
         wanted, pad_value = self.padding
@@ -84,17 +91,22 @@ class Stack:
 
     def _plan(self, shape: tuple[int, ...], itemsize: int, kind: int) -> Plan:
         p, rule = self.options.p, self.options.rule
-        return make_plan(shape, itemsize, kind, 2, (None if isinstance(p, np.ndarray) else p, *rule))
+        return make_plan(
+            shape, itemsize, kind, 2, (None if isinstance(p, np.ndarray) else p, *for_rows(rule, shape[1]))
+        )
 
     def _draw(self, plan: Plan, fill: Any = None, rows: Rows | None = None) -> Draw:
         assert self.lengths is not None
         full = self.lengths.count(plan.size) == len(self.lengths)
         lengths = None if full else np.array(self.lengths, np.int64)
-        p, row_thresholds, row_scales = self.options.p, None, None
+        p, row_thresholds, row_scales, places = self.options.p, None, None, USUAL
+        if self.own is not None:
+            p = p if self.told.p is None else self.told.p.repeat(plan.size, axis=1)
+            places = row_places(plan, lengths, self.told.protect, *split_positions(self.told.positions, plan.size))
         if isinstance(p, np.ndarray):
-            row_thresholds = thresholds(p[: plan.size])
-            row_scales = scales(p[: plan.size]) if self.options.scale else None
-        return Draw(fill, lengths, self.keys, row_thresholds, row_scales, rows=rows)
+            row_thresholds = thresholds(p[..., : plan.size])
+            row_scales = scales(p[..., : plan.size]) if self.options.scale else None
+        return Draw(fill, lengths, self.keys, row_thresholds, row_scales, rows=rows, places=places)
 
     def _rows(self, field: str, samples: list[Any]) -> _Samples:
         """Where the samples lie; refused if they don't fit together, or to the fields that were built before."""
@@ -174,8 +186,19 @@ class Stack:
             )
 
     def _at(self, field: str, row: int) -> str:
-        key = "" if self.ids is None else f" (key {self.ids[row]!r})"
-        return f"{field} of sample {row}{key}" if field else f"sample {row}{key}"
+        return f"{field} of {called(row, self.ids)}" if field else called(row, self.ids)
+
+
+def called(row: int, ids: list[Any] | None) -> str:
+    """What a sample is called in an error."""
+    return f"sample {row}" if ids is None else f"sample {row} (key {ids[row]!r})"
+
+
+def padded(each: Each) -> Tensor:
+    """The samples' own values of an argument as a leaf of the batch, padded to the longest."""
+    array = laid_out(each, None, max(map(len, each.rows)), str)
+    out = _empty(array.shape, _torch_dtype(array.dtype))
+    return out.copy_(torch.from_numpy(array))
 
 
 @lru_cache(maxsize=64)

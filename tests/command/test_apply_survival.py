@@ -322,7 +322,7 @@ def test_verify_of_a_link_that_leads_nowhere(source, tmp_path):
 def test_the_journal_says_what_was_done(source, tmp_path):
     job(source, tmp_path / "out", p=0.25, min_keep=1)
     header, *lines = map(json.loads, (tmp_path / "out" / journal.NAME).read_text().splitlines())
-    assert header["contract"] == 1
+    assert header["contract"] == "1.1"
     assert header["parameters"]["p"] == 0.25
     assert [line["file"] for line in lines] == sorted(line["file"] for line in lines)
     assert {line["file"]: line["bytes"] for line in lines} == {

@@ -9,6 +9,7 @@ import naive
 import numpy as np
 from click.testing import CliRunner
 
+from msgdrop_numba.call.rule import DEFAULTS
 from msgdrop_numba.command import apply, inputs, shards
 from msgdrop_numba.command.cli import main
 
@@ -20,8 +21,8 @@ def serial(tasks):
     return ((task, shards.run(task)) for task in tasks)
 
 
-def settings(p=0.5, seed=7, exact=False, span=1, min_keep=0, columns=None, key=None, ids=None):
-    return shards.Settings(p, seed, (exact, span, min_keep), columns, key, ids)
+def settings(p=0.5, seed=7, columns=None, key=None, ids=None, protect=None, positions=None, **rule):
+    return shards.Settings(p, seed, tuple({**DEFAULTS, **rule}.values()), columns, key, ids, protect, positions)
 
 
 def job(source, output, epochs=1, engine=serial, **options):

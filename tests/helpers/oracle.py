@@ -31,13 +31,28 @@ def dropout(
 
 
 def rows(
-    data: Any, ids: Any, p: Any = 0.5, *, lengths: Any = None, **options: Any
+    data: Any,
+    ids: Any,
+    p: Any = 0.5,
+    *,
+    lengths: Any = None,
+    protect: Any = None,
+    positions: Any = None,
+    **options: Any,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """`dropout` of rows that needn't be of one length, a row at a time; p may be an array for the longest."""
+    """`dropout` of rows that needn't be of one length, a row at a time.
+
+    Args:
+        p: a number, a range, an array for the positions of the longest, or a list of each row's own.
+        lengths, protect, positions: of each row; positions may be an integer.
+    """
     done = []
     for i, (row, sample_id) in enumerate(zip(data, ids, strict=True)):
         told = {"keys": [sample_id], "lengths": None if lengths is None else lengths[i : i + 1], **options}
-        done.append(dropout(row[None], p if np.ndim(p) == 0 else p[: len(row)], message_dims=2, **told))
+        told["protect"] = None if protect is None else _host(protect[i])[None]
+        told["positions"] = _host(positions[i])[None] if hasattr(positions, "__getitem__") else positions
+        own = p[i] if isinstance(p, list) else p[: len(row)] if isinstance(p, np.ndarray) else p
+        done.append(dropout(row[None], own, message_dims=2, **told))
     return [y[0] for y, _ in done], [keep[0] for _, keep in done]
 
 
