@@ -76,6 +76,12 @@ def check_source(seed: Any, generator: Any, kind: type) -> int | None:
     return None if seed is None else check_seed(seed)
 
 
+def refuse_masked(name: str, values: Any) -> None:
+    """NumPy's masked arrays: their masks would be lost."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a plain array, but got a masked one, whose mask would be lost: give filled()")
+
+
 def integers(name: str, values: Any, read: Callable[[str, Any], int] = check_key) -> np.ndarray:
     """An integer array of anything array-like; Python objects are read one by one, so that none becomes a float."""
     if isinstance(values, (Sequence, numbers.Number)) and not isinstance(values, (str, bytes, np.generic)):
@@ -85,6 +91,7 @@ def integers(name: str, values: Any, read: Callable[[str, Any], int] = check_key
         if values.dtype.is_floating_point or values.dtype.is_complex:
             raise TypeError(f"{name} must be integers, but got dtype {values.dtype}")
         values = values.detach().cpu().clone().numpy()  # .numpy() of the user's own would fix its storage's size
+    refuse_masked(name, values)
     array: np.ndarray = np.asarray(values)
     if array.dtype.kind in "OUST":
         bits = [read(name, value) for value in array.ravel().tolist()]
@@ -113,8 +120,7 @@ def protected(protect: Any, shape: tuple[int, ...]) -> np.ndarray:
     if torch is not None and isinstance(protect, torch.Tensor):
         check_protect(protect, shape)
         protect = protect.detach().cpu().clone().numpy()  # .numpy() of the user's own would fix its storage's size
-    if isinstance(protect, np.ma.MaskedArray):
-        raise TypeError("protect must be a plain array, but got a masked one, whose mask would be lost: give filled()")
+    refuse_masked("protect", protect)
     array: np.ndarray = np.asarray(protect)
     check_protect(array, shape)
     return np.array(array, order="C", subok=False)  # the user's own memory may be what is written
@@ -181,6 +187,7 @@ def probabilities(p: Any, shape: tuple[int, ...]) -> np.ndarray:
         if p.dtype == torch.bool or p.is_complex():
             raise TypeError(f"p must hold floating-point numbers, but got dtype {p.dtype}")
         p = p.detach().cpu().to(torch.float64).numpy()
+    refuse_masked("p", p)
     if p.dtype.kind not in "fiu":
         raise TypeError(f"p must hold floating-point numbers, but got dtype {p.dtype}")
     values: np.ndarray = np.array(p, dtype=np.float64, order="C")

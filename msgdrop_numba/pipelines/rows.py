@@ -138,8 +138,6 @@ def _read(name: str, values: Any, dims: int, where: str) -> np.ndarray:
         shape = tuple(np.shape(values))
         if shape == (0,) and dims == 1:  # it may come without a dtype, as an empty list
             return np.full(0, padding)
-        if isinstance(values, np.ma.MaskedArray):
-            raise TypeError(f"{name} must be a plain array, but got a masked one, whose mask would be lost")
         array = read(values, shape)
         if len(shape) != dims:
             raise ValueError(f"{name} must be {_FORMS[dims]}, but got shape {shape}")
