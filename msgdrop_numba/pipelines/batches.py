@@ -124,12 +124,9 @@ class MessageDropoutBatch:
         return [*self.columns, self.key, *([] if self.lengths is None else [self.lengths]), *self.own.values()]
 
     def __call__(self, batch: Any) -> Any:
-        there, needed = _names(batch), self.needed
-        for name in needed:
-            if there.count(name) != 1:
-                have = f"{there.count(name)} columns" if name in there else "no column"
-                raise ValueError(f"the batch has {have} {name!r}: it has {', '.join(map(repr, there))}")
-        fields = {name: _field(batch, name) for name in needed}
+        there = _names(batch)
+        check_names(there, self.needed)
+        fields = {name: _field(batch, name) for name in self.needed}
         if self.return_mask and MASK in there:
             raise ValueError(f"the batch has a column {MASK!r} already: rename it, or leave return_mask out")
         keys = _keys(self.key, fields[self.key].column)
@@ -204,6 +201,14 @@ class _Rows(NamedTuple):
     join: Callable[[list[Any]], Any]
     join_masks: Callable[[list[Any]], Any]
     writable: bool = False  # whether the blocks are copies of ours
+
+
+def check_names(there: list[str], needed: list[str]) -> None:
+    """Refuse a batch of the columns `there` unless each that is needed is among them once."""
+    for name in needed:
+        if there.count(name) != 1:
+            have = f"{there.count(name)} columns" if name in there else "no column"
+            raise ValueError(f"the batch has {have} {name!r}: it has {', '.join(map(repr, there))}")
 
 
 def _source(name: str, value: Any) -> str | None:
