@@ -130,7 +130,8 @@ def message_dropout(
             shape of the message dims, or of the last one alone, for all rows.
         positions: what the draws number messages by in place of their index: an integer, the position of each row's
             first message, for rows that are cut into pieces; or integers of the shape of the message dims or of the
-            last one alone, each in [0, 2**34). Equal positions have equal draws.
+            last one alone, each in [0, 2**34). Equal positions have equal draws; `exact` and `min_keep` count the
+            messages of x, so that with them a piece hasn't the mask of the whole.
         generator: `torch.Generator` for tensors, `numpy.random.Generator` for arrays; not with `seed`.
         out: array to write into, of x's kind, shape and dtype; x itself, or memory that doesn't overlap it.
         return_mask: give back `(y, keep)`, with keep the bool mask over the message dims, True = kept.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from msgdrop_numba.call.arguments import ZERO
-from msgdrop_numba.call.rule import P
+from msgdrop_numba.call.rule import P, for_rows
 
 
 class Options(NamedTuple):
@@ -30,6 +30,11 @@ class Options(NamedTuple):
     scale: Any = False
     fill: Any = ZERO
     message_dims: Any = None
+
+    def of_rows(self, size: int) -> Options:
+        """The same for rows of `size` messages, which may be fewer than p has numbers, or than the prefix."""
+        p = self.p[:size] if isinstance(self.p, np.ndarray) else self.p
+        return self._replace(p=p, rule=for_rows(self.rule, size))
 
 
 class Request(NamedTuple):

@@ -87,7 +87,9 @@ def _p(*numbers: float) -> Any:
 
 
 def _offset(*numbers: int) -> Any:
-    return split_positions(numbers[0] if len(numbers) == 1 else str(numbers), 1)[0]
+    if len(numbers) > 1:
+        raise TypeError(f"positions must be an integer, that of each row's first message, but got {numbers}")
+    return split_positions(numbers[0], 1)[0]
 
 
 def _rule(columns: bool) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from msgdrop_numba.call.arguments import ZERO, check_is_number, check_key, check_seed
 from msgdrop_numba.call.keys import sample_keys
 from msgdrop_numba.call.request import Options, Request
-from msgdrop_numba.call.rule import DropRule, for_rows
+from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.functional import drop_messages, fold_in
 from msgdrop_numba.pipelines.rows import Own, read_each, read_p, sources
 
@@ -124,16 +124,13 @@ class MessageDropoutBatch:
         return [*self.columns, self.key, *([] if self.lengths is None else [self.lengths]), *self.own.values()]
 
     def __call__(self, batch: Any) -> Any:
-        there, needed = _names(batch), self.needed
-        for name in needed:
-            if there.count(name) != 1:
-                have = f"{there.count(name)} columns" if name in there else "no column"
-                raise ValueError(f"the batch has {have} {name!r}: it has {', '.join(map(repr, there))}")
-        fields = {name: _field(batch, name) for name in needed}
+        there = _names(batch)
+        check_names(there, self.needed)
+        fields = {name: _field(batch, name) for name in self.needed}
         if self.return_mask and MASK in there:
             raise ValueError(f"the batch has a column {MASK!r} already: rename it, or leave return_mask out")
         keys = _keys(self.key, fields[self.key].column)
-        own = self._read(fields) if self.own or self.offset else None
+        own = self._read_own(fields) if self.own or self.offset else None
         lengths = None if self.lengths is None else _plain(self.lengths, fields[self.lengths].column)
         changed, masks, sizes = {}, {}, {}
         for name in self.columns:
@@ -150,7 +147,7 @@ class MessageDropoutBatch:
             changed[MASK] = masks[self.columns[0]]
         return _answer(batch, changed, self.passthrough)
 
-    def _read(self, fields: dict[str, _Field]) -> Own:
+    def _read_own(self, fields: dict[str, _Field]) -> Own:
         """What the rows bring."""
         ids = _plain(self.key, fields[self.key].column).tolist()
 
@@ -175,15 +172,11 @@ class MessageDropoutBatch:
         for what, array in arrays.items():
             if array is not None and len(array) != count:
                 raise ValueError(f"it has {count} rows, but the {what} column has {len(array)}")
-        p, fill = self.options.p, self.options.fill
         done, masks, first = [], [], 0
         for block in rows.blocks:
             here, size = slice(first, first + len(block)), block.shape[1]
             first = here.stop
-            options = self.options._replace(
-                p=p[:size] if isinstance(p, np.ndarray) else p, rule=for_rows(self.options.rule, size),
-                fill=_like(fill, block),
-            )  # fmt: skip
+            options = self.options.of_rows(size)._replace(fill=_like(self.options.fill, block))
             request = Request(*options, inplace=rows.writable, seed=self.seed, keys=keys[here], return_mask=True)
             if own is not None:
                 request = own.block(here).requested(request, [size] * len(block), size)
@@ -208,6 +201,14 @@ class _Rows(NamedTuple):
     join: Callable[[list[Any]], Any]
     join_masks: Callable[[list[Any]], Any]
     writable: bool = False  # whether the blocks are copies of ours
+
+
+def check_names(there: list[str], needed: list[str]) -> None:
+    """Refuse a batch of the columns `there` unless each that is needed is among them once."""
+    for name in needed:
+        if there.count(name) != 1:
+            have = f"{there.count(name)} columns" if name in there else "no column"
+            raise ValueError(f"the batch has {have} {name!r}: it has {', '.join(map(repr, there))}")
 
 
 def _source(name: str, value: Any) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from msgdrop_numba.call.arguments import ZERO, address, check_is_number, check_key, check_seed
 from msgdrop_numba.call.keys import hash64, row_key
 from msgdrop_numba.call.request import Options, Request
-from msgdrop_numba.call.rule import DropRule, for_rows
+from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.call.threads import load
 from msgdrop_numba.functional import drop_messages, fold_in
 from msgdrop_numba.pipelines.datasets import Keyed
@@ -175,7 +175,7 @@ class MessageDropoutCollate:
             )
         ids, keys, samples = _split_keys(samples)
         seed = self._seed(ids is not None)
-        own, to_pad = self._read(samples, ids) if self._own or self._offset else (None, {})
+        own, to_pad = self._read_own(samples, ids) if self._own or self._offset else (None, {})
         extras: dict[str, dict[str | None, Any]] = {}
         if self.collate_fn is None:
             fields = find(self._masks, samples[0], "a sample")
@@ -216,7 +216,7 @@ class MessageDropoutCollate:
             )
         return fold_in(self.seed, int(self._epoch))
 
-    def _read(self, samples: list[Any], ids: list[Any] | None) -> tuple[Own, dict[Path, Each]]:
+    def _read_own(self, samples: list[Any], ids: list[Any] | None) -> tuple[Own, dict[Path, Each]]:
         """What the samples bring, and the leaves of it that are padded, by their paths."""
 
         def name(row: int) -> str:
@@ -251,9 +251,7 @@ class MessageDropoutCollate:
                 "give them their own with fields={name: mask name, ...}"
             )
         (size,) = sizes
-        p, rule = self._options.p, for_rows(self._options.rule, size)
-        options = self._options._replace(p=p[:size] if isinstance(p, np.ndarray) else p, rule=rule)
-        request = Request(*options, inplace=True, seed=seed, keys=keys, return_mask=True)
+        request = Request(*self._options.of_rows(size), inplace=True, seed=seed, keys=keys, return_mask=True)
         return request if own is None else own.requested(request, None, size, f" of {', '.join(fields)}")
 
     def _drop_in(self, fields: dict[str, Any], request: Request) -> Any:

@@ -34,8 +34,8 @@ def message_dropout(x: Tensor, request: Request) -> Any:
     if int(offsets[0]) != 0 or int(offsets[-1]) != len(values):
         raise ValueError(f"a nested x must use all its {len(values)} values, but has offsets {offsets.tolist()}")
     shape = (len(sizes), int(sizes.max()) if len(sizes) else 0)
-    protect, positions = (_padded(each, offsets, shape) for each in (request.protect, request.positions))
-    told = request._replace(lengths=sizes, protect=protect, positions=positions)
+    places = {name: _padded(name, getattr(request, name), offsets, shape) for name in ("protect", "positions")}
+    told = request._replace(lengths=sizes, **places)
     result = perform(_Ragged(shape), values, told)
     y, keep = result if request.return_mask else (result, None)
     if y is not values:
@@ -43,12 +43,15 @@ def message_dropout(x: Tensor, request: Request) -> Any:
     return x if keep is None else (x, torch.nested.nested_tensor_from_jagged(keep, offsets))
 
 
-def _padded(each: Any, offsets: Tensor, shape: tuple[int, int]) -> Any:
+def _padded(name: str, each: Any, offsets: Tensor, shape: tuple[int, int]) -> Any:
     """What is jagged as x is, padded with zeros; anything else as it is."""
     if not isinstance(each, Tensor) or not each.is_nested:
         return each
     if each.ndim != 2 or not torch.equal(each.offsets(), offsets):  # type: ignore[attr-defined]
-        raise ValueError("protect and positions that are nested must have one value for each message of x")
+        raise ValueError(
+            f"a nested {name} must have one value for each message of x, whose offsets are {offsets.tolist()}, "
+            f"but has {each.ndim} dims and offsets {each.offsets().tolist()}"  # type: ignore[attr-defined]
+        )
     padded = torch.zeros(shape, dtype=each.dtype, device=each.device)
     padded[_inside(offsets.diff(), shape[1])] = each.values()
     return padded

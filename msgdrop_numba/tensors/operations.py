@@ -81,11 +81,16 @@ def _fewer(keys: Tensor, count: Tensor) -> Tensor:
     return torch.zeros_like(among).scatter(-1, order, among)
 
 
+def _multiply_shift(a: Tensor, b: Any, shift: int) -> Tensor:
+    """(a * b) >> shift for a < 2**34, b < 2**34, 17 <= shift: the product may not fit into 64 bits."""
+    high, low = b // 2**17, b % 2**17  # what Inductor follows in symbolic integers
+    product: Tensor = a * high + ((a * low) >> 17)
+    return product >> (shift - 17)
+
+
 def _exactly(taking: Tensor, rule: DropRule, threshold: Any) -> Tensor:
-    """How many of `taking` messages the exact rule drops, in two steps since the product may not fit into 64 bits."""
-    share = 2 * threshold + 1
-    high, low = share // 2**17, share % 2**17  # what Inductor follows in symbolic integers
-    wanted = (taking * high + ((taking * low) >> 17)) >> 16
+    """How many of `taking` messages the exact rule drops."""
+    wanted = _multiply_shift(taking, 2 * threshold + 1, 33)
     return torch.minimum(wanted, (taking - rule.min_keep).clamp(min=0))
 
 
@@ -148,11 +153,10 @@ def taking(shape: tuple[int, ...], rule: DropRule, told: Rows, device: torch.dev
 
 
 def _row_threshold(rule: DropRule, seed: Tensor, keys: Tensor) -> Any:
-    """T(p): a number, or one a row where p is a range, in two steps since the product may not fit into 64 bits."""
+    """T(p): a number, or one a row where p is a range."""
     if not rule.ranged:
         return rule.threshold
-    first = draws(seed, keys, 0, 1, 3)
-    return rule.threshold + ((first * (rule.spread >> 16) + ((first * (rule.spread & 0xFFFF)) >> 16)) >> 16)
+    return rule.threshold + _multiply_shift(draws(seed, keys, 0, 1, 3), rule.spread, 32)
 
 
 def _drawn(seed: Tensor, keys: Tensor, told: Rows, size: int, stream: int, span: int = 1) -> Tensor:
@@ -164,9 +168,7 @@ def _drawn(seed: Tensor, keys: Tensor, told: Rows, size: int, stream: int, span:
             if positions is None
             else draws_of(seed, keys, positions, stream)
         )
-    first = draws(seed, keys, 0, 1, 1)
-    # In two steps since the product may not fit into 64 bits.
-    phase = (first * (span // 2**17) + ((first * (span % 2**17)) >> 17)) >> 15
+    phase = _multiply_shift(draws(seed, keys, 0, 1, 1), span, 32)
     if positions is not None:
         return draws_of(seed, keys, (positions + phase) // span, stream)
     start = told.offset // span

@@ -140,7 +140,7 @@ def test_what_is_not_for_npy(tmp_path, options, said):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--p", "none"], "a.parquet: the batch has no column 'none'"),
+        (["--p", "none"], "a.parquet: the batch has no column 'none': it has 'id', 'x', 'guard', 'at', 'much'"),
         (["--p", "id"], "columns, key, lengths, p, protect and positions must name different columns"),
         (["--p", "guard"], "a.parquet: column 'guard' must hold numbers, but has the type list<"),
         (["--p", "0.5", "--protect", "at"], "a.parquet: column 'at': it must hold lists of bools"),

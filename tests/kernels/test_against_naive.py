@@ -225,6 +225,22 @@ def test_rows_longer_than_a_block(start, rules, chunks):
     assert np.array_equal(y, np.where(mask[..., None], x, 0))
 
 
+@pytest.mark.parametrize(
+    "rules", [{"exact": True}, {"min_keep": 1100}, {"span": 3, "min_keep": 1050}, {"p": (0.2, 0.9)}], ids=str
+)
+def test_who_takes_part_in_rows_longer_than_a_block(rules, chunks):
+    shape = (2, 2501)
+    told = {
+        "p": 0.4, "seed": 3, "prefix": 1100, "protect": np.arange(2501) % 5 == 1, "scale": True,
+        "positions": 7 * np.arange(2 * 2501)[::-1].reshape(shape) % 10_007, **rules,
+    }  # fmt: skip
+    x = np.random.default_rng(1).standard_normal((*shape, 1), np.float32)
+    want, keep = oracle.dropout(x, message_dims=2, **told)
+    y, mask = message_dropout(x, message_dims=2, return_mask=True, **told)
+    assert np.array_equal(mask, keep)
+    assert bits(y) == bits(want)
+
+
 @pytest.mark.kernels
 def test_bfloat16_is_scaled_like_torch(chunks):
     bits16 = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
