@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgdrop_numba.functional import fold_in, keep_mask, message_dropout, row_key
 from msgdrop_numba.pipelines.batches import MessageDropoutBatch
+from msgdrop_numba.select import Kept, message_select, select_messages
 from msgdrop_numba.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Kept",
     "Keyed",
     "KeyedDataset",
     "MessageDropout",
@@ -31,7 +33,9 @@ __all__ = [
     "fold_in",
     "keep_mask",
     "message_dropout",
+    "message_select",
     "row_key",
+    "select_messages",
 ]
 
 

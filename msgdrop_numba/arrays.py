@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from functools import lru_cache, partial
 from typing import Any
@@ -22,6 +23,18 @@ from msgdrop_numba.call.plan import (
     row_arguments,
 )
 from msgdrop_numba.call.request import Job, Request, ShortDoor, perform, prepare, prepare_mask
+from msgdrop_numba.call.select import (
+    PACKED,
+    How,
+    Selection,
+    Source,
+    laid_out,
+    move,
+    of_slots,
+    place,
+    slot_scales,
+    source,
+)
 from msgdrop_numba.call.threads import launch
 from msgdrop_numba.call.ways import ARRAY, ARRAY_APART, Answer
 from msgdrop_numba.kernels.records import COPY, FLOAT16, FLOAT32, FLOAT64
@@ -199,6 +212,88 @@ def _write(job: Job, plan: Plan, x: np.ndarray, result: np.ndarray, mask: np.nda
     np.copyto(result, x, where=kept)
     fill = np.zeros((), x.dtype) if draw.fill is None else draw.fill
     np.copyto(result, fill, where=~mask.reshape(wide))
+
+
+# ---- messages that are removed
+
+
+def message_select(x: np.ndarray, request: Request, how: How) -> tuple[np.ndarray, Selection | None]:
+    """`select.message_select` for an array."""
+    job = prepare(NUMPY, x, request, lambda plan: laid_out(how, plan.rule, plan.size, request))
+    plan, draw, seed, *_ = job
+    dims = len(plan.shape)
+    found = _selection(job, request, how) if how.told or seed is not None or draw.lengths is not None else None
+    if seed is None and how.layout != PACKED:
+        return x, found
+    if found is None:
+        return x.reshape(-1, *x.shape[dims:]), None
+    if plan.kind == COPY or seed is None:
+        return _moved(x, dims, found.numbers), found
+    native = x.astype(x.dtype.newbyteorder("="), copy=False)
+    scales = of_slots(slot_scales(plan, draw, seed), found.numbers)
+    return _moved(native, dims, found.numbers, scales=scales, kind=plan.kind).astype(x.dtype, copy=False), found
+
+
+def select_messages(shape: tuple[int, ...], request: Request, how: How) -> Selection:
+    """`select.select_messages` without a device."""
+    job = prepare_mask(NUMPY, shape, request, None, lambda plan: laid_out(how, plan.rule, plan.size, request))
+    return _selection(job, request, how)
+
+
+def _selection(job: Job, request: Request, how: How) -> Selection:
+    plan, draw, seed, *_ = job
+    layout, each = laid_out(how, plan.rule, plan.size, request)
+    if seed is None or plan.rule.p == 0:  # x itself, in its own room
+        how = How(layout, None if layout == PACKED else plan.size)
+        return place(layout, how, each, np.ones(plan.shape, np.bool_), draw.lengths)
+    return place(layout, how, each, draw_mask(job), draw.lengths)
+
+
+def take(x: np.ndarray, dims: int, found: Selection) -> np.ndarray:
+    """What is kept of x, over its leading `dims`; zeros in padding."""
+    return _moved(x, dims, found.numbers)
+
+
+def take_shared(x: np.ndarray, within: np.ndarray) -> np.ndarray:
+    """The messages of the one row x with these numbers; zeros where one is negative."""
+    return _moved(x, 1, within)
+
+
+def restore(y: np.ndarray, fill: Any, found: Selection) -> np.ndarray:
+    """The messages of y where they were, the fill where one was removed."""
+    dims = found.numbers.ndim
+    return _moved(y, dims, found.slots, NUMPY.fill(fill, y, dims))
+
+
+def as_here(found: Selection, x: np.ndarray) -> Selection:
+    """A selection as arrays; its tensors are on the host."""
+    if isinstance(found.numbers, np.ndarray):
+        return found
+    if found.numbers.device.type != "cpu":
+        raise ValueError(
+            f"a NumPy array needs what was kept on the host, but that is on {found.numbers.device}: kept.to('cpu')"
+        )
+    return found._replace(**{name: getattr(found, name).numpy() for name in ("numbers", "slots", "lengths")})
+
+
+def _moved(
+    x: np.ndarray, dims: int, index: np.ndarray, fill: Any = None, scales: Any = None, kind: int = COPY
+) -> np.ndarray:
+    """See `call.select.move`."""
+    features = x.shape[dims:]
+    if x.dtype.hasobject:  # more than bytes
+        out = np.zeros((*index.shape, *features), x.dtype)
+        out[...] = 0 if fill is None else fill
+        out[index >= 0] = x.reshape(-1, *features)[index[index >= 0]]
+        return out
+    out = np.empty((*index.shape, *features), x.dtype)
+    where = Source(address(x)) if x.flags.c_contiguous else source(address(x), x.shape, x.strides, x.itemsize, dims)
+    if where is None:
+        x = np.ascontiguousarray(x)
+        where = Source(address(x))
+    width = math.prod(features) * x.itemsize
+    move(where, address(out), index, width, (address(fill), 0), scales, kind)
+    return out
 
 
 def _memory(x: np.ndarray) -> tuple[Any, ...]:

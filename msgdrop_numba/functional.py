@@ -37,6 +37,17 @@ class _Rule(TypedDict, total=False):
     positions: Any
 
 
+class SelectKeywords(_Rule, total=False):
+    """The same of all of `message_select`'s."""
+
+    scale: bool
+    message_dims: int | None
+    seed: Any
+    generator: Any
+    layout: str | None
+    capacity: int | None
+
+
 class _Keywords(_Rule, total=False):
     """The same of all others that don't change what comes back."""
 
@@ -173,17 +184,22 @@ def message_dropout(
         positions, generator, out, return_mask,
     )  # fmt: skip
     request = tuple.__new__(Request, told)  # twice as fast as the constructor
-    return (_libraries.get(type(x)) or _library(x)).message_dropout(x, request)
+    return library_of(x).message_dropout(x, request)
 
 
 def drop_messages(x: Any, request: Request) -> Any:
     """`message_dropout` of a request."""
-    return (_libraries.get(type(x)) or _library(x)).message_dropout(x, request)
+    return library_of(x).message_dropout(x, request)
 
 
 def explain(x: Any, request: Request) -> Answer:
     """Which way a call takes, and why; nothing is dropped."""
-    return (_libraries.get(type(x)) or _library(x)).explain(x, request)  # type: ignore[no-any-return]
+    return library_of(x).explain(x, request)  # type: ignore[no-any-return]
+
+
+def library_of(x: Any) -> Any:
+    """The module that handles an array: `arrays`, or one of `tensors`."""
+    return _libraries.get(type(x)) or _library(x)
 
 
 _libraries: dict[type, Any] = {np.ndarray: arrays}  # of exact types; torch's once a tensor has come

@@ -168,3 +168,39 @@ def drop(
             for feature in np.ndindex(x.shape[keep.ndim :]):
                 y[index + feature] = multiply(x[index + feature], s[index])
     return y
+
+
+def select(
+    keep: np.ndarray, layout: str, *, lengths: Any = None, capacity: int | None = None
+) -> tuple[np.ndarray, list[int]]:
+    """For each slot the number of the message that remains there, -1 in padding; and how many each row keeps."""
+    *row_shape, size = keep.shape
+    kept: list[list[int]] = []
+    for row, index in enumerate(np.ndindex(*row_shape)):
+        n = size if lengths is None else np.asarray(lengths)[index]
+        kept.append([row * size + i for i in range(n) if keep[(*index, i)]])
+    counts = [len(row) for row in kept]
+    if layout == "packed":
+        numbers = [number for row in kept for number in row]
+        return np.array(numbers + [-1] * ((capacity or 0) - len(numbers)), int), counts
+    room = max(counts, default=0) if capacity is None else capacity
+    return np.array([row + [-1] * (room - len(row)) for row in kept], int).reshape(*row_shape, room), counts
+
+
+def removed(x: np.ndarray, dims: int, numbers: np.ndarray) -> np.ndarray:
+    """The messages of x with these numbers, zeros where there is none."""
+    flat, features = x.reshape(math.prod(x.shape[:dims]), *x.shape[dims:]), x.shape[dims:]
+    zero = np.zeros(features, x.dtype)
+    picked = [zero if number < 0 else flat[number] for number in numbers.ravel()]
+    return np.array(picked, x.dtype).reshape(*numbers.shape, *features)
+
+
+def restored(y: np.ndarray, shape: Sequence[int], numbers: np.ndarray, fill: Any = 0) -> np.ndarray:
+    """The messages of y where they were among the message dims `shape`, the fill elsewhere."""
+    features = y.shape[numbers.ndim :]
+    x = np.empty((math.prod(shape), *features), y.dtype)
+    x[...] = fill
+    for slot, number in zip(np.ndindex(*numbers.shape), numbers.ravel(), strict=True):
+        if number >= 0:
+            x[number] = y[slot]
+    return x.reshape(*shape, *features)

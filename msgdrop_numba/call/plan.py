@@ -168,15 +168,15 @@ def _make(
     if shape[dims - 1] > MAX_ROW:
         raise ValueError(f"a row has at most 2**34 messages, but x has shape {tuple(shape)}")
     check_prefix(rule, shape[dims - 1])
-    steps = [_steps(shape, itemsize, dims, s) for s in (strides, out_strides)]
-    obstacle = UNKNOWN_SCALE if kind == OTHER else "" if None not in steps else FAR_APART
+    laid = [steps(shape, itemsize, dims, s) for s in (strides, out_strides)]
+    obstacle = UNKNOWN_SCALE if kind == OTHER else "" if None not in laid else FAR_APART
     width = math.prod(shape[dims:]) * itemsize
     messages = math.prod(shape[:dims])
-    beside = steps[0] == steps[1] == (width * shape[dims - 1], width)
+    beside = laid[0] == laid[1] == (width * shape[dims - 1], width)
     words = beside and width in (1, 2, 4, 8, 16, 32, 64)
     # Past the cache only what the cache can't hold: reading it soon after would cost more than was saved.
     stream = beside and width % LINE == 0 and messages * width >= STREAM_BYTES
-    x_steps, out_steps = (found or (0, 0) for found in steps)
+    x_steps, out_steps = (found or (0, 0) for found in laid)
     values = {
         "size": shape[dims - 1], "width": width, "kind": kind, "scale": rule.scale, "words": words, "stream": stream,
         "x_row": x_steps[0], "x_step": x_steps[1], "out_row": out_steps[0], "out_step": out_steps[1],
@@ -277,7 +277,7 @@ def mask_shape(shape: Any) -> tuple[int, ...]:
     return tuple(map(int, dims))
 
 
-def _steps(shape: tuple[int, ...], itemsize: int, dims: int, strides: tuple[int, ...] | None) -> tuple[int, int] | None:
+def steps(shape: tuple[int, ...], itemsize: int, dims: int, strides: tuple[int, ...] | None) -> tuple[int, int] | None:
     """Bytes from row to row and from position to position; None where rows or features don't lie so."""
     if strides is None:
         step = math.prod(shape[dims:]) * itemsize

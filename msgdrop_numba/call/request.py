@@ -143,8 +143,8 @@ class Library(Protocol):
         """Do the job: the array, or a pair with the mask where the request asks for it."""
 
 
-def prepare(library: Library, x: Any, request: Request) -> Job:
-    """The job of a call. Raises before anything is written or drawn."""
+def prepare(library: Library, x: Any, request: Request, check: Any = None) -> Job:
+    """The job of a call. Raises before anything is written or drawn; `check` too, which is shown the plan."""
     (
         p, rule, scale, fill, message_dims, training, inplace, lengths, seed, keys, protect, positions, generator, out,
         return_mask,
@@ -154,6 +154,8 @@ def prepare(library: Library, x: Any, request: Request) -> Job:
     kind = library.kind(x, scale)
     number, array = library.split_p(p)
     plan = library.plan(x, kind, message_dims, (number, *rule))
+    if check is not None:
+        check(plan)
     fill = library.fill(fill, x, len(plan.shape))
     active = training and number != 0
     target = None if out is None and not inplace else library.target(x, request, active, fill)
@@ -170,10 +172,14 @@ def prepare(library: Library, x: Any, request: Request) -> Job:
     return tuple.__new__(Job, (plan, draw, seed, target, mask, None))  # twice as fast as the constructor
 
 
-def prepare_mask(library: Library, shape: tuple[int, ...], request: Request, device: Any = None) -> Job:
-    """The job of a mask alone, over the message dims `shape`."""
+def prepare_mask(
+    library: Library, shape: tuple[int, ...], request: Request, device: Any = None, check: Any = None
+) -> Job:
+    """The job of a mask alone, over the message dims `shape`; `check` as above."""
     number, array = library.split_p(request.p)
     plan = library.mask_plan(shape, (number, *request.rule))
+    if check is not None:
+        check(plan)
     seed = None if request.seed is None else library.check_seed(request.seed, None, device)
     told = array is not None or request.lengths is not None or request.keys is not None
     told = told or request.protect is not None or request.positions is not None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from typing import Any
 
 import numba
 from numba import config
@@ -18,7 +19,9 @@ from numba.core.compiler_lock import global_compiler_lock
 
 from msgdrop_numba.call.plan import PARALLEL_BYTES, PLAIN, Draw, Plan, make_plan
 from msgdrop_numba.call.rule import DEFAULTS
-from msgdrop_numba.kernels.cpu import drop_parallel, drop_range, range_address
+from msgdrop_numba.kernels._jit import c_address
+from msgdrop_numba.kernels.cpu import drop_parallel, drop_range
+from msgdrop_numba.kernels.gather import in_parallel
 from msgdrop_numba.kernels.records import COPY
 
 
@@ -67,8 +70,17 @@ def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> bo
     if parts == 1:
         drop_range(0, plan.messages, plan.address, draw.address, x, out, mask, bits)
     else:
-        drop_parallel(range_address(), plan.messages, plan.address, draw.address, x, out, mask, bits, parts)
+        drop_parallel(c_address(drop_range), plan.messages, plan.address, draw.address, x, out, mask, bits, parts)
     return True
+
+
+def run(kernel: Any, count: int, job: int, nbytes: int) -> None:
+    """Run a kernel of kernels.gather over 0..count - 1, serial or parallel, as the record at `job` says."""
+    parts = chunks(nbytes)
+    if parts == 1:
+        kernel(0, count, job)
+    else:
+        in_parallel(c_address(kernel), count, job, parts)
 
 
 def cache_folder() -> str | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba import config, types
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,6 +37,18 @@ def inlined_jit(function: F) -> F:
 def parallel_jit(function: F) -> F:
     """Compile at the first call, its `prange` loops run by numba's threads."""
     return _cached(function, parallel=True, **_OPTIONS)
+
+
+@cache
+def c_address(kernel: Any) -> int:
+    """Where a compiled kernel of integers begins, as a function of C that `memory.call` calls."""
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]
+        return id(kernel)
+    signature = (types.int64,) * len(inspect.signature(kernel.py_func).parameters)
+    kernel.compile(signature)
+    compiled = kernel.overloads[signature]
+    address: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
+    return address
 
 
 def _sources() -> str:

@@ -5,29 +5,25 @@ A message is `width` bytes, whatever its dtype: one compiled kernel serves them 
 
 from __future__ import annotations
 
-import inspect
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import config, prange, types
+from numba import prange
 
 from msgdrop_numba.kernels._jit import inlined_jit, inner_jit, jit, parallel_jit
-from msgdrop_numba.kernels.memory import (
-    brain_to_float,
-    call,
-    copy_bytes,
-    copy_line,
-    float_to_brain,
-    float_to_half,
-    half_to_float,
-    prefetch,
-    stream_line,
-    view,
-    zero_bytes,
-    zero_line,
+from msgdrop_numba.kernels.copying import (
+    AHEAD,
+    NARROW,
+    PREFETCH_BYTES,
+    SCRATCH,
+    copy,
+    copy_narrow,
+    fill_message,
+    multiply,
+    multiply_past,
 )
-from msgdrop_numba.kernels.records import COPY, DRAW, FLOAT16, FLOAT32, FLOAT64, LINE, PLAN
+from msgdrop_numba.kernels.memory import call, copy_bytes, prefetch, view, zero_bytes
+from msgdrop_numba.kernels.records import COPY, DRAW, LINE, PLAN
 from msgdrop_numba.kernels.rules import (
     BLOCK,
     GROUP,
@@ -40,11 +36,7 @@ from msgdrop_numba.kernels.rules import (
     row_valid,
 )
 
-AHEAD = 2048  # bytes of kept messages that are asked for before they are copied
-NARROW = 1024  # messages of fewer bytes are written without a branch
 TOGETHER = 512  # messages of fewer bytes are scaled many at once, which passes over them once more
-PREFETCH_BYTES = 4 * 2**20  # ranges of fewer bytes are in the cache that the processor fetches from by itself
-SCRATCH = 4096  # bytes scaled at a time on their way past the cache
 # One allocation for all of a call's own memory, since each costs as much as a small row: list, scratch, words, keep,
 # scales.
 MEMORY = 8 * BLOCK + SCRATCH + 4 * (BLOCK + GROUP) + BLOCK + 8 * BLOCK
@@ -63,102 +55,6 @@ class Writing(NamedTuple):
     scratch: int  # memory of SCRATCH bytes, which begin with zeros
 
 
-@inner_jit
-def _multiply(target: int, source: int, count: int, kind: int, scale: float) -> None:
-    """Multiply `count` bytes of elements in the accumulator type, rounding to nearest even."""
-    single = np.float32(scale)
-    if kind == FLOAT32:
-        x4, y4 = view(source, count // 4, np.float32), view(target, count // 4, np.float32)
-        for j in range(x4.size):
-            y4[j] = x4[j] * single
-    elif kind == FLOAT64:
-        x8, y8 = view(source, count // 8, np.float64), view(target, count // 8, np.float64)
-        for j in range(x8.size):
-            y8[j] = x8[j] * scale
-    else:
-        x2, y2 = view(source, count // 2, np.uint16), view(target, count // 2, np.uint16)
-        if kind == FLOAT16:
-            for j in range(x2.size):
-                y2[j] = float_to_half(half_to_float(x2[j]) * single)
-        else:
-            for j in range(x2.size):
-                y2[j] = float_to_brain(brain_to_float(x2[j]) * single)
-
-
-@inner_jit
-def _copy(target: int, source: int, count: int, stream: bool, ahead: int) -> None:
-    """Copy `count` bytes, past the cache where `stream`: of more than it holds, it forgets the first by the last.
-
-    Meanwhile ask for as many at `ahead`, which are copied soon; 0: for none.
-    """
-    if stream:
-        for at in range(0, count, LINE):
-            if ahead:
-                prefetch(ahead + at)
-            stream_line(target + at, source + at)
-    elif count >= LINE:
-        for at in range(0, count - LINE + 1, LINE):
-            if ahead:
-                prefetch(ahead + at)
-            copy_line(target + at, source + at)
-        if count % LINE:
-            copy_line(target + count - LINE, source + count - LINE)  # the rest, and some of it again
-    else:
-        copy_bytes(target, source, count)
-
-
-@inlined_jit
-def _copy_narrow(target: int, source: int, count: int) -> None:
-    """Copy `count` bytes, a few, in pieces of one size, the last of which may overlap the one before."""
-    if count >= LINE:
-        for at in range(0, count - LINE, LINE):
-            copy_line(target + at, source + at)
-        copy_line(target + count - LINE, source + count - LINE)
-    elif count >= 16:
-        for at in range(0, count - 16, 16):
-            copy_bytes(target + at, source + at, 16)
-        copy_bytes(target + count - 16, source + count - 16, 16)
-    elif count >= 4:
-        for at in range(0, count - 4, 4):
-            copy_bytes(target + at, source + at, 4)
-        copy_bytes(target + count - 4, source + count - 4, 4)
-    else:
-        for at in range(count):
-            copy_bytes(target + at, source + at, 1)
-
-
-@inner_jit
-def _zero(target: int, count: int, stream: bool) -> None:
-    if stream:
-        for at in range(0, count, LINE):
-            stream_line(target + at, 0)
-    elif count >= LINE:
-        for at in range(0, count - LINE + 1, LINE):
-            zero_line(target + at)
-        if count % LINE:
-            zero_line(target + count - LINE)
-    else:
-        zero_bytes(target, count)
-
-
-@inlined_jit
-def _multiply_past(target: int, source: int, count: int, kind: int, scale: float, scratch: int) -> None:
-    """`_multiply` past the cache, by way of a scratch memory that stays in it."""
-    for at in range(0, count, SCRATCH):
-        part = min(SCRATCH, count - at)
-        _multiply(scratch, source + at, part, kind, scale)
-        _copy(target + at, scratch, part, True, 0)
-
-
-@inner_jit
-def _fill(target: int, message: int, width: int, stream: bool) -> None:
-    """One message: a copy of the one given, or zeros."""
-    if message:
-        _copy(target, message, width, stream, 0)
-    else:
-        _zero(target, width, stream)
-
-
 @inlined_jit
 def _listed(keep: Array, wanted: bool, memory: int) -> Any:
     """Where `keep` is as wanted, found without a branch: a third of the guesses would be wrong."""
@@ -172,7 +68,7 @@ def _listed(keep: Array, wanted: bool, memory: int) -> Any:
 @inner_jit
 def _fill_dropped(target: int, step: int, keep: Array, fill: int, width: int, stream: bool, found: int) -> None:
     for j in _listed(keep, False, found):
-        _fill(target + j * step, fill, width, stream)
+        fill_message(target + j * step, fill, width, stream)
 
 
 @inlined_jit
@@ -180,7 +76,7 @@ def _write_narrow(target: int, source: int, keep: Array, plan: Any, fill: int) -
     """Write messages of a few bytes: without a branch, of which a third would be guessed wrong."""
     width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]
     for j in range(keep.size):
-        _copy_narrow(target + j * target_step, fill + keep[j] * (source + j * source_step - fill), width)
+        copy_narrow(target + j * target_step, fill + keep[j] * (source + j * source_step - fill), width)
 
 
 @inlined_jit
@@ -194,21 +90,21 @@ def _write_each(target: int, source: int, keep: Array, plan: Any, how: Writing, 
     for j in range(keep.size):
         to, from_ = target + j * target_step, source + j * source_step
         if not keep[j]:
-            _fill(to, how.fill, width, how.stream)
+            fill_message(to, how.fill, width, how.stream)
             continue
         passed += 1
         ahead = source + kept[min(passed + distance, kept.size - 1)] * source_step if how.foresee else 0
         message_scale = each[j] if scales else scale
         if how.kind == COPY or message_scale == 0:
             if to != from_:
-                _copy(to, from_, width, how.stream, ahead)
+                copy(to, from_, width, how.stream, ahead)
             continue
         for at in range(0, width if ahead else 0, LINE):
             prefetch(ahead + at)
         if how.stream:
-            _multiply_past(to, from_, width, how.kind, message_scale, how.scratch)
+            multiply_past(to, from_, width, how.kind, message_scale, how.scratch)
         else:
-            _multiply(to, from_, width, how.kind, message_scale)
+            multiply(to, from_, width, how.kind, message_scale)
 
 
 @inlined_jit
@@ -217,9 +113,9 @@ def _write_padding(target: int, source: int, messages: int, plan: Any, draw: Any
     for j in range(messages):
         to, from_ = target + j * plan["out_step"], source + j * plan["x_step"]
         if draw["sources"]:
-            _fill(to, draw["padding"], plan["width"], stream)
+            fill_message(to, draw["padding"], plan["width"], stream)
         elif to != from_:
-            _copy(to, from_, plan["width"], stream, 0)
+            copy(to, from_, plan["width"], stream, 0)
 
 
 @inner_jit
@@ -296,7 +192,7 @@ def _write_part(
     else:
         _write_each(to, from_, keep, plan, how, scale, scales)
     if how.then_kind != COPY:
-        _multiply(to, to, keep.size * width, how.then_kind, scale)
+        multiply(to, to, keep.size * width, how.then_kind, scale)
         _fill_dropped(to, width, keep[: keep.size if how.then_fill else 0], how.then_fill, width, False, how.found)
 
 
@@ -316,7 +212,7 @@ def drop_range(
     how = _writing(plan, draw, x, out, last - first, memory.ctypes.data)
     words = how.scratch + SCRATCH
     drawn = words + 4 * (BLOCK + GROUP)
-    zero_bytes(how.scratch, NARROW)  # what narrow messages drop to; only `_multiply_past` writes here, where none is
+    zero_bytes(how.scratch, NARROW)  # what narrow messages drop to; only `multiply_past` writes here, where none is
     bits, scales = np.uint64(np.int64(seed)), draw["scales"]
     for index in range(first // size, (last - 1) // size + 1):
         valid, row = row_valid(plan, draw, index), make_row(words, plan, draw, bits, index)
@@ -357,19 +253,6 @@ def scale_rows(plan_address: int, draw_address: int, seed: int, rows: int, scale
     for index in range(rows):
         each[index] = row_scale(plan, make_row(memory.ctypes.data, plan, draw, np.uint64(np.int64(seed)), index))
     memory[0] = 0  # used until here: views don't keep it
-
-
-@lru_cache(maxsize=1)
-def range_address() -> int:
-    """Where the compiled `drop_range` begins, as a function of C that `memory.call` calls."""
-    kernel: Any = drop_range
-    if config.DISABLE_JIT:  # type: ignore[attr-defined]
-        return id(kernel)
-    signature = (types.int64,) * len(inspect.signature(kernel.py_func).parameters)
-    kernel.compile(signature)
-    compiled = kernel.overloads[signature]
-    address: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
-    return address
 
 
 @parallel_jit

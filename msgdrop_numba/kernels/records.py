@@ -1,4 +1,4 @@
-"""What the kernels are told: the kinds of elements, and the two records that they read through an address."""
+"""What the kernels are told: the kinds of elements, and the records that they read through an address."""
 
 from __future__ import annotations
 
@@ -49,6 +49,39 @@ DRAW = np.dtype(
         ("offset", np.int64),  # the position of a row's first message, where they are consecutive
         ("positions", np.int64),  # int64, one a message of a row or, where positions_row, of all; none: consecutive
         ("positions_row", np.int64),
+    ]
+)
+
+
+# What numbers the kept messages: addresses, and a number or two.
+PLACE = np.dtype(
+    [
+        ("mask", np.int64),  # bool, one a message: which are kept
+        ("lengths", np.int64),  # int64, one a row: what lies behind isn't kept; none: nothing does
+        ("size", np.int64),  # messages of a row
+        ("room", np.int64),  # slots of a row, where all have as many
+        ("starts", np.int64),  # int64, one a row: its first slot, where each has as many as it keeps; none: they don't
+        ("counts", np.int64),  # int64, one a row: how many it keeps
+        ("index", np.int64),  # int64, one a slot, written: the number of its message; -1: it has none
+        ("slots", np.int64),  # int64, one a message, written: its slot; -1: it has none
+    ]
+)
+
+# What moves messages: `out[j] = x[index[j]]`, or a fill where that is negative.
+GATHER = np.dtype(
+    [
+        ("x", np.int64),
+        ("out", np.int64),
+        ("index", np.int64),  # int64, one a message of out
+        ("width", np.int64),  # bytes in a message
+        ("fill", np.int64),  # a message, or the first of one a message of out; none: zeros
+        ("fill_step", np.int64),  # bytes from one to the next
+        ("scales", np.int64),  # float64, one a message of out: what it is multiplied by; 0: it passes as it is
+        ("kind", np.int64),  # the type to multiply in, or COPY
+        ("stream", np.int64),  # whether to write past the cache
+        ("size", np.int64),  # messages in a row of x, where those don't lie side by side; else 0
+        ("row", np.int64),  # then bytes from row to row, and from message to message
+        ("step", np.int64),
     ]
 )
 

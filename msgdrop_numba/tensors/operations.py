@@ -207,7 +207,7 @@ def select(x: Tensor, keep: Tensor, fill: Any, scale: Any = None, taking: Tensor
     if scale is not None:
         if isinstance(scale, Tensor):
             scale = scale.reshape(*scale.shape, *features)
-        y = _multiply(x, scale)
+        y = multiply(x, scale)
         if taking is not None:
             y = torch.where(taking.reshape(*taking.shape, *features), y, x)
     if fill is None:
@@ -222,12 +222,12 @@ def select(x: Tensor, keep: Tensor, fill: Any, scale: Any = None, taking: Tensor
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
-def _multiply(x: Tensor, scale: Any) -> Tensor:
+def multiply(x: Tensor, scale: Any) -> Tensor:
     """x * scale, the scale rounded once to the accumulator, the product once to x's dtype; complex as two reals."""
     if x.is_complex():
         if isinstance(scale, Tensor):
             scale = scale.unsqueeze(-1)
-        return torch.view_as_complex(_multiply(torch.view_as_real(x.resolve_conj()), scale))
+        return torch.view_as_complex(multiply(torch.view_as_real(x.resolve_conj()), scale))
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     if isinstance(scale, Tensor):
         scale = scale.to(accumulator)

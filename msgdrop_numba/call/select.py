@@ -1,0 +1,194 @@
+"""Messages that are removed instead of filled: how many there is room for, which go where, and the moves.
+
+A *number* counts messages in C order over the message dims, a *slot* counts places in what remains. Which of them
+remain is drawn once, as a `Selection`; removing, putting back, companions and all gradients are moves along it.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from array import array
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from msgdrop_numba.call.arguments import address
+from msgdrop_numba.call.plan import STREAM_BYTES, Plan, kept_scales, steps
+from msgdrop_numba.call.rule import DropRule
+from msgdrop_numba.call.threads import run
+from msgdrop_numba.kernels.gather import count_range, gather_range, place_range
+from msgdrop_numba.kernels.records import COPY, LINE
+
+DENSE, PADDED, PACKED = LAYOUTS = "dense", "padded", "packed"
+
+
+class How(NamedTuple):
+    """How what remains is laid out.
+
+    Fields:
+        layout: one of LAYOUTS; None: dense where each row is known to keep as many, else padded.
+        capacity: the slots of a padded row, or of all that is packed; None: as many as are needed.
+        told: whether anybody asks what was kept.
+    """
+
+    layout: str | None
+    capacity: int | None
+    told: bool = True
+
+
+class Selection(NamedTuple):
+    """Which messages remain, and where. NumPy arrays, or tensors of one device.
+
+    Fields:
+        layout: one of LAYOUTS.
+        shape: the message dims.
+        numbers: int64, for each slot the number of its message, -1 in padding: `(*rows, slots)`; packed: `(slots,)`.
+        slots: int64 over the message dims: the slot of each message, -1: it was removed.
+        lengths: int64 over the rows: how many of each remain.
+        max_length: no row has more.
+        overflow: whether there were more than there is room for, on a device a 0-d bool tensor.
+    """
+
+    layout: str
+    shape: tuple[int, ...]
+    numbers: Any
+    slots: Any
+    lengths: Any
+    max_length: int
+    overflow: Any = False
+
+
+def how(layout: Any, capacity: Any, told: bool = True) -> How:
+    """`How`, checked."""
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"layout must be 'dense', 'padded', 'packed' or None, but got {layout!r}")
+    if capacity is None:
+        return How(layout, None, told)
+    if isinstance(capacity, bool) or not isinstance(capacity, numbers.Integral):
+        raise TypeError(f"capacity must be an integer or None, but got {capacity!r}")
+    if capacity < 1:
+        raise ValueError(f"capacity must be at least 1, but got {capacity}")
+    if layout == DENSE:
+        raise ValueError(f"capacity goes with layout 'padded' or 'packed', but got {capacity} with 'dense'")
+    return How(layout or PADDED, int(capacity), told)
+
+
+def kept_of_each(rule: DropRule, size: Any, request: Any) -> Any:
+    """How many messages each row keeps, where all are known to keep as many; else None. A size may be a symbol."""
+    if request.lengths is not None:
+        return None
+    if rule.p == 0 or not request.training:
+        return size
+    if request.protect is not None or not (rule.certain or (rule.exact and not rule.ranged)):
+        return None
+    n = size - rule.prefix
+    wanted = n
+    if rule.exact:  # (n * share) >> 33 in two steps, since a symbol's product may not fit into 64 bits
+        high, low = divmod(2 * rule.threshold + 1, 2**17)
+        wanted = (n * high + n * low // 2**17) // 2**16
+    return size - min(wanted, max(0, n - rule.min_keep))
+
+
+def laid_out(how: How, rule: DropRule, size: Any, request: Any) -> tuple[str, Any]:
+    """The layout, and what each row keeps where that is known; refused where it must be and isn't."""
+    each = kept_of_each(rule, size, request)
+    if how.layout == DENSE and each is None:
+        raise ValueError(
+            "layout 'dense' needs rows that are known to keep as many each, but got "
+            f"{_uneven(rule, request)}: give exact=True, or layout 'padded' or 'packed'"
+        )
+    return how.layout or (PADDED if each is None else DENSE), each
+
+
+def _uneven(rule: DropRule, request: Any) -> str:
+    for name in ("lengths", "protect"):
+        if getattr(request, name) is not None:
+            return name
+    return f"p={rule.p} of each row" if rule.ranged else f"exact={rule.exact}"
+
+
+def place(layout: str, how: How, each: int | None, mask: np.ndarray, lengths: Any) -> Selection:
+    """The selection of a keep mask on the host.
+
+    Args:
+        each: what each row keeps, where it is known.
+        lengths: int64, one a row: what lies behind isn't kept, whatever the mask says; None: all may be.
+    """
+    shape = mask.shape
+    size, rows = shape[-1], math.prod(shape[:-1])
+    counts = np.empty(rows, np.int64) if each is None else np.full(rows, each, np.int64)
+    slots, starts, room, capacity = np.empty(shape, np.int64), None, each, how.capacity
+    told = [address(mask), address(lengths), size, 0, 0, address(counts), 0, address(slots)]
+    if each is None:
+        _run(count_range, rows, told, mask.size)
+    longest = int(counts.max(initial=0))
+    if layout == PACKED:
+        starts, needed = counts.cumsum() - counts, int(counts.sum())
+        room = _room(capacity, needed, "all rows")
+        index: np.ndarray = np.empty(room, np.int64)
+        index[needed:] = -1
+    else:
+        room = _room(capacity, longest, "a row")
+        index = np.empty((*shape[:-1], room), np.int64)
+    told[3:5], told[6] = (room, address(starts)), address(index)
+    _run(place_range, rows, told, 8 * (slots.size + index.size))
+    return Selection(layout, shape, index, slots, counts.reshape(shape[:-1]), longest if layout == PACKED else room)
+
+
+def _room(capacity: int | None, needed: int, where: str) -> int:
+    if capacity is not None and needed > capacity:
+        raise ValueError(f"capacity must be at least {needed}, the messages that {where} may keep, but got {capacity}")
+    return needed if capacity is None else capacity
+
+
+def _run(kernel: Any, count: int, record: list[int], nbytes: int) -> None:
+    fields = array("q", record)
+    run(kernel, count, fields.buffer_info()[0], nbytes)
+
+
+def slot_scales(plan: Plan, draw: Any, seed: int) -> np.ndarray:
+    """What each message is multiplied by, float64; 0: it passes as it is."""
+    scales, taking = kept_scales(plan, draw, seed)
+    return np.where(taking, scales, 0.0)
+
+
+def of_slots(scales: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """The scales of the messages in the slots of an index; padding has any."""
+    flat = scales.ravel()
+    return flat.take(index, mode="clip") if flat.size else np.zeros(index.shape)
+
+
+class Source(NamedTuple):
+    """Where messages are read: side by side, or so many in a row, both of them evenly apart."""
+
+    start: int
+    size: int = 0
+    row: int = 0
+    step: int = 0
+
+
+def source(start: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, dims: int) -> Source | None:
+    """The messages of an array whose strides are in bytes; None: its features aren't contiguous, or its rows uneven."""
+    found = steps(shape, itemsize, dims, strides)
+    return None if found is None else Source(start, max(1, shape[dims - 1]), *found)
+
+
+def move(
+    x: Source, out: int, index: Any, width: int, fill: tuple[int, int] = (0, 0), scales: Any = None, kind: int = COPY
+) -> None:
+    """`out[j] = x[index[j]]`, messages of `width` bytes, multiplied by `scales[j]`; or the fill where there is none.
+
+    Args:
+        index: int64 array or tensor in C order; scales: the same of float64, None: as they are.
+        fill: the address of a message, and the bytes to the next where each of out has its own; 0: zeros.
+    """
+    count = math.prod(index.shape)
+    nbytes = count * width
+    if not nbytes:
+        return
+    stream = nbytes >= STREAM_BYTES and width % LINE == 0 and out % LINE == 0
+    kind = COPY if scales is None else kind
+    _run(
+        gather_range, count, [x.start, out, address(index), width, *fill, address(scales), kind, stream, *x[1:]], nbytes
+    )

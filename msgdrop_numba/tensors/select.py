@@ -1,0 +1,289 @@
+"""Messages of tensors removed and put back, see call.select: by the kernels, or in torch's operations.
+
+A move and its gradient are one map with the two indices swapped: each message is written once, in no order.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from msgdrop_numba import outputs
+from msgdrop_numba.call.request import Job, Library, Request, prepare, prepare_mask
+from msgdrop_numba.call.select import (
+    DENSE,
+    PACKED,
+    How,
+    Selection,
+    Source,
+    laid_out,
+    move,
+    place,
+    slot_scales,
+    source,
+)
+from msgdrop_numba.kernels.records import COPY, OTHER
+from msgdrop_numba.tensors import cuda, operations, traced, ways
+from msgdrop_numba.tensors.arguments import fill_message, scaled_kind
+from msgdrop_numba.tensors.library import ON_HOST
+from msgdrop_numba.tensors.traced import TRACED
+from msgdrop_numba.tensors.write import draw_mask
+from msgdrop_numba.torch_private import is_plain, is_plain_cuda, quick_apply
+
+
+class Way(NamedTuple):
+    """A move, and its gradient's.
+
+    Fields:
+        numbers: int64, for each message of the output the number of its source; -1: it has none.
+        back: the same from each message of the source to the output.
+        full: whether every message of the output has a source.
+        scales: float64, what each message of the output is multiplied by, 0: it passes as it is; None: all do.
+        back_scales: the same for each message of the source.
+    """
+
+    numbers: Tensor
+    back: Tensor
+    full: bool = False
+    scales: Tensor | None = None
+    back_scales: Tensor | None = None
+
+    def turned(self) -> Way:
+        return Way(self.back, self.numbers, False, self.back_scales, self.scales)
+
+
+def message_select(x: Tensor, request: Request, how: How) -> tuple[Tensor, Selection | None]:
+    """`select.message_select` for a tensor."""
+    if x.is_nested:
+        raise TypeError("x must not be nested: give it padded, x.to_padded_tensor(0.0), with lengths")
+    library = ways.library(x, request)
+    job = prepare(library, x, request, lambda plan: laid_out(how, plan.rule, plan.shape[-1], request))
+    dims = len(job.plan.shape)
+    passes = job.seed is None and (how.layout != PACKED or request.lengths is None)
+    found = None if passes and not how.told else _selection(library, job, request, how, x.device)
+    if passes:
+        return (x.flatten(0, dims - 1) if how.layout == PACKED else x), found
+    assert found is not None
+    scales = _scales(library, job) if request.scale and job.seed is not None else None
+    return take(x, dims, found, scales), found
+
+
+def select_messages(shape: tuple[int, ...], request: Request, how: How, device: Any) -> Selection:
+    """`select.select_messages` on a device."""
+    device = torch.device(device)
+    library = ways.mask_library(device, request)
+    check = lambda plan: laid_out(how, plan.rule, plan.shape[-1], request)  # noqa: E731
+    return _selection(library, prepare_mask(library, shape, request, device, check), request, how, device)
+
+
+def _selection(library: Library, job: Job, request: Request, how: How, device: torch.device) -> Selection:
+    shape, rule = tuple(job.plan.shape), job.plan.rule
+    layout, each = laid_out(how, rule, shape[-1], request)
+    all_kept = job.seed is None or rule.p == 0
+    if all_kept:  # x itself, in its own room
+        how = How(layout, None if layout == PACKED else shape[-1])
+        mask = torch.ones(shape, dtype=torch.bool, device=device)
+    else:
+        mask = traced.draw_mask(job) if library is TRACED else draw_mask(job)
+    lengths = job.draw.rows.lengths if library is TRACED else job.draw.lengths
+    if library is not ON_HOST:
+        return _placed(layout, how, each, mask, lengths)
+    found = place(layout, how, each, mask.numpy(), lengths)
+    return on(found, None)
+
+
+def on(found: Selection, device: Any) -> Selection:
+    """A selection as tensors, on a device; None: where it is."""
+    named: dict[str, Any] = {name: torch.as_tensor(getattr(found, name)) for name in ("numbers", "slots", "lengths")}
+    if isinstance(found.overflow, Tensor):
+        named["overflow"] = found.overflow
+    if device is not None:
+        named = {name: value.to(device) for name, value in named.items()}
+    return found._replace(**named)
+
+
+def _placed(layout: str, how: How, each: Any, mask: Tensor, lengths: Tensor | None) -> Selection:
+    """`call.select.place` in torch's operations; nothing is looked at where the room is known beforehand."""
+    shape, device, capacity = tuple(mask.shape), mask.device, how.capacity
+    *rows, size = shape
+    keep = mask if lengths is None else mask & (torch.arange(size, device=device) < lengths.unsqueeze(-1))
+    counts, longest = keep.sum(-1), each
+    packed = layout == PACKED
+    number = torch.arange(math.prod(shape), device=device).reshape(shape)
+    if packed:
+        keep, number = keep.flatten(), number.flatten()
+    room = capacity if packed or each is None else each
+    if room is None:
+        total, longest = _totals(counts)
+        room = total if packed else longest
+    at, there, overflow = keep.cumsum(-1) - 1, keep, None
+    if capacity is not None:
+        there = keep & (at < room)
+        overflow = (keep & ~there).any()
+        counts = there.reshape(shape).sum(-1)
+    index = number.new_full((*number.shape[:-1], room + 1), -1)
+    index = index.scatter(-1, torch.where(there, at, room), number)[..., :room].contiguous()
+    if not packed:
+        at = at + room * torch.arange(math.prod(rows), device=device).reshape(*rows, 1)
+        longest = room
+    elif longest is None:
+        longest = min(size, room)
+    slots = torch.where(there, at, -1).reshape(shape)
+    return Selection(layout, shape, index, slots, counts, longest, False if overflow is None else overflow)
+
+
+def _totals(counts: Tensor) -> tuple[int, int]:
+    """How many messages remain, and how many of the longest row; waits for the device once."""
+    if not counts.numel():
+        return 0, 0
+    total, longest = torch.stack([counts.sum(), counts.max()]).tolist()
+    return total, longest
+
+
+def _scales(library: Library, job: Job) -> Tensor:
+    """What each message is multiplied by, float64; 0: it passes as it is."""
+    plan, draw, seed, *_ = job
+    if library is ON_HOST:
+        return torch.from_numpy(slot_scales(plan, draw, seed))
+    if library is TRACED:
+        scale, taking = traced.row_scales(job)
+    else:
+        scale, taking = operations.row_scales(plan.shape, plan.rule, seed, cuda.told(draw), draw.scales)
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, dtype=torch.float64, device=seed.device)
+    return (scale if taking is None else torch.where(taking, scale, 0.0)).expand(plan.shape)
+
+
+def take(x: Tensor, dims: int, found: Selection, scales: Tensor | None = None) -> Tensor:
+    """What is kept of x, over its leading `dims`; zeros in padding; multiplied by the `scales` of its messages."""
+    way = Way(found.numbers, found.slots, found.layout == DENSE)
+    if scales is not None:
+        picked = _pick(scales.flatten(), found.numbers)
+        way = way._replace(scales=picked, back_scales=scales.contiguous())
+    return _move(x, way)
+
+
+def take_shared(x: Tensor, within: Tensor) -> Tensor:
+    """The messages of the one row x with these numbers; zeros where one is negative."""
+    return _by_operations(x, Way(within, within.new_empty(x.shape[:1])), None)
+
+
+def restore(y: Tensor, fill: Any, found: Selection) -> Tensor:
+    """The messages of y where they were, the fill where one was removed."""
+    return _move(y, Way(found.slots, found.numbers), fill_message(fill, y, found.numbers.ndim))
+
+
+def merge(y: Tensor, x: Tensor, found: Selection) -> Tensor:
+    """The messages of y where they were, those of x where one was removed."""
+    return _move(y, Way(found.slots, found.numbers), x)
+
+
+def as_here(found: Selection, x: Tensor) -> Selection:
+    """A selection as tensors on x's device."""
+    found = on(found, None)
+    if found.numbers.device != x.device:
+        raise ValueError(
+            f"what was kept is on {found.numbers.device}, but the tensor on {x.device}: kept.to({str(x.device)!r})"
+        )
+    return found
+
+
+def nested(y: Tensor, found: Selection) -> Tensor:
+    """What remains as a jagged tensor, a row for each of x's."""
+    found = as_here(found, y)
+    ends = found.lengths.flatten().cumsum(0)
+    offsets = torch.cat([ends.new_zeros(1), ends])
+    if found.layout == DENSE:
+        values = y.flatten(0, found.numbers.ndim - 1)
+    elif found.layout == PACKED:
+        values = y[: int(offsets[-1])]
+    else:
+        values = y[found.numbers >= 0]
+    return torch.nested.nested_tensor_from_jagged(values, offsets)
+
+
+def _move(x: Tensor, way: Way, fill: Tensor | None = None) -> Tensor:
+    """Along the way; `fill` is one message, or one for each of the output's."""
+    if not (_followed(x) and (fill is None or _followed(fill))):
+        return _by_operations(x, way, fill)
+    if torch.is_grad_enabled() and (x.requires_grad or (fill is not None and fill.requires_grad)):
+        return _run_move(x, fill, way)  # type: ignore[no-any-return]
+    return _write(x, way, fill)
+
+
+def _followed(x: Tensor) -> bool:
+    return is_plain(x) or is_plain_cuda(x)
+
+
+class _Move(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fill: Tensor | None, way: Way) -> Tensor:
+        ctx.way, ctx.each = way, fill is not None and fill.ndim >= x.ndim - way.back.ndim + way.numbers.ndim
+        return _write(x, way, fill)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        way, grad_x, grad_fill = ctx.way, None, None
+        if grad.layout != torch.strided:
+            grad = grad.to_dense()
+        if ctx.needs_input_grad[0]:
+            grad_x = _move(grad, way.turned())
+        if ctx.needs_input_grad[1]:
+            grad_fill = operations.select(grad, way.numbers < 0, None)
+            if not ctx.each:
+                grad_fill = grad_fill.flatten(0, way.numbers.ndim - 1).sum(0)
+        return grad_x, grad_fill, None
+
+
+_run_move: Any = quick_apply(_Move)
+
+
+def _write(x: Tensor, way: Way, fill: Tensor | None) -> Tensor:
+    """The move by the kernels, where there are some that can follow."""
+    kind = COPY if way.scales is None else scaled_kind(x.dtype)
+    if not x.is_cpu or kind == OTHER:
+        return _by_operations(x, way, fill)
+    dims, shape, size = way.back.ndim, tuple(x.shape), x.element_size()
+    out = outputs.empty((*way.numbers.shape, *shape[dims:]), x.dtype)
+    where = Source(x.data_ptr())
+    if not x.is_contiguous():
+        found = source(where.start, shape, tuple(step * size for step in x.stride()), size, dims)
+        if found is None:
+            x = x.contiguous()
+        where = found or Source(x.data_ptr())
+    if where.start == 0 and x.numel():
+        raise ValueError(f"x has no memory, though its shape is {shape}: its storage was freed")
+    width, told = math.prod(shape[dims:]) * size, (0, 0)
+    if fill is not None:
+        fill = fill.contiguous()
+        told = fill.data_ptr(), width if fill.ndim == out.ndim else 0
+    move(where, out.data_ptr(), way.numbers, width, told, way.scales, kind)
+    return out
+
+
+def _by_operations(x: Tensor, way: Way, fill: Tensor | None) -> Tensor:
+    """The move in torch's operations, for whatever follows operations."""
+    index = way.numbers
+    y = _pick(x.flatten(0, way.back.ndim - 1), index)
+    if way.scales is not None:
+        scales = way.scales.reshape(*index.shape, *(1,) * (y.ndim - index.ndim))
+        y = torch.where(scales != 0, operations.multiply(y, scales), y)
+    return y if way.full else operations.select(y, index >= 0, fill)
+
+
+def _pick(flat: Tensor, index: Tensor) -> Tensor:
+    """The messages with these numbers; any where one is negative."""
+    if not flat.shape[0]:
+        flat = flat.new_zeros((1, *flat.shape[1:]))
+    words = _WORDS.get(flat.dtype)
+    if words is not None:
+        return _pick(flat.view(words), index).view(flat.dtype)
+    return flat.index_select(0, index.clamp(min=0).flatten()).reshape(*index.shape, *flat.shape[1:])
+
+
+# Types of the same bits, which every operation knows.
+_WORDS = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64, torch.complex32: torch.int32}
+_WORDS.update({dtype: torch.uint8 for name, dtype in vars(torch).items() if name.startswith("float8_")})
