@@ -115,9 +115,9 @@ def _placed(layout: str, how: How, each: Any, mask: Tensor, lengths: Tensor | No
     number = torch.arange(math.prod(shape), device=device).reshape(shape)
     if packed:
         keep, number = keep.flatten(), number.flatten()
-    room = capacity if packed or each is None else each
+    room = capacity
     if room is None:
-        total, longest = _totals(counts)
+        total, longest = _totals(counts) if each is None else (each * math.prod(rows), each)
         room = total if packed else longest
     at, there, overflow = keep.cumsum(-1) - 1, keep, None
     if capacity is not None:
