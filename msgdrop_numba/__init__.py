@@ -11,13 +11,15 @@ from msgdrop_numba.select import Kept, message_select, select_messages
 from msgdrop_numba.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from msgdrop_numba.nn import MessageDropout
+    from msgdrop_numba.nn import MessageDropout, MessageSelect, MessageSubset
     from msgdrop_numba.pipelines.collate import MessageDropoutCollate
     from msgdrop_numba.pipelines.datasets import Keyed, KeyedDataset
 
 # These need torch, which NumPy users needn't have: loaded on first use (PEP 562).
 _LAZY = {
     "MessageDropout": "nn",
+    "MessageSelect": "nn",
+    "MessageSubset": "nn",
     "MessageDropoutCollate": "pipelines.collate",
     "KeyedDataset": "pipelines.datasets",
     "Keyed": "pipelines.datasets",
@@ -30,6 +32,8 @@ __all__ = [
     "MessageDropout",
     "MessageDropoutBatch",
     "MessageDropoutCollate",
+    "MessageSelect",
+    "MessageSubset",
     "fold_in",
     "keep_mask",
     "message_dropout",

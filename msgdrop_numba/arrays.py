@@ -260,9 +260,14 @@ def take_shared(x: np.ndarray, within: np.ndarray) -> np.ndarray:
 
 
 def restore(y: np.ndarray, fill: Any, found: Selection) -> np.ndarray:
-    """The messages of y where they were, the fill where one was removed."""
+    """The messages of y where they were, the fill where one was removed: one message, or one for each."""
     dims = found.numbers.ndim
-    return _moved(y, dims, found.slots, NUMPY.fill(fill, y, dims))
+    full = (*found.shape, *y.shape[dims:])
+    if not isinstance(fill, np.ndarray) or fill.ndim != len(full):
+        return _moved(y, dims, found.slots, NUMPY.fill(fill, y, dims))
+    if fill.shape != full or fill.dtype != y.dtype:
+        raise ValueError(f"a fill of all messages must be {full} {y.dtype}, but got {fill.shape} {fill.dtype}")
+    return _moved(y, dims, found.slots, np.ascontiguousarray(fill))
 
 
 def as_here(found: Selection, x: np.ndarray) -> Selection:
@@ -292,7 +297,8 @@ def _moved(
         x = np.ascontiguousarray(x)
         where = Source(address(x))
     width = math.prod(features) * x.itemsize
-    move(where, address(out), index, width, (address(fill), 0), scales, kind)
+    each = width if fill is not None and fill.ndim == out.ndim else 0
+    move(where, address(out), index, width, (address(fill), each), scales, kind)
     return out
 
 

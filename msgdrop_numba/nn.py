@@ -1,18 +1,66 @@
-"""MessageDropout: the layer."""
+"""The layers: messages dropped, removed, or let past a module."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
 
 from msgdrop_numba.call.arguments import ZERO, check_is_number, check_message_dims, probabilities, split_p
+from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import DEFAULTS, DropRule
+from msgdrop_numba.call.select import how
 from msgdrop_numba.functional import message_dropout
+from msgdrop_numba.select import select
+
+ALWAYS = object()  # of what is always printed
 
 
-class MessageDropout(torch.nn.Module):
+class _Layer(torch.nn.Module):
+    """What the layers share: the rule, a p that goes along to devices, and what is printed of both."""
+
+    __module__ = "msgdrop_numba"  # where a pickle looks for a layer, wherever it stands
+    prefix = 0  # of layers that were pickled before there was one
+    _shown: ClassVar[dict[str, Any]]  # what is printed where it isn't this
+
+    def _remember(self, p: Any, message_dims: Any, *rule: Any) -> None:
+        number, array = split_p(p)
+        checked = DropRule(number, *rule)
+        if message_dims is not None:
+            check_message_dims(message_dims)
+        # An array is kept as float64 and no buffer: the mask's bits must not depend on the layer's dtype. See _apply.
+        self.p: Any = checked.p if array is None else torch.from_numpy(probabilities(array, tuple(array.shape)))
+        self.message_dims = message_dims
+        self.exact, self.span, self.min_keep, self.prefix = checked.rest
+
+    @property
+    def _rule(self) -> tuple[Any, ...]:
+        return self.exact, self.span, self.min_keep, self.prefix
+
+    def _p(self, x: Tensor) -> Any:
+        if isinstance(self.p, Tensor) and not self.p.is_cpu:
+            return self.p.to(x.device)  # in a replica on another device
+        return self.p
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Take an array p along to a CUDA device: copied at each call, it would break a CUDA graph."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if isinstance(self.p, Tensor):
+            device = fn(torch.empty(0, device=self.p.device)).device
+            self.p = self.p.to(device if device.type == "cuda" else "cpu")
+        return self
+
+    def extra_repr(self) -> str:
+        shown = {"p": self.p}
+        for name, default in self._shown.items():
+            value = getattr(self, name)
+            if default is ALWAYS or hasattr(value, "shape") or value != default:
+                shown[name] = value
+        return ", ".join(f"{name}={_short(value)}" for name, value in shown.items())
+
+
+class MessageDropout(_Layer):
     """Drop whole messages `x[b, s, :]` during training, each with probability p; identity in eval mode.
 
     Unlike `torch.nn.Dropout1d` it drops along any number of message dims, never reads what it drops, and scales only
@@ -44,8 +92,8 @@ class MessageDropout(torch.nn.Module):
     Source: the mask contract, version 1.1 (CONTRACT.md).
     """
 
-    __module__ = "msgdrop_numba"  # where a pickle looks for it, wherever it stands
-    prefix = 0  # of layers that were pickled before there was one
+    __module__ = "msgdrop_numba"
+    _shown: ClassVar = {"inplace": ALWAYS, "scale": False, **DEFAULTS, "fill": 0.0, "message_dims": None}
 
     def __init__(
         self,
@@ -61,28 +109,14 @@ class MessageDropout(torch.nn.Module):
         message_dims: int | None = None,
     ) -> None:
         super().__init__()
-        number, array = split_p(p)
-        rule = DropRule(number, exact, span, min_keep, prefix)
-        if message_dims is not None:
-            check_message_dims(message_dims)
-        # An array is kept as float64 and no buffer: the mask's bits must not depend on the layer's dtype. See _apply.
-        self.p: Any = rule.p if array is None else torch.from_numpy(probabilities(array, tuple(array.shape)))
-        self.inplace, self.scale, self.message_dims = inplace, scale, message_dims
-        self.exact, self.span, self.min_keep, self.prefix = rule.rest
+        self._remember(p, message_dims, exact, span, min_keep, prefix)
+        self.inplace, self.scale = inplace, scale
         if isinstance(fill, Tensor) and not isinstance(fill, torch.nn.Parameter):
             self.register_buffer("fill", fill)
         else:
             if not isinstance(fill, Tensor):
                 check_is_number("fill", fill)
             self.fill = fill
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Take an array p along to a CUDA device: copied at each call, it would break a CUDA graph."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if isinstance(self.p, Tensor):
-            device = fn(torch.empty(0, device=self.p.device)).device
-            self.p = self.p.to(device if device.type == "cuda" else "cpu")
-        return self
 
     @overload
     def forward(
@@ -107,9 +141,7 @@ class MessageDropout(torch.nn.Module):
         Returns:
             A tensor like x, or `(y, keep)` with `return_mask`.
         """
-        p, fill = self.p, self.fill
-        if isinstance(p, Tensor) and not p.is_cpu:
-            p = p.to(x.device)  # in a replica on another device
+        p, fill = self._p(x), self.fill
         if isinstance(fill, Tensor) and torch.is_autocast_enabled(x.device.type):
             fill = fill.to(x.dtype)
         return message_dropout(
@@ -121,14 +153,190 @@ class MessageDropout(torch.nn.Module):
     if TYPE_CHECKING:  # torch says nothing of what a call gives back
         __call__ = forward
 
-    def extra_repr(self) -> str:
-        usual = {"scale": False, **DEFAULTS, "fill": 0.0, "message_dims": None}
-        shown = {"p": self.p, "inplace": self.inplace}
-        for name, default in usual.items():
-            value = getattr(self, name)
-            if hasattr(value, "shape") or value != default:
-                shown[name] = value
-        return ", ".join(f"{name}={_short(value)}" for name, value in shown.items())
+
+class MessageSelect(_Layer):
+    """Remove whole messages `x[b, s, :]` during training, each with probability p; identity in eval mode.
+
+    What comes after computes what remains alone: of a transformer with half of its tokens removed, half. In timm:
+    `vit.patch_drop = MessageSelect(0.5, exact=True, prefix=vit.num_prefix_tokens, return_kept=False)`.
+
+    Args:
+        p: probability that a message is **removed**, in [0, 1]; a range `(lo, hi)`, of which each row draws its own; or
+            an array or tensor of them, one a position.
+        scale, exact, span, min_keep, prefix, message_dims, layout, capacity: as for `message_select`.
+        return_kept: whether `(y, kept)` comes back, or y alone. "indices", for where timm has `PatchDropoutWithIndices`,
+            with `exact`: `(y, indices)` of what remains behind the prefix, counted from there; None where nothing drops.
+
+    Shape:
+        - Input: `(*message dims, *features)`, by default `(N, S, *)` or `(S, F)`.
+        - Output: `(*rows, K, *features)`, or `(T, *features)` in layout "packed".
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or as `message_select` at the call.
+
+    Example:
+        >>> import torch
+        >>> layer = MessageSelect(0.5, exact=True, prefix=1)
+        >>> y, kept = layer(torch.randn(8, 197, 64))
+        >>> y.shape, kept.take(torch.arange(197), dim=0).shape
+        (torch.Size([8, 99, 64]), torch.Size([8, 99]))
+
+    Source: the mask contract, version 1.1 (CONTRACT.md).
+    """
+
+    __module__ = "msgdrop_numba"
+    _shown: ClassVar = {
+        "scale": False, **DEFAULTS, "message_dims": None, "layout": None, "capacity": None, "return_kept": True,
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        p: Any = 0.5,
+        *,
+        scale: bool = False,
+        exact: bool = False,
+        span: int = 1,
+        min_keep: int = 0,
+        prefix: int = 0,
+        message_dims: int | None = None,
+        layout: str | None = None,
+        capacity: int | None = None,
+        return_kept: Any = True,
+    ) -> None:
+        super().__init__()
+        self._remember(p, message_dims, exact, span, min_keep, prefix)
+        if return_kept not in (True, False, "indices"):
+            raise ValueError(f"return_kept must be True, False or 'indices', but got {return_kept!r}")
+        if return_kept == "indices":
+            if not exact or layout not in (None, "dense"):
+                raise ValueError(
+                    f"return_kept='indices' needs rows of one length, but got exact={exact}, layout={layout!r}: "
+                    "give exact=True"
+                )
+            layout = "dense"
+        how(layout, capacity)
+        self.scale, self.layout, self.capacity, self.return_kept = scale, layout, capacity, return_kept
+
+    def forward(
+        self, x: Tensor, *, lengths: Any = None, keys: Any = None, seed: Any = None, protect: Any = None,
+        positions: Any = None,
+    ) -> Any:  # fmt: skip
+        """Remove messages of x.
+
+        Args:
+            x: `(*message dims, *features)`.
+            lengths, keys, seed, protect, positions: as for `message_select`.
+
+        Returns:
+            `(y, kept)`, or as `return_kept` says.
+        """
+        request = Request(
+            self._p(x), self._rule, self.scale, message_dims=self.message_dims, training=self.training,
+            lengths=lengths, keys=keys, seed=seed, protect=protect, positions=positions,
+        )  # fmt: skip
+        y, kept = select(x, request, how(self.layout, self.capacity, self.return_kept is not False))
+        if self.return_kept == "indices":
+            return y, None if y is x else kept.indices[..., self.prefix :] - self.prefix  # type: ignore[union-attr]
+        return (y, kept) if self.return_kept else y
+
+
+class MessageSubset(_Layer):
+    """Let a module see a part of the messages, drawn anew at each call: the others pass by. In eval mode it sees all.
+
+    With `per="message"` a kept message becomes what the module makes of it, any other stays what it is: random layerwise
+    token dropping, for a transformer's inner layers. With `per="sample"` the module is the branch f of a residual
+    connection, and of B samples each that is kept becomes `x + f(x) * B / kept`, any other stays x: stochastic depth
+    that doesn't compute what it throws away.
+
+    Args:
+        module: what is called with the kept messages, `(*rows, K, *features)`, and gives back as many of as many
+            features; with `per="sample"` with the kept samples, `(K, *)`.
+        p: probability that a message, or sample, passes by, as for `message_select`.
+        exact, span, min_keep, prefix, message_dims: as for `message_select`. Without `exact` rows keep different
+            counts: the module then sees zeros behind those of a shorter row, and needs `pass_kept` where messages mix.
+        per: "message" or "sample".
+        pass_kept: call `module(y, ..., kept=kept)`, whose `key_padding_mask` tells what is padding.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or the module gives back another shape than it got.
+
+    Example:
+        >>> import torch
+        >>> block = torch.nn.TransformerEncoderLayer(64, 4, batch_first=True)
+        >>> layer = MessageSubset(block, 0.5, exact=True, prefix=1)
+        >>> layer(torch.randn(8, 197, 64)).shape  # 99 of 197 messages went through the block
+        torch.Size([8, 197, 64])
+
+    Source: the mask contract, version 1.1 (CONTRACT.md); random-LTD is Yao et al., 2022; batched stochastic depth is
+    DINOv2's.
+    """
+
+    __module__ = "msgdrop_numba"
+    _shown: ClassVar = {**DEFAULTS, "message_dims": None, "per": "message", "pass_kept": False}
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        p: Any = 0.5,
+        *,
+        exact: bool = False,
+        span: int = 1,
+        min_keep: int = 0,
+        prefix: int = 0,
+        message_dims: int | None = None,
+        per: str = "message",
+        pass_kept: bool = False,
+    ) -> None:
+        super().__init__()
+        if per not in ("message", "sample"):
+            raise ValueError(f"per must be 'message' or 'sample', but got {per!r}")
+        if per == "sample" and message_dims is not None:
+            raise ValueError(f"message_dims goes with per='message', but got {message_dims} with per='sample'")
+        self._remember(p, message_dims, exact, span, min_keep, prefix)
+        self.module, self.per, self.pass_kept = module, per, pass_kept
+
+    def forward(
+        self, x: Tensor, *companions: Tensor, lengths: Any = None, keys: Any = None, seed: Any = None,
+        protect: Any = None, positions: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """Call the module on a part of x.
+
+        Args:
+            x: `(*message dims, *features)`.
+            companions: what the module takes beside x, and loses the same messages, as `Kept.take` does it.
+            lengths, keys, seed, protect, positions: as for `message_select`; with `per="sample"` of the samples, which
+                are then the messages of one row.
+
+        Returns:
+            A tensor of x's shape.
+        """
+        whole = self.per == "sample"
+        request = Request(
+            self._p(x), self._rule, message_dims=1 if whole else self.message_dims, training=self.training,
+            lengths=lengths, keys=keys, seed=seed, protect=protect, positions=positions,
+        )  # fmt: skip
+        y, kept = select(x, request, how(None, None))
+        if y is not x:
+            companions = tuple(kept.take(companion) for companion in companions)  # type: ignore[union-attr]
+        if y.shape[0] == 0 < x.shape[0]:  # no sample is kept
+            return x
+        made = self.module(y, *companions, **({"kept": kept} if self.pass_kept else {}))
+        if made.shape != y.shape:
+            raise ValueError(
+                f"module must give back the shape {tuple(y.shape)} that it got, but got {tuple(made.shape)}"
+            )
+        if not whole:
+            return made if y is x else _put_back(made, x, kept)
+        if y is x:
+            return x + made  # type: ignore[no-any-return]
+        made = made.to(x.dtype)
+        return torch.index_add(x, 0, kept.indices, made, alpha=len(x) / len(y))  # type: ignore[union-attr]
+
+
+def _put_back(made: Tensor, x: Tensor, kept: Any) -> Tensor:
+    """Among the messages of x, in the wider of both types: autocast may have changed what the module made."""
+    dtype = torch.promote_types(made.dtype, x.dtype)
+    return kept.restore(made.to(dtype), fill=x.to(dtype))  # type: ignore[no-any-return]
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,7 @@ from msgdrop_numba import arrays
 from msgdrop_numba.call.arguments import ZERO
 from msgdrop_numba.call.plan import mask_shape
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.select import PACKED, Selection, how
+from msgdrop_numba.call.select import PACKED, How, Selection, how
 from msgdrop_numba.functional import library_of
 
 if TYPE_CHECKING:
@@ -151,8 +151,9 @@ class Kept:
 
         Args:
             y: array or tensor of any dtype and features: `(*rows, slots, *features)`, packed `(slots, *features)`.
-            fill: what stands in for a removed message, and for padding: a number, or one message of y's kind and dtype,
-                an `nn.Parameter` say, whose gradient is the sum over them.
+            fill: what stands in for a removed message, and for padding: a number; or one message of y's kind and
+                dtype, an `nn.Parameter` say, whose gradient is the sum over them; or an array of all messages,
+                `(*message dims, *features)`, of which each stands in for itself.
 
         Returns:
             `(*message dims, *features)`. Differentiable in y and in a tensor `fill`.
@@ -293,8 +294,13 @@ def message_select(
         p, (exact, span, min_keep, prefix), scale, ZERO, message_dims, training, False, lengths, seed, keys, protect,
         positions, generator,
     )  # fmt: skip
-    y, found = _library_of(x).message_select(x, request, how(layout, capacity))
-    return y, Kept(found)
+    return select(x, request, how(layout, capacity))
+
+
+def select(x: Any, request: Request, how: How) -> tuple[Any, Kept | None]:
+    """`message_select` of a request; no `Kept` where nobody asks for it."""
+    y, found = _library_of(x).message_select(x, request, how)
+    return y, Kept(found) if how.told else None
 
 
 def select_messages(
@@ -342,6 +348,6 @@ def select_messages(
     )
     if device is None:
         return Kept(arrays.select_messages(dims, request, how(layout, capacity)))
-    from msgdrop_numba.tensors import select
+    from msgdrop_numba.tensors import select as tensors
 
-    return Kept(select.select_messages(dims, request, how(layout, capacity), device))
+    return Kept(tensors.select_messages(dims, request, how(layout, capacity), device))

@@ -172,13 +172,17 @@ def take_shared(x: Tensor, within: Tensor) -> Tensor:
 
 
 def restore(y: Tensor, fill: Any, found: Selection) -> Tensor:
-    """The messages of y where they were, the fill where one was removed."""
-    return _move(y, Way(found.slots, found.numbers), fill_message(fill, y, found.numbers.ndim))
-
-
-def merge(y: Tensor, x: Tensor, found: Selection) -> Tensor:
-    """The messages of y where they were, those of x where one was removed."""
-    return _move(y, Way(found.slots, found.numbers), x)
+    """The messages of y where they were, the fill where one was removed: one message, or one for each."""
+    dims = found.numbers.ndim
+    full = (*found.shape, *y.shape[dims:])
+    if not isinstance(fill, Tensor) or fill.ndim != len(full):
+        fill = fill_message(fill, y, dims)
+    elif fill.shape != full or fill.dtype != y.dtype or fill.device != y.device:
+        raise ValueError(
+            f"a fill of all messages must be {full} {y.dtype} on {y.device}, "
+            f"but got {tuple(fill.shape)} {fill.dtype} on {fill.device}"
+        )
+    return _move(y, Way(found.slots, found.numbers), fill)
 
 
 def as_here(found: Selection, x: Tensor) -> Selection:
