@@ -31,7 +31,7 @@ from msgdrop_numba.tensors.arguments import fill_message, scaled_kind
 from msgdrop_numba.tensors.library import ON_HOST
 from msgdrop_numba.tensors.traced import TRACED
 from msgdrop_numba.tensors.write import draw_mask
-from msgdrop_numba.torch_private import is_plain, is_plain_cuda, quick_apply
+from msgdrop_numba.torch_private import in_transform, is_exporting, is_plain, is_plain_cuda, quick_apply
 
 
 class Way(NamedTuple):
@@ -65,7 +65,7 @@ def message_select(x: Tensor, request: Request, how: How) -> tuple[Tensor, Selec
     passes = job.seed is None and (how.layout != PACKED or request.lengths is None)
     found = None if passes and not how.told else _selection(library, job, request, how, x.device)
     if passes:
-        return (x.flatten(0, dims - 1) if how.layout == PACKED else x), found
+        return (_in_a_row(x, dims) if how.layout == PACKED else x), found
     assert found is not None
     scales = _scales(library, job) if request.scale and job.seed is not None else None
     return take(x, dims, found, scales), found
@@ -201,7 +201,7 @@ def nested(y: Tensor, found: Selection) -> Tensor:
     ends = found.lengths.flatten().cumsum(0)
     offsets = torch.cat([ends.new_zeros(1), ends])
     if found.layout == DENSE:
-        values = y.flatten(0, found.numbers.ndim - 1)
+        values = _in_a_row(y, found.numbers.ndim)
     elif found.layout == PACKED:
         values = y[: int(offsets[-1])]
     else:
@@ -238,7 +238,7 @@ class _Move(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_fill = operations.select(grad, way.numbers < 0, None)
             if not ctx.each:
-                grad_fill = grad_fill.flatten(0, way.numbers.ndim - 1).sum(0)
+                grad_fill = _in_a_row(grad_fill, way.numbers.ndim).sum(0)
         return grad_x, grad_fill, None
 
 
@@ -271,11 +271,20 @@ def _write(x: Tensor, way: Way, fill: Tensor | None) -> Tensor:
 def _by_operations(x: Tensor, way: Way, fill: Tensor | None) -> Tensor:
     """The move in torch's operations, for whatever follows operations."""
     index = way.numbers
-    y = _pick(x.flatten(0, way.back.ndim - 1), index)
+    flat = _in_a_row(x, way.back.ndim)
+    if x.requires_grad and torch.compiler.is_compiling() and not (in_transform() or is_exporting()):
+        y = _Pick.apply(flat, index.flatten(), way.back.flatten()).reshape(*index.shape, *flat.shape[1:])  # type: ignore[no-untyped-call]
+    else:
+        y = _pick(flat, index)
     if way.scales is not None:
         scales = way.scales.reshape(*index.shape, *(1,) * (y.ndim - index.ndim))
         y = torch.where(scales != 0, operations.multiply(y, scales), y)
     return y if way.full else operations.select(y, index >= 0, fill)
+
+
+def _in_a_row(x: Tensor, dims: int) -> Tensor:
+    """The messages over the leading `dims` as one row."""
+    return x.reshape(math.prod(x.shape[:dims]), *x.shape[dims:])  # batched gradients know no flatten
 
 
 def _pick(flat: Tensor, index: Tensor) -> Tensor:
@@ -286,6 +295,20 @@ def _pick(flat: Tensor, index: Tensor) -> Tensor:
     if words is not None:
         return _pick(flat.view(words), index).view(flat.dtype)
     return flat.index_select(0, index.clamp(min=0).flatten()).reshape(*index.shape, *flat.shape[1:])
+
+
+class _Pick(torch.autograd.Function):
+    """`_pick` for compiled code, whose own gradient of it would add up what needs no adding."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, index: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return _pick(flat, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (back,) = ctx.saved_tensors
+        return operations.select(_pick(grad, back), back >= 0, None), None, None
 
 
 # Types of the same bits, which every operation knows.
