@@ -20,8 +20,12 @@ from msgdrop_numba import (
     MessageDropout,
     MessageDropoutBatch,
     MessageDropoutCollate,
+    MessageSelect,
+    MessageSubset,
     keep_mask,
     message_dropout,
+    message_select,
+    select_messages,
 )
 from msgdrop_numba.call.request import Options, Request
 from msgdrop_numba.call.rule import DEFAULTS, rule_of
@@ -46,7 +50,8 @@ def _globals(value: Any) -> dict[str, Any]:
     return {**names, **{name: getattr(msgdrop_numba, name) for name in msgdrop_numba.__all__}}
 
 
-DROPPERS = [keep_mask, message_dropout, MessageDropout, MessageDropoutBatch, MessageDropoutCollate]
+DROPPERS = [keep_mask, message_dropout, MessageDropout, MessageDropoutBatch, MessageDropoutCollate, message_select,
+            select_messages, MessageSelect, MessageSubset]  # fmt: skip
 
 
 @pytest.mark.parametrize("dropper", DROPPERS, ids=lambda dropper: dropper.__name__)
@@ -74,6 +79,14 @@ def made(dropper, **rule):
         _, mask = message_dropout(torch.from_numpy(x), 0.6, return_mask=True, **rule)
         assert torch.equal(short.bool(), mask)
         return mask.numpy()
+    if dropper is message_select:
+        return message_select(x, 0.6, seed=1, **rule)[1].mask
+    if dropper is select_messages:
+        return select_messages((40, 6), 0.6, seed=1, **rule).mask
+    if dropper is MessageSelect:
+        return MessageSelect(0.6, **rule)(torch.from_numpy(x), seed=1)[1].mask.numpy()
+    if dropper is MessageSubset:
+        return MessageSubset(torch.nn.Threshold(9, 0), 0.6, **rule)(torch.from_numpy(x), seed=1)[..., 0].numpy()
     if dropper is MessageDropout:
         return MessageDropout(0.6, **rule)(torch.from_numpy(x), seed=1)[..., 0].numpy()
     if dropper is MessageDropoutBatch:
@@ -102,6 +115,9 @@ PUBLIC = {
     "dataset": lambda: KeyedDataset([1, 2]),
     "stream": lambda: KeyedDataset(Stream(), key=ord),
     "keyed": lambda: Keyed("a", 1),
+    "select": lambda: MessageSelect(0.5, exact=True, layout="dense"),
+    "subset": lambda: MessageSubset(torch.nn.Linear(2, 2), 0.5, exact=True),
+    "kept": lambda: select_messages((2, 3), 0.5, seed=1),
     "batch": lambda: MessageDropoutBatch(0.5, columns="x", key="id", seed=3, exact=True),
     "batch of own": lambda: MessageDropoutBatch("p", columns="x", key="id", seed=3, protect="guard", positions="at"),
 }
@@ -125,7 +141,9 @@ def test_a_pickle_names_public_classes_alone(kind):
 
 
 @pytest.mark.parametrize(
-    "name", ["Keyed", "KeyedDataset", "MessageDropout", "MessageDropoutBatch", "MessageDropoutCollate"]
-)
+    "name",
+    ["Kept", "Keyed", "KeyedDataset", "MessageDropout", "MessageDropoutBatch", "MessageDropoutCollate", "MessageSelect",
+     "MessageSubset"],
+)  # fmt: skip
 def test_public_classes_say_that_they_are_the_packages(name):
     assert getattr(msgdrop_numba, name).__module__ == "msgdrop_numba"

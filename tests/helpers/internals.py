@@ -46,6 +46,13 @@ def stream_everything(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(plan, "STREAM_BYTES", 0)
 
 
+def stream_removal(patch: pytest.MonkeyPatch) -> None:
+    """Write all that is removed from or put back past the cache."""
+    from msgdrop_numba.call import select
+
+    patch.setattr(select, "STREAM_BYTES", 0)
+
+
 def reset_plans() -> None:
     """Forget plans that were made."""
     from msgdrop_numba.call import plan

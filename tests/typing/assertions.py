@@ -9,7 +9,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import assert_type
 
-from msgdrop_numba import MessageDropout, fold_in, keep_mask, message_dropout
+from msgdrop_numba import (
+    Kept,
+    MessageDropout,
+    fold_in,
+    keep_mask,
+    message_dropout,
+    message_select,
+    select_messages,
+)
 
 
 def arrays(x: NDArray[np.float32]) -> None:
@@ -17,6 +25,8 @@ def arrays(x: NDArray[np.float32]) -> None:
     assert_type(message_dropout(x, 0.5, exact=True, seed=1), NDArray[np.float32])
     assert_type(message_dropout(x, 0.5, return_mask=True), tuple[NDArray[np.float32], NDArray[np.bool_]])
     assert_type(keep_mask((2, 3), 0.5, seed=1), NDArray[np.bool_])
+    assert_type(message_select(x, 0.5, layout="packed"), tuple[NDArray[np.float32], Kept])
+    assert_type(select_messages((2, 3), capacity=2), Kept)
     assert_type(fold_in(1, 2), int)
 
 
@@ -24,6 +34,7 @@ def tensors(x: Tensor) -> None:
     assert_type(message_dropout(x, 0.5, True, True), Tensor)
     assert_type(message_dropout(x, 0.5, return_mask=True, span=2), tuple[Tensor, Tensor])
     assert_type(keep_mask((2, 3), 0.5, seed=1, min_keep=1, device="cpu"), Tensor)
+    assert_type(message_select(x, 0.5, True, exact=True), tuple[Tensor, Kept])
 
 
 def device_arrays(x: Any, told: bool) -> None:
