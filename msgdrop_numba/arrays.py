@@ -219,14 +219,15 @@ def _write(job: Job, plan: Plan, x: np.ndarray, result: np.ndarray, mask: np.nda
 
 def message_select(x: np.ndarray, request: Request, how: How) -> tuple[np.ndarray, Selection | None]:
     """`select.message_select` for an array."""
-    job = prepare(NUMPY, x, request, lambda plan: laid_out(how, plan.rule, plan.size, request))
+    laid: list[tuple[str, Any]] = []
+    job = prepare(NUMPY, x, request, lambda plan: laid.append(laid_out(how, plan.rule, plan.size, request)))
     plan, draw, seed, *_ = job
     dims = len(plan.shape)
-    found = _selection(job, request, how) if how.told or seed is not None or draw.lengths is not None else None
-    if seed is None and how.layout != PACKED:
-        return x, found
-    if found is None:
-        return x.reshape(-1, *x.shape[dims:]), None
+    passes = seed is None and (how.layout != PACKED or draw.lengths is None)
+    found = None if passes and not how.told else _selection(job, laid[0], how)
+    if passes:
+        return (x.reshape(plan.messages, *x.shape[dims:]) if how.layout == PACKED else x), found
+    assert found is not None
     if plan.kind == COPY or seed is None:
         return _moved(x, dims, found.numbers), found
     native = x.astype(x.dtype.newbyteorder("="), copy=False)
@@ -236,17 +237,18 @@ def message_select(x: np.ndarray, request: Request, how: How) -> tuple[np.ndarra
 
 def select_messages(shape: tuple[int, ...], request: Request, how: How) -> Selection:
     """`select.select_messages` without a device."""
-    job = prepare_mask(NUMPY, shape, request, None, lambda plan: laid_out(how, plan.rule, plan.size, request))
-    return _selection(job, request, how)
+    laid: list[tuple[str, Any]] = []
+    check = lambda plan: laid.append(laid_out(how, plan.rule, plan.size, request))  # noqa: E731
+    return _selection(prepare_mask(NUMPY, shape, request, None, check), laid[0], how)
 
 
-def _selection(job: Job, request: Request, how: How) -> Selection:
+def _selection(job: Job, laid: tuple[str, Any], how: How) -> Selection:
     plan, draw, seed, *_ = job
-    layout, each = laid_out(how, plan.rule, plan.size, request)
     if seed is None or plan.rule.p == 0:  # x itself, in its own room
-        how = How(layout, None if layout == PACKED else plan.size)
-        return place(layout, how, each, np.ones(plan.shape, np.bool_), draw.lengths)
-    return place(layout, how, each, draw_mask(job), draw.lengths)
+        mask, capacity = np.ones(plan.shape, np.bool_), None if laid[0] == PACKED else plan.size
+    else:
+        mask, capacity = draw_mask(job), how.capacity
+    return place(laid, capacity, plan.shape, address(mask), draw.lengths)
 
 
 def take(x: np.ndarray, dims: int, found: Selection) -> np.ndarray:

@@ -164,8 +164,9 @@ class MessageSelect(_Layer):
         p: probability that a message is **removed**, in [0, 1]; a range `(lo, hi)`, of which each row draws its own; or
             an array or tensor of them, one a position.
         scale, exact, span, min_keep, prefix, message_dims, layout, capacity: as for `message_select`.
-        return_kept: whether `(y, kept)` comes back, or y alone. "indices", for where timm has `PatchDropoutWithIndices`,
-            with `exact`: `(y, indices)` of what remains behind the prefix, counted from there; None where nothing drops.
+        return_kept: whether `(y, kept)` comes back, or y alone. "indices", with `exact`, for where timm has
+            `PatchDropoutWithIndices`: `(y, indices)` of what remains behind the prefix, counted from there, None where
+            nothing drops.
 
     Shape:
         - Input: `(*message dims, *features)`, by default `(N, S, *)` or `(S, F)`.
@@ -243,10 +244,10 @@ class MessageSelect(_Layer):
 class MessageSubset(_Layer):
     """Let a module see a part of the messages, drawn anew at each call: the others pass by. In eval mode it sees all.
 
-    With `per="message"` a kept message becomes what the module makes of it, any other stays what it is: random layerwise
-    token dropping, for a transformer's inner layers. With `per="sample"` the module is the branch f of a residual
-    connection, and of B samples each that is kept becomes `x + f(x) * B / kept`, any other stays x: stochastic depth
-    that doesn't compute what it throws away.
+    With `per="message"` a kept message becomes what the module makes of it, any other stays what it is: random
+    layerwise token dropping, for a transformer's inner layers. With `per="sample"` the module is the branch f of a
+    residual connection, and of B samples each that is kept becomes `x + f(x) * B / kept`, any other stays x: stochastic
+    depth that doesn't compute what it throws away.
 
     Args:
         module: what is called with the kept messages, `(*rows, K, *features)`, and gives back as many of as many

@@ -202,8 +202,14 @@ class Kept:
 
 def _library_of(x: Any) -> Any:
     """The module that removes messages of an array."""
-    library = library_of(x)
-    if library is arrays:
+    return _libraries.get(type(x)) or _library(x)
+
+
+_libraries: dict[type, Any] = {np.ndarray: arrays}  # of exact types, as in `functional`
+
+
+def _library(x: Any) -> Any:
+    if library_of(x) is arrays:
         return arrays
     import torch
 
@@ -214,6 +220,7 @@ def _library_of(x: Any) -> Any:
             f"messages are removed from NumPy arrays and tensors, but got {type(x).__name__}: make it a tensor first, "
             "torch.as_tensor(x, device='cuda')"
         )
+    _libraries[torch.Tensor] = _libraries[torch.nn.Parameter] = select
     return select
 
 

@@ -108,21 +108,22 @@ def _uneven(rule: DropRule, request: Any) -> str:
     return f"p={rule.p} of each row" if rule.ranged else f"exact={rule.exact}"
 
 
-def place(layout: str, how: How, each: int | None, mask: np.ndarray, lengths: Any) -> Selection:
-    """The selection of a keep mask on the host.
+def place(laid: tuple[str, Any], capacity: int | None, shape: tuple[int, ...], mask: int, lengths: Any) -> Selection:
+    """The selection of a keep mask on the host, over the message dims `shape`.
 
     Args:
-        each: what each row keeps, where it is known.
+        laid: as `laid_out` says.
+        mask: its address.
         lengths: int64, one a row: what lies behind isn't kept, whatever the mask says; None: all may be.
     """
-    shape = mask.shape
-    size, rows = shape[-1], math.prod(shape[:-1])
+    (layout, each), (*row_shape, size) = laid, shape
+    rows = math.prod(row_shape)
     counts = np.empty(rows, np.int64) if each is None else np.full(rows, each, np.int64)
-    slots, starts, room, capacity = np.empty(shape, np.int64), None, each, how.capacity
-    told = [address(mask), address(lengths), size, 0, 0, address(counts), 0, address(slots)]
+    slots, starts = np.empty(shape, np.int64), None
+    told = [mask, address(lengths), size, 0, 0, address(counts), 0, address(slots)]
     if each is None:
-        _run(count_range, rows, told, mask.size)
-    longest = int(counts.max(initial=0))
+        _run(count_range, rows, told, slots.size)
+    longest = int(counts.max(initial=0)) if each is None else each
     if layout == PACKED:
         starts, needed = counts.cumsum() - counts, int(counts.sum())
         room = _room(capacity, needed, "all rows")
@@ -130,10 +131,10 @@ def place(layout: str, how: How, each: int | None, mask: np.ndarray, lengths: An
         index[needed:] = -1
     else:
         room = _room(capacity, longest, "a row")
-        index = np.empty((*shape[:-1], room), np.int64)
+        index = np.empty((*row_shape, room), np.int64)
     told[3:5], told[6] = (room, address(starts)), address(index)
     _run(place_range, rows, told, 8 * (slots.size + index.size))
-    return Selection(layout, shape, index, slots, counts.reshape(shape[:-1]), longest if layout == PACKED else room)
+    return Selection(layout, shape, index, slots, counts.reshape(row_shape), longest if layout == PACKED else room)
 
 
 def _room(capacity: int | None, needed: int, where: str) -> int:

@@ -60,10 +60,11 @@ def message_select(x: Tensor, request: Request, how: How) -> tuple[Tensor, Selec
     if x.is_nested:
         raise TypeError("x must not be nested: give it padded, x.to_padded_tensor(0.0), with lengths")
     library = ways.library(x, request)
-    job = prepare(library, x, request, lambda plan: laid_out(how, plan.rule, plan.shape[-1], request))
+    laid: list[tuple[str, Any]] = []
+    job = prepare(library, x, request, lambda plan: laid.append(laid_out(how, plan.rule, plan.shape[-1], request)))
     dims = len(job.plan.shape)
     passes = job.seed is None and (how.layout != PACKED or request.lengths is None)
-    found = None if passes and not how.told else _selection(library, job, request, how, x.device)
+    found = None if passes and not how.told else _selection(library, job, laid[0], how, x.device)
     if passes:
         return (_in_a_row(x, dims) if how.layout == PACKED else x), found
     assert found is not None
@@ -75,24 +76,22 @@ def select_messages(shape: tuple[int, ...], request: Request, how: How, device: 
     """`select.select_messages` on a device."""
     device = torch.device(device)
     library = ways.mask_library(device, request)
-    check = lambda plan: laid_out(how, plan.rule, plan.shape[-1], request)  # noqa: E731
-    return _selection(library, prepare_mask(library, shape, request, device, check), request, how, device)
+    laid: list[tuple[str, Any]] = []
+    check = lambda plan: laid.append(laid_out(how, plan.rule, plan.shape[-1], request))  # noqa: E731
+    return _selection(library, prepare_mask(library, shape, request, device, check), laid[0], how, device)
 
 
-def _selection(library: Library, job: Job, request: Request, how: How, device: torch.device) -> Selection:
-    shape, rule = tuple(job.plan.shape), job.plan.rule
-    layout, each = laid_out(how, rule, shape[-1], request)
-    all_kept = job.seed is None or rule.p == 0
-    if all_kept:  # x itself, in its own room
-        how = How(layout, None if layout == PACKED else shape[-1])
-        mask = torch.ones(shape, dtype=torch.bool, device=device)
+def _selection(library: Library, job: Job, laid: tuple[str, Any], how: How, device: torch.device) -> Selection:
+    shape, capacity = tuple(job.plan.shape), how.capacity
+    if job.seed is None or job.plan.rule.p == 0:  # x itself, in its own room
+        mask, capacity = torch.ones(shape, dtype=torch.bool, device=device), None if laid[0] == PACKED else shape[-1]
     else:
         mask = traced.draw_mask(job) if library is TRACED else draw_mask(job)
-    lengths = job.draw.rows.lengths if library is TRACED else job.draw.lengths
     if library is not ON_HOST:
-        return _placed(layout, how, each, mask, lengths)
-    found = place(layout, how, each, mask.numpy(), lengths)
-    return on(found, None)
+        return _placed(laid, capacity, mask, job.draw.rows.lengths if library is TRACED else job.draw.lengths)
+    layout, _, *arrays, longest, _ = place(laid, capacity, shape, mask.data_ptr(), job.draw.lengths)
+    numbers, slots, lengths = map(torch.from_numpy, arrays)
+    return Selection(layout, shape, numbers, slots, lengths, longest)
 
 
 def on(found: Selection, device: Any) -> Selection:
@@ -105,9 +104,9 @@ def on(found: Selection, device: Any) -> Selection:
     return found._replace(**named)
 
 
-def _placed(layout: str, how: How, each: Any, mask: Tensor, lengths: Tensor | None) -> Selection:
+def _placed(laid: tuple[str, Any], capacity: Any, mask: Tensor, lengths: Tensor | None) -> Selection:
     """`call.select.place` in torch's operations; nothing is looked at where the room is known beforehand."""
-    shape, device, capacity = tuple(mask.shape), mask.device, how.capacity
+    (layout, each), shape, device = laid, tuple(mask.shape), mask.device
     *rows, size = shape
     keep = mask if lengths is None else mask & (torch.arange(size, device=device) < lengths.unsqueeze(-1))
     counts, longest = keep.sum(-1), each

@@ -22,8 +22,8 @@ def host(values: Any) -> np.ndarray:
 def layouts(rng: random.Random, keep: np.ndarray, lengths: Any) -> dict[str, Any]:
     """A layout, some with a capacity that suffices."""
     layout = rng.choice([None, "padded", "packed"])
-    if rng.random() < 0.3:
-        _, counts = naive.select(keep, "padded", lengths=lengths)
+    _, counts = naive.select(keep, "padded", lengths=lengths)
+    if counts and rng.random() < 0.3:
         needed = sum(counts) if layout == "packed" else max(counts, default=0)
         return {"layout": layout, "capacity": max(1, needed) + rng.randint(0, 3)}
     return {"layout": layout}
