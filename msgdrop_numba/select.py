@@ -185,10 +185,10 @@ class Kept:
         Returns:
             `torch.nested.nested_tensor_from_jagged(values, offsets)`. Waits for the device where there may be padding.
         """
-        from msgdrop_numba.tensors.select import nested
+        from msgdrop_numba.tensors.select import as_nested
 
         self._check(y)
-        return nested(y, self._found)
+        return as_nested(y, self._found)
 
     def to(self, device: Any) -> Kept:
         """The same as tensors on a device."""
@@ -267,7 +267,8 @@ def message_select(
     A removed message is never read, one that is kept is read and written once.
 
     Args:
-        x: NumPy array or tensor of numbers or bools, `(*message dims, *features)` with at least one feature dim.
+        x: NumPy array or tensor of numbers or bools, `(*message dims, *features)` with at least one feature dim. A
+            jagged nested tensor is taken for a padded one with `lengths`; `kept.to_nested(y)` makes one again.
         p, training, scale, exact, span, min_keep, prefix, lengths, message_dims, seed, keys, protect, positions,
             generator: as for `message_dropout`.
         layout: "dense" `(*rows, K, *features)`, where each row is known to keep as many, with `exact` and without

@@ -262,6 +262,7 @@ def test_device_arrays_are_refused():
         message_select(Device(), 0.5)
 
 
+@pytest.mark.kernels
 @both
 @pytest.mark.parametrize("width", [1, 3, 16, 17, 48, 64, 128, 256, 1024, 1088, 4096, 8192])
 def test_stores_past_the_cache(make, width, chunks, monkeypatch):

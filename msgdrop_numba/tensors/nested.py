@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call.request import Job, Request, perform
-from msgdrop_numba.call.rule import rule_of
+from msgdrop_numba.call.rule import DropRule, for_rows, rule_of
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.arguments import fill_message
 from msgdrop_numba.tensors.traced import Outline, Traced, draw_mask, row_scales
@@ -20,6 +20,24 @@ from msgdrop_numba.torch_private import ragged_dim
 
 def message_dropout(x: Tensor, request: Request) -> Any:
     """`functional.message_dropout` for a nested tensor."""
+    values, offsets, shape, told = _rows(x, request)
+    result = perform(_Ragged(shape), values, told)
+    y, keep = result if request.return_mask else (result, None)
+    if y is not values:
+        x = torch.nested.nested_tensor_from_jagged(y, offsets)
+    return x if keep is None else (x, torch.nested.nested_tensor_from_jagged(keep, offsets))
+
+
+def padded(x: Tensor, request: Request) -> tuple[Tensor, Request]:
+    """A nested tensor padded with zeros, and the request of it."""
+    values, offsets, shape, told = _rows(x, request)
+    wide = values.new_zeros((*shape, *values.shape[1:]))
+    rule = for_rows(DropRule(0.0, *told.rule).rest, shape[1])  # rows may be shorter than the prefix
+    return wide.index_put((_inside(offsets.diff(), shape[1]),), values), told._replace(rule=rule)
+
+
+def _rows(x: Tensor, request: Request) -> tuple[Tensor, Tensor, tuple[int, int], Request]:
+    """The values of a nested tensor, its offsets, its shape if it were padded, and the request of that."""
     ragged = x
     even = x.layout == torch.jagged and ragged.lengths() is None and ragged_dim(x) == 1  # type: ignore[attr-defined]
     if not even or request.message_dims not in (None, 2) or x.ndim < 3:
@@ -35,12 +53,7 @@ def message_dropout(x: Tensor, request: Request) -> Any:
         raise ValueError(f"a nested x must use all its {len(values)} values, but has offsets {offsets.tolist()}")
     shape = (len(sizes), int(sizes.max()) if len(sizes) else 0)
     places = {name: _padded(name, getattr(request, name), offsets, shape) for name in ("protect", "positions")}
-    told = request._replace(lengths=sizes, **places)
-    result = perform(_Ragged(shape), values, told)
-    y, keep = result if request.return_mask else (result, None)
-    if y is not values:
-        x = torch.nested.nested_tensor_from_jagged(y, offsets)
-    return x if keep is None else (x, torch.nested.nested_tensor_from_jagged(keep, offsets))
+    return values, offsets, shape, request._replace(lengths=sizes, **places)
 
 
 def _padded(name: str, each: Any, offsets: Tensor, shape: tuple[int, int]) -> Any:

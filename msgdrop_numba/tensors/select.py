@@ -26,7 +26,7 @@ from msgdrop_numba.call.select import (
     source,
 )
 from msgdrop_numba.kernels.records import COPY, OTHER
-from msgdrop_numba.tensors import cuda, operations, traced, ways
+from msgdrop_numba.tensors import cuda, nested, operations, traced, ways
 from msgdrop_numba.tensors.arguments import fill_message, scaled_kind
 from msgdrop_numba.tensors.library import ON_HOST
 from msgdrop_numba.tensors.traced import TRACED
@@ -58,7 +58,7 @@ class Way(NamedTuple):
 def message_select(x: Tensor, request: Request, how: How) -> tuple[Tensor, Selection | None]:
     """`select.message_select` for a tensor."""
     if x.is_nested:
-        raise TypeError("x must not be nested: give it padded, x.to_padded_tensor(0.0), with lengths")
+        return message_select(*nested.padded(x, request), how)
     library = ways.library(x, request)
     laid: list[tuple[str, Any]] = []
     job = prepare(library, x, request, lambda plan: laid.append(laid_out(how, plan.rule, plan.shape[-1], request)))
@@ -194,7 +194,7 @@ def as_here(found: Selection, x: Tensor) -> Selection:
     return found
 
 
-def nested(y: Tensor, found: Selection) -> Tensor:
+def as_nested(y: Tensor, found: Selection) -> Tensor:
     """What remains as a jagged tensor, a row for each of x's."""
     found = as_here(found, y)
     ends = found.lengths.flatten().cumsum(0)
@@ -245,7 +245,7 @@ _run_move: Any = quick_apply(_Move)
 
 
 def _write(x: Tensor, way: Way, fill: Tensor | None) -> Tensor:
-    """The move by the kernels, where there are some that can follow."""
+    """The move by the kernels, where there are some that can follow: those of the CPU, for a device none yet."""
     kind = COPY if way.scales is None else scaled_kind(x.dtype)
     if not x.is_cpu or kind == OTHER:
         return _by_operations(x, way, fill)

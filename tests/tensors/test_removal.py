@@ -199,10 +199,22 @@ def test_nested_tensors_of_what_remains(layout):
         kept.to_nested(X[:1])
 
 
-def test_a_nested_x_is_told_what_to_do():
-    x = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.jagged)
-    with pytest.raises(TypeError, match=r"x must not be nested: give it padded, .* with lengths"):
-        message_select(x, 0.5)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_nested_x(layout, training):
+    """As message_dropout takes it: a row for each sample, as long as it is."""
+    values = X[0].clone().requires_grad_()
+    x = torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 2, 2, 9]))
+    y, kept = message_select(x, 0.5, training, seed=5, layout=layout, prefix=1)
+    _, mask = message_dropout(x, 0.5, training, seed=5, prefix=1, return_mask=True)
+    rows = [row[keep].tolist() for row, keep in zip(x.unbind(), mask.unbind(), strict=True)]
+    assert [row.tolist() for row in kept.to_nested(y).unbind()] == rows
+    assert kept.lengths.tolist() == [int(keep.sum()) for keep in mask.unbind()]
+    y.sum().backward()
+    assert torch.equal(values.grad[:, 0] > 0, mask.values())
+    assert message_select(x, 1.0, prefix=20)[1].lengths.tolist() == [2, 0, 7]
+    with pytest.raises(ValueError, match="has lengths of its own"):
+        message_select(x, 0.5, lengths=[2, 0, 7])
 
 
 DTYPES = ["bool", "uint8", "int64", "uint16", "uint64", "bfloat16", "float8_e4m3fn", "complex32", "complex64"]
