@@ -188,7 +188,7 @@ def move(
     nbytes = count * width
     if not nbytes:
         return
-    stream = nbytes >= STREAM_BYTES and width % LINE == 0 and out % LINE == 0
+    stream = 2 * nbytes >= STREAM_BYTES and width % LINE == 0 and out % LINE == 0
     kind = COPY if scales is None else kind
     _run(
         gather_range, count, [x.start, out, address(index), width, *fill, address(scales), kind, stream, *x[1:]], nbytes
