@@ -23,7 +23,7 @@ BELOW = {
     "functional": {"arrays", "call", "kernels", "tensors"},
     "select": {"arrays", "call", "functional", "tensors"},
     "nn": {"call", "functional", "select", "tensors"},
-    "pipelines": {"call", "functional", "kernels", "outputs", "tensors", "torch_private"},
+    "pipelines": {"call", "functional", "kernels", "outputs", "select", "tensors", "torch_private"},
     "__init__": {"functional", "nn", "pipelines", "select", "version"},
     "command": {"__init__", "arrays", "call", "functional", "nn", "outputs", "pipelines", "tensors", "torch_private",
                 "version"},

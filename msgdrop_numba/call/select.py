@@ -160,13 +160,24 @@ def of_slots(scales: np.ndarray, index: np.ndarray) -> np.ndarray:
     return flat.take(index, mode="clip") if flat.size else np.zeros(index.shape)
 
 
+def load() -> None:
+    """Compile these kernels, or read them from the cache."""
+    kept, out = np.ones(1, np.uint8), np.empty(1, np.uint8)
+    move(Source(address(kept)), address(out), place((PADDED, None), None, (1, 1), address(kept), None).numbers, 1)
+
+
 class Source(NamedTuple):
-    """Where messages are read: side by side, or so many in a row, both of them evenly apart."""
+    """Where messages are read: side by side, or `size` in a row, both of them evenly apart, or rows anywhere.
+
+    Fields:
+        starts: the address of an int64 for each row: where it lies; 0: `row` bytes behind the one before.
+    """
 
     start: int
     size: int = 0
     row: int = 0
     step: int = 0
+    starts: int = 0
 
 
 def source(start: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, dims: int) -> Source | None:

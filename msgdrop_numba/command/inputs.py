@@ -159,13 +159,13 @@ def _with_ids(files: list[File], headers: dict[str, Npy], name: str) -> list[Fil
 def _check_parquet(files: list[File], settings: Settings) -> None:
     from pyarrow import parquet
 
-    from msgdrop_numba.pipelines import arrow, batches
+    from msgdrop_numba.pipelines import arrow, columns
 
     drop, kinds = batch_of(settings, 0), []
     for file in files:
         try:
             schema = parquet.read_schema(file.path)
-            batches.check_names(schema.names, drop.needed)  # the table has no others, which its own refusal names
+            columns.check_names(schema.names, drop.needed)  # the table has no others, which its own refusal names
             table = arrow.empty(schema, set(drop.needed))
             drop(table)
             kinds.append([(f.name, _kind(table, f, drop.columns)) for f in schema])

@@ -69,7 +69,9 @@ def _source(job: Any, number: int) -> int:
     """Where a message of x lies."""
     size = job["size"]
     if size:
-        return job["x"] + (number // size) * job["row"] + (number % size) * job["step"]  # type: ignore[no-any-return]
+        row, starts = number // size, job["starts"]
+        start = view(starts + 8 * row, 1, np.int64)[0] if starts else job["x"] + row * job["row"]
+        return start + (number % size) * job["step"]  # type: ignore[no-any-return]
     return job["x"] + number * job["width"]  # type: ignore[no-any-return]
 
 

@@ -82,6 +82,7 @@ GATHER = np.dtype(
         ("size", np.int64),  # messages in a row of x, where those don't lie side by side; else 0
         ("row", np.int64),  # then bytes from row to row, and from message to message
         ("step", np.int64),
+        ("starts", np.int64),  # int64, one a row: where it lies, each row in memory of its own; none: `row` apart
     ]
 )
 

@@ -125,6 +125,95 @@ def with_numbers(array: pa.Array, values: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(array.type, len(array), [None, pa.py_buffer(values)])
 
 
+def short_type(kind: pa.DataType, field: pa.Field | None) -> pa.DataType:
+    """The type of a column of such rows that have lost messages: the same, but lists where rows have a fixed size."""
+    shape = _shape_of(kind, field)
+    if shape is not None:
+        storage = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+        message = storage.value_type
+        for size in reversed(shape[1:]):
+            message = pa.list_(message, size)
+        return pa.list_(message)
+    return pa.list_(kind.value_type) if pa.types.is_fixed_size_list(kind) else kind
+
+
+def rebuilt(kind: pa.DataType, blocks: list[np.ndarray], counts: list[np.ndarray]) -> pa.Array:
+    """An array of a `short_type`.
+
+    Args:
+        blocks: the messages of some rows each, in a row.
+        counts: how many each of these rows has.
+    """
+    flat = np.concatenate([block.ravel() for block in blocks]) if blocks else np.empty(0)
+    if isinstance(kind, pa.BaseExtensionType):
+        return pa.ExtensionArray.from_storage(kind, rebuilt(kind.storage_type, blocks, counts))
+    if pa.types.is_struct(kind):  # Ray's ragged tensors
+        shapes = [(n, *block.shape[1:]) for block, each in zip(blocks, counts, strict=True) for n in each.tolist()]
+        data, shape = kind.field("data").type, kind.field("shape").type
+        sizes = np.array([math.prod(shape) for shape in shapes], np.int64)
+        parts = {"data": _lists(data, sizes, pa.array(flat, data.value_type)), "shape": pa.array(shapes, shape)}
+        return pa.StructArray.from_arrays([parts[f.name] for f in kind], fields=list(kind))
+    each = np.concatenate(counts) if counts else np.empty(0, np.int64)
+    features = blocks[0].shape[1:] if blocks else ()
+    return _lists(kind, each, _nested(kind.value_type, flat, int(each.sum()), features))
+
+
+def _nested(kind: pa.DataType, flat: np.ndarray, count: int, features: tuple[int, ...]) -> pa.Array:
+    """`count` messages of these numbers."""
+    if not _is_list(kind):
+        return pa.array(flat, kind)
+    size = features[0] if features else 0
+    inner = _nested(kind.value_type, flat, count * size, features[1:])
+    if pa.types.is_fixed_size_list(kind):
+        return pa.FixedSizeListArray.from_arrays(inner, type=kind)
+    return _lists(kind, np.full(count, size), inner)
+
+
+def _lists(kind: pa.DataType, sizes: np.ndarray, values: pa.Array) -> pa.Array:
+    """Lists of so many values each."""
+    large = pa.types.is_large_list(kind)
+    offsets = pa.array(np.append(0, sizes.cumsum()), pa.int64() if large else pa.int32())
+    return (pa.LargeListArray if large else pa.ListArray).from_arrays(offsets, values, type=kind)
+
+
+def is_plain_list(kind: pa.DataType, field: pa.Field | None) -> bool:
+    """Whether a column's rows are lists of one value a message, of any type: `taken` takes from those."""
+    storage = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    return _is_list(storage) and not _is_list(storage.value_type) and len(_shape_of(kind, field) or (0,)) < 2
+
+
+def list_sizes(column: Any) -> np.ndarray:
+    """How many values each row of a column of lists has.
+
+    Raises:
+        ValueError: it has nulls.
+    """
+    if column.null_count:
+        raise ValueError(f"there are {column.null_count} nulls among its rows: filter them out first")
+    each = [np.subtract(*reversed(_bounds(array))) for array in _storages(column)]
+    return np.concatenate([np.empty(0, np.int64), *each])
+
+
+def taken(column: Any, kind: pa.DataType, counts: np.ndarray, within: np.ndarray) -> Any:
+    """A column of lists of some of their values, of a `short_type`.
+
+    Args:
+        counts: how many remain of each row. within: which, those of all rows one behind the other.
+    """
+    made, row, at = [], 0, 0
+    for array in _storages(column):
+        each = counts[row : row + len(array)]
+        index = np.repeat(_bounds(array)[0], each) + within[at : at + each.sum()]
+        made.append(_lists(kind, each, array.values.take(pa.array(index, pa.int64()))))
+        row, at = row + len(array), at + len(index)
+    return pa.chunked_array(made, kind) if hasattr(column, "chunks") else made[0]
+
+
+def _storages(column: Any) -> list[pa.Array]:
+    chunks = getattr(column, "chunks", [column])
+    return [chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk for chunk in chunks]
+
+
 def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
@@ -162,6 +251,13 @@ def _numbers(array: pa.Array) -> np.ndarray:
 
 def _tensor_shape(kind: pa.DataType, field: pa.Field | None) -> tuple[int, ...] | None:
     """The shape of the tensors of a type, None where the lists themselves say it."""
+    shape = _shape_of(kind, field)
+    if shape is not None and len(shape) < 2:
+        raise ValueError(f"its tensors must be (messages, features), but have the shape {shape}")
+    return shape
+
+
+def _shape_of(kind: pa.DataType, field: pa.Field | None) -> tuple[int, ...] | None:
     if isinstance(kind, pa.FixedShapeTensorType):
         if kind.permutation and list(kind.permutation) != list(range(len(kind.shape))):
             raise ValueError(f"its tensors must be stored in the order of their dims, but have {kind.permutation}")
@@ -169,14 +265,8 @@ def _tensor_shape(kind: pa.DataType, field: pa.Field | None) -> tuple[int, ...] 
         described = (field.metadata or {}) if field is not None else {}
         if not described.get(b"ARROW:extension:name", b"").startswith(b"ray.data.arrow_tensor"):
             return None
-        return _at_least_two(tuple(json.loads(described[b"ARROW:extension:metadata"])))
+        return tuple(json.loads(described[b"ARROW:extension:metadata"]))
     storage = kind.storage_type
     if not hasattr(kind, "shape") or not _is_list(storage) or _is_list(storage.value_type):
         return None
-    return _at_least_two(tuple(kind.shape))
-
-
-def _at_least_two(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) < 2:
-        raise ValueError(f"its tensors must be (messages, features), but have the shape {shape}")
-    return shape
+    return tuple(kind.shape)

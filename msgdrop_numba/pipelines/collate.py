@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from msgdrop_numba.call import select
 from msgdrop_numba.call.arguments import ZERO, address, check_is_number, check_key, check_seed
 from msgdrop_numba.call.keys import hash64, row_key
 from msgdrop_numba.call.request import Options, Request
@@ -16,14 +18,29 @@ from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.call.threads import load
 from msgdrop_numba.functional import drop_messages, fold_in
 from msgdrop_numba.pipelines.datasets import Keyed
-from msgdrop_numba.pipelines.fields import Field, Path, at, collate, extend, find, leaves, requested, source
-from msgdrop_numba.pipelines.rows import Each, Own, read_each, read_p, sources
+from msgdrop_numba.pipelines.fields import (
+    Field,
+    Path,
+    at,
+    collate,
+    column,
+    companions_of,
+    extend,
+    find,
+    leaves,
+    requested,
+    source,
+)
+from msgdrop_numba.pipelines.removal import Removal
+from msgdrop_numba.pipelines.rows import Each, Own, check_removal, read_each, read_p, sources
 from msgdrop_numba.pipelines.stack import Padding, Stack, called, padded
 from msgdrop_numba.tensors.seeds import fresh_seed
 
 
 class MessageDropoutCollate:
     """A `DataLoader(collate_fn=...)` that drops messages while it builds the batch: one pass, no stacked copy first.
+
+    Dropped messages are filled, or with `remove` left out: the batch then is as small as what is kept.
 
     Samples are arrays or tensors `(messages, *features)`, or tuples, lists or dicts with such fields; all other
     leaves go through torch's `default_collate`. Without `seed` each batch draws from torch's default generator, which a
@@ -57,7 +74,19 @@ class MessageDropoutCollate:
             first message; or where each sample has its own, integers `(messages,)` in [0, 2**34): a field's name, a
             path with a name in it, or a function of the sample. With `pad` the field is padded with 0, as int64.
         return_mask: add the keep mask after the lengths, or under `"keep_mask"`, as the lengths are: a tensor, or an
-            array where `collate_fn` returned arrays.
+            array where `collate_fn` returned arrays. With `remove` it is over the samples' own messages all the same.
+        remove: take kept messages alone, in their order, by the same masks: `(batch, slots, *features)`. Samples may
+            be of different lengths without `pad` then, and those that keep fewer than the longest are padded with
+            `pad_value`; `lengths` are added as with `pad`, the counts of what is kept. But with `exact`, p one number,
+            and no `protect`, equally long samples keep as many each: then they must be equally long, and no lengths are
+            added, unless `pad=True`. Not with `collate_fn` nor `fill`.
+        companions: with `remove`, further fields that lose the same messages, named as `fields` are: arrays or tensors
+            `(messages, *features)` or `(messages,)` of any dtype, labels or times, padded with `pad_value`. Where
+            fields have masks of several names, a dict from each to the name of its mask. The fields that `protect` and
+            `positions` name are companions too, padded with True and 0 (int64); where there are several masks, of the
+            one that `companions` gives them, else they stay as they are without `remove`.
+        return_indices: with `remove`, add `indices` after the lengths or under `"indices"`, as the lengths are: int64
+            `(batch, slots)`, the place that each message had in its sample, -1 in padding.
 
     Samples that aren't contiguous, or not in the machine's byte order, are copied before messages are dropped. In
     workers the fields and the keep mask are made in shared memory; lengths and other leaves are what torch makes of
@@ -76,6 +105,13 @@ class MessageDropoutCollate:
         >>> batch, lengths = next(iter(DataLoader(KeyedDataset(frames), batch_size=3, collate_fn=collate)))
         >>> batch.shape, lengths
         (torch.Size([3, 9, 12]), tensor([7, 9, 8]))
+
+        Half of each sample's messages removed, and of their labels:
+
+        >>> samples = [(torch.randn(8, 12), torch.arange(8)) for _ in range(4)]
+        >>> batch, labels = MessageDropoutCollate(0.5, exact=True, remove=True, companions=1)(samples)
+        >>> batch.shape, labels.shape
+        (torch.Size([4, 4, 12]), torch.Size([4, 4]))
 
         Nested samples, two of whose fields share a mask:
 
@@ -111,9 +147,14 @@ class MessageDropoutCollate:
         positions: Any = None,
         fill: Any = ZERO,
         return_mask: bool = False,
+        remove: bool = False,
+        companions: Any = None,
+        return_indices: bool = False,
     ) -> None:
         if pad and collate_fn is not None:
             raise ValueError("pad=True can't be used with collate_fn, which pads for itself: leave one out")
+        if remove and collate_fn is not None:
+            raise ValueError("remove=True can't be used with collate_fn, which has copied all messages: leave one out")
         if collate_fn is not None and not callable(collate_fn):
             raise TypeError(f"collate_fn must be a function from the samples to a batch, but got {collate_fn!r}")
         number, array, self._offset, self._own = sources(p, protect, positions, source)
@@ -121,6 +162,9 @@ class MessageDropoutCollate:
         self.seed = None if seed is None else check_seed(seed)
         self.collate_fn = collate_fn
         self.return_mask = return_mask
+        check_removal(remove, companions, return_indices, fill)
+        self.remove, self.return_indices = remove, return_indices
+        self._companions = companions_of(companions, self._masks)
         if not isinstance(fill, (Tensor, np.ndarray)):
             check_is_number("fill", fill)
         check_is_number("pad_value", pad_value)
@@ -129,8 +173,12 @@ class MessageDropoutCollate:
         rule = DropRule(number, exact, span, min_keep, prefix)
         fill = fill.detach() if isinstance(fill, Tensor) else fill
         self._options = Options(rule.p if array is None else array, rule.rest, scale, fill, message_dims=2)
-        self._padding = Padding(pad, pad_value)
-        load()  # workers made by fork inherit the compiled kernel
+        # Not by what the samples of one batch are: all batches have the same parts.
+        even = exact and not rule.ranged and "protect" not in self._own
+        self._padding = Padding(pad or (remove and not even), pad_value)
+        load()  # workers made by fork inherit the compiled kernels
+        if remove:
+            select.load()
         # Shared memory: persistent workers keep the collate that they were started with, and must see a new epoch.
         with torch.inference_mode(False):
             self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
@@ -156,7 +204,11 @@ class MessageDropoutCollate:
     def __getstate__(self) -> dict[str, Any]:
         """The same as plain tuples: a pickle names no inner class."""
         masks = None if self._masks is None else {path: tuple(field) for path, field in self._masks.items()}
-        plain = {"_masks": masks, "_options": tuple(self._options), "_padding": tuple(self._padding)}
+        companions = {path: tuple(field) for path, field in self._companions.items()}
+        plain = {
+            "_masks": masks, "_companions": companions, "_options": tuple(self._options),
+            "_padding": tuple(self._padding),
+        }  # fmt: skip
         return {**self.__dict__, **plain}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -164,6 +216,7 @@ class MessageDropoutCollate:
         self._options, self._padding = Options(*self._options), Padding(*self._padding)
         if self._masks is not None:
             self._masks = {path: Field(*field) for path, field in self._masks.items()}
+        self._companions = {path: Field(*field) for path, field in self._companions.items()}
         if not self._epoch.is_shared():  # a copy's epoch must reach that copy's workers; one sent to a worker is shared
             self._epoch.share_memory_()
 
@@ -175,22 +228,22 @@ class MessageDropoutCollate:
             )
         ids, keys, samples = _split_keys(samples)
         seed = self._seed(ids is not None)
-        own, to_pad = self._read_own(samples, ids) if self._own or self._offset else (None, {})
+        own, brought = self._read_own(samples, ids) if self._own or self._offset else (None, {})
         extras: dict[str, dict[str | None, Any]] = {}
         if self.collate_fn is None:
             fields = find(self._masks, samples[0], "a sample")
-            stacks = {
-                mask: Stack(self._options, self._padding, _mask_seed(seed, mask), ids, keys, own)
+            kind = Removal if self.remove else Stack
+            stacks: dict[str | None, Any] = {
+                mask: kind(self._options, self._padding, _mask_seed(seed, mask), ids, keys, own)
                 for mask in [field.mask for field in fields.values()]
             }
-
-            def build(path: Path, values: list[Any]) -> Any:
-                field = fields.get(path)
-                return padded(to_pad[path]) if field is None else stacks[field.mask].build(field.label, values)
-
-            batch = collate(samples, {**to_pad, **fields}, build)
+            build = self._beside(samples, fields, brought, stacks)
+            build |= {path: partial(stacks[field.mask].build, field.label) for path, field in fields.items()}
+            batch = collate(samples, build, lambda path, values: build[path](values))
             if self._padding.wanted:
-                extras["lengths"] = {mask: torch.tensor(stack.lengths, device="cpu") for mask, stack in stacks.items()}
+                extras["lengths"] = {mask: torch.tensor(stack.counts(), device="cpu") for mask, stack in stacks.items()}
+            if self.return_indices:
+                extras["indices"] = {mask: stack.indices() for mask, stack in stacks.items()}
             if self.return_mask:
                 extras["keep_mask"] = {mask: stack.mask() for mask, stack in stacks.items()}
         else:
@@ -205,6 +258,30 @@ class MessageDropoutCollate:
                 extras["keep_mask"] = keep
         return extend(batch, {name: by_mask.get(None, by_mask) for name, by_mask in extras.items()})
 
+    def _beside(
+        self, samples: list[Any], fields: dict[Path, Field], brought: dict[Path, Each], stacks: dict[str | None, Any]
+    ) -> dict[Path, Callable[[list[Any]], Any]]:
+        """What builds the leaves that lie beside the fields, as long as those: companions, and samples' own."""
+        there = find(self._companions, samples[0], "a sample", "companions") if self._companions else {}
+        if both := [there[path].label for path in there if path in fields]:
+            raise ValueError(f"companions must not be among fields too, but {both[0]} is: leave it out")
+        alone = list(stacks) if self.remove and len(stacks) == 1 else []
+        masks = {path: mask for path in brought for mask in alone}
+        masks |= {path: companion.mask for path, companion in there.items()}
+        firsts = {field.mask: (field.label, path) for path, field in reversed(fields.items())}
+
+        def build(path: Path, values: list[Any]) -> Any:
+            if path not in masks:
+                return padded(brought[path])
+            stack = stacks[masks[path]]
+            if stack.lengths is None:  # it lies before the first field in the sample
+                label, first = firsts[masks[path]]
+                stack.look(label, column(samples, first))
+            return stack.own_leaf(brought[path].name) if path in brought else stack.companion(there[path].label, values)
+
+        left = brought if self._padding.wanted else {}
+        return {path: partial(build, path) for path in {**left, **masks}}
+
     def _seed(self, keyed: bool) -> int:
         if self.seed is None:
             p = self._options.p
@@ -217,22 +294,22 @@ class MessageDropoutCollate:
         return fold_in(self.seed, int(self._epoch))
 
     def _read_own(self, samples: list[Any], ids: list[Any] | None) -> tuple[Own, dict[Path, Each]]:
-        """What the samples bring, and the leaves of it that are padded, by their paths."""
+        """What the samples bring, and the leaves of it that have a value for each message, by their paths."""
 
         def name(row: int) -> str:
             return called(row, ids)
 
         read: dict[str, Any] = {"p": None, "protect": None, "positions": self._offset}
-        to_pad: dict[Path, Each] = {}
+        found: dict[Path, Each] = {}
         for argument, where in self._own.items():
             path, place, values = leaves(argument, where, samples, name)
             if argument == "p":
                 read["p"] = read_p(values, place, name)
                 continue
             read[argument] = read_each(argument, values, place, name)
-            if path is not None and self._padding.wanted:
-                to_pad[path] = read[argument]
-        return Own(name, **read), to_pad
+            if path is not None:
+                found[path] = read[argument]
+        return Own(name, **read), found
 
     def _request(self, fields: dict[str, Any], seed: int, keys: np.ndarray, own: Own | None) -> Request:
         """What is asked for in what collate_fn returned, in the fields of one mask, by their labels."""

@@ -21,8 +21,8 @@ class Field(NamedTuple):
     mask: str | None  # the name of its mask, if it has one
 
 
-def requested(fields: Any) -> dict[Path, Field] | None:
-    """The paths that `fields` names; None where it names none.
+def requested(fields: Any, argument: str = "fields") -> dict[Path, Field] | None:
+    """The paths that an argument, `fields`, names; None where it names none.
 
     Args:
         fields: an index, a name or a path, a list of them, or a dict from them to the names of their masks. A path is
@@ -33,18 +33,40 @@ def requested(fields: Any) -> dict[Path, Field] | None:
     if isinstance(fields, (str, numbers.Integral, tuple)):
         fields = [fields]
     if not isinstance(fields, (list, Mapping)):
-        raise TypeError(f"fields must be a name, an index, a path, a list or a dict of them, but got {fields!r}")
+        raise TypeError(f"{argument} must be a name, an index, a path, a list or a dict of them, but got {fields!r}")
     if not fields:
-        raise ValueError(f"fields must name at least one field, or be None, but got {fields!r}")
+        raise ValueError(f"{argument} must name at least one field, or be None, but got {fields!r}")
     wanted = {}
     for name in fields:
         path = name if isinstance(name, tuple) else (name,)
         if not path or not all(_is_step(step) for step in path):
-            raise TypeError(f"fields must be names, indices or tuples of them, but got {name!r}")
+            raise TypeError(f"{argument} must be names, indices or tuples of them, but got {name!r}")
         mask = fields[name] if isinstance(fields, Mapping) else None
         if isinstance(fields, Mapping) and not isinstance(mask, str):
-            raise TypeError(f"fields must give each field the name of its mask, a string, but {name!r} has {mask!r}")
+            raise TypeError(
+                f"{argument} must give each field the name of its mask, a string, but {name!r} has {mask!r}"
+            )
         wanted[path] = Field(f"field {label(path)}", mask)
+    return wanted
+
+
+def companions_of(companions: Any, fields: dict[Path, Field] | None) -> dict[Path, Field]:
+    """The paths of the companions of fields, each with the name of the mask that it goes with."""
+    wanted = requested(companions, "companions") or {}
+    masks = list(dict.fromkeys(field.mask for field in (fields or {}).values())) or [None]
+    if not isinstance(companions, Mapping):
+        if wanted and len(masks) > 1:
+            raise ValueError(
+                f"companions must be a dict from each to the name of its mask, one of {masks}, but got {companions!r}"
+            )
+        wanted = {path: field._replace(mask=masks[0]) for path, field in wanted.items()}
+    for path, field in wanted.items():
+        if field.mask not in masks:
+            raise ValueError(
+                f"companions must go with the mask of a field, one of {masks}, but {label(path)} has {field.mask!r}"
+            )
+        if path in (fields or {}):
+            raise ValueError(f"companions must not be among fields too, but {label(path)} is: leave it out")
     return wanted
 
 
@@ -90,11 +112,11 @@ def leaves(
     return path, place, values
 
 
-def find(fields: dict[Path, Field] | None, sample: Any, noun: str) -> dict[Path, Field]:
+def find(fields: dict[Path, Field] | None, sample: Any, noun: str, argument: str = "fields") -> dict[Path, Field]:
     """The fields where they lie in a sample, or in what `noun` says, attributes of named tuples as indices."""
     if isinstance(sample, (Tensor, np.ndarray)):
         if fields is not None:
-            raise ValueError(f"fields must be None where {noun} is an array, but got {[*map(label, fields)]}")
+            raise ValueError(f"{argument} must be None where {noun} is an array, but got {[*map(label, fields)]}")
         return {(): Field("", None)}
     if not isinstance(sample, (Mapping, tuple, list)):
         raise TypeError(f"{noun} must be an array, tensor, tuple, list or dict, but got {type(sample).__name__}")
@@ -104,9 +126,9 @@ def find(fields: dict[Path, Field] | None, sample: Any, noun: str) -> dict[Path,
         fields = {(0,): Field("field 0", None)}
     found: dict[Path, Field] = {}
     for path, field in fields.items():
-        place = _located(path, sample, noun)
+        place = _located(path, sample, noun, argument)
         if place in found:
-            raise ValueError(f"fields must name a place once, but {found[place].label} and {field.label} are one")
+            raise ValueError(f"{argument} must name a place once, but {found[place].label} and {field.label} are one")
         found[place] = field
     return found
 
@@ -141,6 +163,14 @@ def at(sample: Any, path: Path) -> Any:
     for name in path:
         sample = sample[name]
     return sample
+
+
+def column(samples: list[Any], path: Path) -> list[Any]:
+    """What lies there in each of the samples, which must be alike on the way."""
+    for depth, name in enumerate(path):
+        _check_alike(samples, path[:depth])
+        samples = [sample[name] for sample in samples]
+    return samples
 
 
 def collate(samples: list[Any], paths: Any, build: Callable[[Path, list[Any]], Any], path: Path = ()) -> Any:

@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msgdrop_numba.call.arguments import message_positions, position_p, protected, split_positions
+from msgdrop_numba.call.arguments import (
+    ZERO,
+    is_zero,
+    message_positions,
+    position_p,
+    protected,
+    split_positions,
+)
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import P
 
@@ -106,6 +113,18 @@ def sources(
     if each is not None:
         raise TypeError(f"positions must be an integer, or say where each row's own are, but got {positions!r}")
     return number, array, offset, own
+
+
+def check_removal(remove: Any, companions: Any, return_indices: Any, fill: Any) -> None:
+    """Refuse what goes with removal alone where nothing is removed, and a fill where nothing is filled."""
+    if not isinstance(remove, bool):
+        raise TypeError(f"remove must be True or False, but got {remove!r}")
+    if not remove:
+        for name, value in (("companions", companions), ("return_indices", return_indices or None)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} needs remove=True: nothing else loses messages")
+    elif fill is not ZERO and not is_zero(fill):
+        raise ValueError(f"fill can't be used with remove=True, which leaves no message to fill, but got {fill!r}")
 
 
 def read_p(values: Any, place: str, called: Name) -> np.ndarray:

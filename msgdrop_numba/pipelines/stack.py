@@ -35,7 +35,7 @@ class Padding(NamedTuple):
     value: Any
 
 
-class _Samples(NamedTuple):
+class Samples(NamedTuple):
     """The samples of one field: contiguous memory, kept alive by `owners`."""
 
     owners: list[Any]
@@ -46,7 +46,11 @@ class _Samples(NamedTuple):
 
 
 class Stack:
-    """The fields of one batch that share a mask, by sharing rule, seed, keys, lengths and what samples bring."""
+    """The fields of one batch that share a mask, by sharing rule, seed, keys, lengths and what samples bring.
+
+    Attributes:
+        lengths: each sample's messages; None until a field is known.
+    """
 
     def __init__(
         self, options: Options, padding: Padding, seed: int, ids: list[Any] | None, keys: np.ndarray | None,
@@ -58,23 +62,37 @@ class Stack:
 
     def build(self, field: str, samples: list[Any]) -> Tensor:
         """The batch `(samples, messages, *features)` of one field."""
-        options, first = self.options, self.lengths is None
-        rows = self._rows(field, samples)
-        if first and self.own is not None:
-            self.told = self.own.told(rows.lengths, max(rows.lengths), f" of {field}" if field else "")
-        out = _empty((len(samples), max(rows.lengths), *rows.features), rows.dtype)
+        options, rows = self.options, self.look(field, samples)
+        out = new((len(samples), max(rows.lengths), *rows.features), rows.dtype)
         plan = self._plan(tuple(out.shape), rows.dtype.itemsize, scaled_kind(rows.dtype) if options.scale else COPY)
-        wanted, pad_value = self.padding
-        padding = fill_message(check_number("pad_value", pad_value, rows.dtype), out, 2) if wanted else None
-        draw = self._draw(plan, fill_message(options.fill, out, 2), Rows(np.array(rows.starts, np.int64), padding))
+        starts = Rows(np.array(rows.starts, np.int64), self._pad_message(out))
+        draw = self._draw(plan, fill_message(options.fill, out, 2), starts)
         if plan.messages and plan.followed:
             launch(plan, draw, self.seed, 0, out.data_ptr(), 0)
         elif plan.messages:
             self._by_torch(plan, draw, rows, out)
         return out
 
+    def look(self, field: str, samples: list[Any]) -> Samples:
+        """The samples of a field, held to those of fields before; the first also tells what samples bring."""
+        rows, first = self._rows(field, samples), self.lengths is None
+        self._check_lengths(field, rows.lengths)
+        if first and self.own is not None:
+            self.told = self.own.told(rows.lengths, max(rows.lengths), f" of {field}" if field else "")
+        return rows
+
+    def counts(self) -> list[int]:
+        """How many messages each sample has in the batch."""
+        assert self.lengths is not None
+        return self.lengths
+
+    def _pad_message(self, out: Tensor) -> Tensor | None:
+        """What stands behind a sample's last message; None: zeros."""
+        wanted, value = self.padding
+        return fill_message(check_number("pad_value", value, out.dtype), out, 2) if wanted else None
+
     @torch.no_grad()
-    def _by_torch(self, plan: Plan, draw: Draw, rows: _Samples, out: Tensor) -> None:
+    def _by_torch(self, plan: Plan, draw: Draw, rows: Samples, out: Tensor) -> None:
         """What the kernels do, in torch's operations: for dtypes that they can't scale."""
         if self.padding.wanted:
             out.fill_(self.padding.value)
@@ -86,8 +104,12 @@ class Stack:
     def mask(self) -> Tensor:
         """The keep mask `(samples, messages)` of the fields built, padding kept."""
         assert self.lengths is not None
-        plan = self._plan((len(self.lengths), max(self.lengths), 0), 0, COPY)
-        return draw_mask(Job(plan, self._draw(plan), self.seed, mask=_empty(plan.shape, torch.bool)))
+        plan = self._mask_plan()
+        return draw_mask(Job(plan, self._draw(plan), self.seed, mask=new(plan.shape, torch.bool)))
+
+    def _mask_plan(self) -> Plan:
+        assert self.lengths is not None
+        return self._plan((len(self.lengths), max(self.lengths), 0), 0, COPY)
 
     def _plan(self, shape: tuple[int, ...], itemsize: int, kind: int) -> Plan:
         p, rule = self.options.p, self.options.rule
@@ -108,8 +130,8 @@ class Stack:
             row_scales = scales(p[..., : plan.size]) if self.options.scale else None
         return Draw(fill, lengths, self.keys, row_thresholds, row_scales, rows=rows, places=places)
 
-    def _rows(self, field: str, samples: list[Any]) -> _Samples:
-        """Where the samples lie; refused if they don't fit together, or to the fields that were built before."""
+    def _rows(self, field: str, samples: list[Any], dims: int = 2) -> Samples:
+        """Where the samples lie; refused if they don't fit together, or have fewer dims."""
         if is_eager() and set(map(type, samples)) == {Tensor} and all_dense(samples):
             owners, starts = samples, [*map(_start, samples)]
             shapes, dtypes = [*map(_shape, samples)], [*map(_dtype, samples)]
@@ -118,13 +140,12 @@ class Stack:
             owners, starts, shapes, dtypes = map(list, zip(*laid_out, strict=True))
         dtype, features = dtypes[0], tuple(shapes[0][1:])
         even = shapes.count(shapes[0]) == len(shapes)
-        if not even or len(shapes[0]) < 2 or dtypes.count(dtype) < len(dtypes):
-            self._check_alike(field, shapes, dtypes)
+        if not even or len(shapes[0]) < dims or dtypes.count(dtype) < len(dtypes):
+            self._check_alike(field, shapes, dtypes, dims)
         lengths = [shapes[0][0]] * len(shapes) if even else [shape[0] for shape in shapes]
         if 0 in starts and math.prod(features):
             self._check_memory(field, starts, lengths)
-        self._check_lengths(field, lengths)
-        return _Samples(owners, starts, lengths, features, dtype)
+        return Samples(owners, starts, lengths, features, dtype)
 
     def _laid_out(self, field: str, row: int, sample: Any) -> tuple[Any, int, Any, torch.dtype]:
         """A sample as contiguous memory: the array that owns it, its address, shape and dtype."""
@@ -148,9 +169,9 @@ class Stack:
             ) from None
         return native, address(native), sample.shape, dtype
 
-    def _check_alike(self, field: str, shapes: list[Any], dtypes: list[torch.dtype]) -> None:
+    def _check_alike(self, field: str, shapes: list[Any], dtypes: list[torch.dtype], dims: int) -> None:
         for row, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
-            if len(shape) < 2:
+            if len(shape) < dims:
                 raise ValueError(f"{self._at(field, row)} must be (messages, *features), but got shape {tuple(shape)}")
             if dtype != dtypes[0] or shape[1:] != shapes[0][1:]:
                 raise ValueError(
@@ -197,8 +218,12 @@ def called(row: int, ids: list[Any] | None) -> str:
 def padded(each: Each) -> Tensor:
     """The samples' own values of an argument as a leaf of the batch, padded to the longest."""
     array = laid_out(each, None, max(map(len, each.rows)), str)
-    out = _empty(array.shape, _torch_dtype(array.dtype))
-    return out.copy_(torch.from_numpy(array))
+    return sent(array)
+
+
+def sent(array: np.ndarray) -> Tensor:
+    """A copy of an array as a part of the batch."""
+    return new(array.shape, _torch_dtype(array.dtype)).copy_(torch.from_numpy(array))
 
 
 @lru_cache(maxsize=64)
@@ -206,6 +231,6 @@ def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
     return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A new tensor; in a worker process in shared memory, so that it isn't copied again when it is sent."""
     return outputs.empty(shape, dtype) if get_worker_info() is None else outputs.shared(shape, dtype)

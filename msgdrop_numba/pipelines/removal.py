@@ -1,0 +1,92 @@
+"""Builds the fields of a batch without what drops: each sample's kept messages go straight into their slot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msgdrop_numba.call.arguments import address
+from msgdrop_numba.call.request import Job
+from msgdrop_numba.call.select import PADDED, Selection, Source, move, of_slots, place, slot_scales
+from msgdrop_numba.kernels.records import COPY, OTHER
+from msgdrop_numba.pipelines.stack import Samples, Stack, new, sent
+from msgdrop_numba.tensors import operations
+from msgdrop_numba.tensors.arguments import scaled_kind
+from msgdrop_numba.tensors.write import draw_mask
+
+_PADDING = {"protect": True, "positions": 0}
+
+
+class Removal(Stack):
+    """A stack of which kept messages alone remain, with their companions."""
+
+    _found: Selection | None = None
+    _scales: np.ndarray | None = None
+
+    def build(self, field: str, samples: list[Any]) -> Tensor:
+        """The batch `(samples, slots, *features)` of one field."""
+        return self._moved(self.look(field, samples), self.options.scale)
+
+    def companion(self, field: str, samples: list[Any]) -> Tensor:
+        """The same of a companion, which has a value for each message."""
+        rows, lengths = self._rows(field, samples, dims=1), self._lengths
+        for row, (count, wanted) in enumerate(zip(rows.lengths, lengths, strict=True)):
+            if count != wanted:
+                raise ValueError(
+                    f"{self._at(field, row)} must have {wanted} values, one for each of the sample's messages, but got "
+                    f"{count}: companions lose the messages that fields lose"
+                )
+        return self._moved(rows, False)
+
+    def own_leaf(self, argument: str) -> Tensor:
+        """What samples bring of their own, of kept messages alone."""
+        values, index = getattr(self.told, argument), self._selected().numbers
+        picked = values.ravel().take(index, mode="clip") if values.size else np.empty(index.shape, values.dtype)
+        return sent(np.where(index < 0, values.dtype.type(_PADDING[argument]), picked))
+
+    def counts(self) -> list[int]:
+        """How many messages each sample keeps."""
+        return self._selected().lengths.tolist()  # type: ignore[no-any-return]
+
+    def indices(self) -> Tensor:
+        """int64 `(samples, slots)`, the place of each kept message in its sample, -1 in padding."""
+        found = self._selected()
+        return sent(np.where(found.numbers < 0, -1, found.numbers % max(1, found.shape[-1])))
+
+    @property
+    def _lengths(self) -> list[int]:
+        assert self.lengths is not None
+        return self.lengths
+
+    def _selected(self) -> Selection:
+        """What is kept, drawn once."""
+        if self._found is None:
+            plan = self._mask_plan()
+            draw = self._draw(plan)
+            mask = draw_mask(Job(plan, draw, self.seed))
+            self._found = place((PADDED, None), None, plan.shape, mask.data_ptr(), draw.lengths)
+            if self.options.scale:
+                index = self._found.numbers
+                self._scales = np.where(index < 0, 0.0, of_slots(slot_scales(plan, draw, self.seed), index))
+        return self._found
+
+    def _moved(self, rows: Samples, scale: bool) -> Tensor:
+        """What is kept of rows wherever they lie, padded to the longest."""
+        index, kind = self._selected().numbers, scaled_kind(rows.dtype) if scale else COPY
+        out = new((*index.shape, *rows.features), rows.dtype)
+        starts, padding = np.array(rows.starts, np.int64), self._pad_message(out)
+        width = int(np.prod(rows.features, dtype=np.int64)) * rows.dtype.itemsize
+        source = Source(0, max(1, max(self._lengths)), 0, width, address(starts))
+        scales = self._scales if kind not in (COPY, OTHER) else None
+        move(source, out.data_ptr(), index, width, (address(padding), 0), scales, kind)
+        return _scaled(out, self._scales) if kind == OTHER else out
+
+
+@torch.no_grad()
+def _scaled(out: Tensor, scales: Any) -> Tensor:
+    """What kernels do, in torch's operations: for dtypes that they can't multiply. Where a scale is 0, nothing."""
+    each = torch.from_numpy(scales).reshape(*scales.shape, *(1,) * (out.ndim - scales.ndim))
+    return out.copy_(torch.where(each != 0, operations.multiply(out, each), out))
