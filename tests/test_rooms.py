@@ -25,8 +25,8 @@ BELOW = {
     "nn": {"call", "functional", "select", "tensors"},
     "pipelines": {"call", "functional", "kernels", "outputs", "select", "tensors", "torch_private"},
     "__init__": {"functional", "nn", "pipelines", "select", "version"},
-    "command": {"__init__", "arrays", "call", "functional", "nn", "outputs", "pipelines", "tensors", "torch_private",
-                "version"},
+    "command": {"__init__", "arrays", "call", "functional", "nn", "outputs", "pipelines", "select", "tensors",
+                "torch_private", "version"},
     "__main__": {"command"},
 }  # fmt: skip
 WITHOUT_TORCH = {"kernels", "call", "arrays", "version"}

@@ -165,6 +165,14 @@ def main(debug: bool) -> None:
     "--protect", metavar="COLUMN",
     help="Parquet: a column of lists of bools, True where a message is left alone.",
 )  # fmt: skip
+@click.option(
+    "--remove", is_flag=True,
+    help="Remove messages instead of zeroing them; .npy shards with --exact and one P alone, where rows keep as many.",
+)  # fmt: skip
+@click.option(
+    "--companions", metavar="A,B",
+    help="Parquet, with --remove: further columns with something for each message, which lose the same ones.",
+)  # fmt: skip
 @click.option("--ids", metavar="NAME.npy", help="The file of sample ids in each folder of .npy shards; copied along.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes (Ray: tasks at a time); by default one a CPU.")
 @click.option(
@@ -173,10 +181,12 @@ def main(debug: bool) -> None:
 @click.option("--ray-address", metavar="ADDRESS", help="A Ray cluster that sees INPUT and OUTPUT under the same paths.")
 def apply(
     source: Path, output: Path, p: Any, seed: int, rule: tuple[Any, ...], positions: Any, epochs: int,
-    columns: str | None, key: str | None, protect: str | None, ids: str | None, jobs: int | None, engine: str,
-    ray_address: str | None,
+    columns: str | None, key: str | None, protect: str | None, remove: bool, companions: str | None, ids: str | None,
+    jobs: int | None, engine: str, ray_address: str | None,
 ) -> None:  # fmt: skip
     """Drop messages in all shards of INPUT, into OUTPUT/epoch-0, OUTPUT/epoch-1 and so on.
+
+    With --remove they are left out: rows of Parquet become shorter, lists of a fixed size and tensors become lists.
 
     INPUT is a folder of .npy shards (samples, messages, features), all alike, or of Parquet files with columns of
     tensors or lists of lists; or one such file. Files whose names begin with a dot or an underscore, and other kinds,
@@ -195,13 +205,18 @@ def apply(
         raise click.UsageError("--ray-address needs --engine ray")
     if ids is not None and (Path(ids).name != ids or not ids.endswith(".npy")):
         raise click.UsageError(f"--ids must be the name of .npy files that lie beside the shards, but got {ids!r}")
-    names = None if columns is None else tuple(name.strip() for name in columns.split(","))
-    settings = Settings(p, seed, rule, names, key, ids, protect, positions)
+    if companions is not None and not remove:
+        raise click.UsageError("--companions needs --remove")
+    settings = Settings(p, seed, rule, _listed(columns), key, ids, protect, positions, remove, _listed(companions))
     found = inputs.find(source, settings)
     run = engines.on_ray(jobs, ray_address) if engine == "ray" else engines.local(jobs or _cpus())
     with _bytes_bar("dropping", epochs * sum(file.bytes for file in found.files)) as tick:
         made = job.make(source, found, output, settings, epochs, run, tick)
     click.echo(f"{made} files written, {epochs * len(found.files)} in {output}")
+
+
+def _listed(names: str | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(name.strip() for name in names.split(","))
 
 
 def _cpus() -> int:

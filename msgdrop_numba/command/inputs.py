@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from msgdrop_numba.call.request import Request
 from msgdrop_numba.command.errors import JobError, one_line
-from msgdrop_numba.command.shards import Npy, Settings, batch_of, read_header
+from msgdrop_numba.command.shards import Npy, Settings, batch_of, kept_shape, npy_request, read_header
 from msgdrop_numba.functional import drop_messages
 
 
@@ -55,8 +54,8 @@ def find(source: Path, settings: Settings) -> Input:
 
 
 def _refuse_columns(source: Path, settings: Settings) -> None:
-    if settings.columns or settings.key:
-        raise JobError(f"columns and key are for Parquet, but {source} holds .npy files: leave them out")
+    if settings.columns or settings.key or settings.companions:
+        raise JobError(f"columns, key and companions are for Parquet, but {source} holds .npy files: leave them out")
     for name in ("p", "protect", "positions"):
         if isinstance(column := getattr(settings, name), str):
             raise JobError(
@@ -126,7 +125,9 @@ def _check_rule(header: Npy, settings: Settings) -> None:
     if len(header.shape) < 3:
         raise ValueError(f"it must be (samples, messages, features), but has the shape {header.shape}")
     none = np.empty((0, *header.shape[1:]), header.dtype)
-    drop_messages(none, Request(settings.p, settings.rule, seed=settings.seed, positions=settings.positions))
+    drop_messages(none, npy_request(settings))
+    if settings.remove:
+        kept_shape(header, settings)
 
 
 def _with_ids(files: list[File], headers: dict[str, Npy], name: str) -> list[File]:

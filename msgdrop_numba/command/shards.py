@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import uuid
 import warnings
@@ -15,9 +16,11 @@ import xxhash
 
 from msgdrop_numba.call.keys import hash64, numbered_keys, sample_keys
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import KEYWORDS
+from msgdrop_numba.call.rule import KEYWORDS, rule_of
+from msgdrop_numba.call.select import DENSE, How, kept_of_each
 from msgdrop_numba.command.errors import JobError, one_line
 from msgdrop_numba.functional import drop_messages, fold_in
+from msgdrop_numba.select import select
 
 # Bytes read, dropped in and written at a time: they stay in the cache, where 16 MiB took up to 1.7 times as long.
 CHUNK = 2 * 2**20
@@ -35,6 +38,8 @@ class Settings(NamedTuple):
     ids: str | None  # of .npy: the name of the file of ids in each folder
     protect: str | None = None  # a column of Parquet
     positions: int | str | None = None  # of a row's first message, or a column of Parquet
+    remove: bool = False
+    companions: tuple[str, ...] | None = None  # of Parquet
 
     def parameters(self) -> dict[str, Any]:
         """All by their names, as a journal holds them."""
@@ -154,18 +159,40 @@ class _Hashed:
         """pyarrow closes what it wrote to; the file itself is closed after it was synchronised."""
 
 
+def npy_request(settings: Settings) -> Request:
+    """What is asked for in the rows of .npy files."""
+    return Request(settings.p, settings.rule, message_dims=2, seed=settings.seed, positions=settings.positions)
+
+
+def kept_shape(header: Npy, settings: Settings) -> tuple[int, ...]:
+    """The shape of a .npy file without its dropped messages.
+
+    Raises:
+        ValueError: its rows may keep different counts.
+    """
+    rows, size, *features = header.shape
+    kept = kept_of_each(rule_of((settings.p, *settings.rule)), size, npy_request(settings))
+    if kept is None:
+        raise ValueError(
+            "--remove of .npy shards needs rows that keep as many messages each: give --exact and one number as --p"
+        )
+    return (rows, kept, *features)
+
+
 def _npy(task: Task, out: _Hashed) -> None:
-    shape, dtype, offset = read_header(task.source)
+    header = read_header(task.source)
+    shape, dtype, offset = header
     with open(task.source, "rb", buffering=0) as source:
         head = bytearray(offset)
         _read(source, head)
-        out.write(head)
         if task.is_ids:
+            out.write(head)
             for piece in pieces(source):
                 out.write(piece)
             return
         rows, settings = shape[0], task.settings
-        request = Request(settings.p, settings.rule, message_dims=2, inplace=True, positions=settings.positions)
+        out.write(_new_head(kept_shape(header, settings), dtype) if settings.remove else head)
+        request = npy_request(settings)._replace(inplace=not settings.remove)
         seed = fold_in(settings.seed, task.epoch)
         count = max(1, CHUNK // max(1, dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))))
         buffer, keys = np.empty((min(count, rows), *shape[1:]), dtype), _keys(task)
@@ -173,8 +200,21 @@ def _npy(task: Task, out: _Hashed) -> None:
             block = buffer[: min(count, rows - first)]
             data: Any = block.reshape(-1).view(np.uint8)
             _read(source, data)
-            drop_messages(block, request._replace(seed=seed, keys=keys(first, len(block))))
+            told = request._replace(seed=seed, keys=keys(first, len(block)))
+            if settings.remove:
+                kept, _ = select(block, told, How(DENSE, None, told=False))
+                data = np.ascontiguousarray(kept).reshape(-1).view(np.uint8)
+            else:
+                drop_messages(block, told)
             out.write(data)
+
+
+def _new_head(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    """The header of a .npy file."""
+    head = io.BytesIO()
+    told = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(head, told)
+    return head.getvalue()
 
 
 def _keys(task: Task) -> Callable[[int, int], np.ndarray]:
@@ -208,12 +248,20 @@ def _parquet(task: Task, out: _Hashed) -> None:
     import pyarrow
     from pyarrow import parquet
 
+    from msgdrop_numba.pipelines import arrow
+
     drop = batch_of(task.settings, task.epoch)
+
+    def schema_of(given: pyarrow.Schema) -> pyarrow.Schema:
+        """What becomes of the columns' types."""
+        short = drop(arrow.empty(given, set(drop.needed))).schema
+        return pyarrow.schema([short.field(f.name) if f.name in drop.needed else f for f in given], given.metadata)
+
     with parquet.ParquetFile(task.source, pre_buffer=False) as source:
         groups = [source.metadata.row_group(i) for i in range(source.metadata.num_row_groups)]
         columns = [groups[0].column(i) for i in range(groups[0].num_columns)] if groups else []
         with parquet.ParquetWriter(
-            pyarrow.PythonFile(out, "w"), source.schema_arrow,
+            pyarrow.PythonFile(out, "w"), schema_of(source.schema_arrow),
             compression={c.path_in_schema: c.compression.replace("UNCOMPRESSED", "NONE") for c in columns},
             use_dictionary=[c.path_in_schema for c in columns if any("DICTIONARY" in e for e in c.encodings)],
         ) as writer:  # fmt: skip
@@ -227,5 +275,6 @@ def batch_of(settings: Settings, epoch: int) -> Any:
 
     return MessageDropoutBatch(
         settings.p, columns=settings.columns or (), key=settings.key or "", seed=settings.seed, epoch=epoch,
-        protect=settings.protect, positions=settings.positions, **dict(zip(KEYWORDS, settings.rule, strict=True)),
+        protect=settings.protect, positions=settings.positions, remove=settings.remove,
+        companions=settings.companions, **dict(zip(KEYWORDS, settings.rule, strict=True)),
     )  # fmt: skip

@@ -110,7 +110,7 @@ def test_the_same_command_again(tmp_path):
     assert header["contract"] == "1.1"
     assert header["parameters"] == {
         "p": [0.2, 0.9], "seed": 7, "exact": False, "span": 1, "min_keep": 0, "prefix": 2, "columns": None, "key": None,
-        "ids": None, "protect": None, "positions": 3, "epochs": 1,
+        "ids": None, "protect": None, "positions": 3, "remove": False, "companions": None, "epochs": 1,
     }  # fmt: skip
     again = run(*command)
     assert (again.stdout.split()[0], again.stderr) == ("0", "")
