@@ -112,6 +112,9 @@ PUBLIC = {
     "layer": lambda: MessageDropout(np.full(4, 0.5), min_keep=1, scale=True),
     "collate": lambda: MessageDropoutCollate(0.5, fields={"a": "m", ("b", 1): "m"}, pad=True, seed=3, span=2),
     "collate of own": lambda: MessageDropoutCollate(("b", "p"), fields="a", protect="guard", positions=len, seed=3),
+    "collate that removes": lambda: MessageDropoutCollate(
+        0.5, fields={"a": "m"}, remove=True, companions={"b": "m"}, return_indices=True
+    ),
     "dataset": lambda: KeyedDataset([1, 2]),
     "stream": lambda: KeyedDataset(Stream(), key=ord),
     "keyed": lambda: Keyed("a", 1),
@@ -120,6 +123,7 @@ PUBLIC = {
     "kept": lambda: select_messages((2, 3), 0.5, seed=1),
     "batch": lambda: MessageDropoutBatch(0.5, columns="x", key="id", seed=3, exact=True),
     "batch of own": lambda: MessageDropoutBatch("p", columns="x", key="id", seed=3, protect="guard", positions="at"),
+    "batch that removes": lambda: MessageDropoutBatch(0.5, columns="x", key="id", seed=3, remove=True, companions="y"),
 }
 
 
@@ -134,7 +138,7 @@ def test_a_pickle_names_public_classes_alone(kind):
     assert type(again) is type(made)
     told, got = (value._asdict() if kind == "keyed" else vars(value) for value in (made, again))
     assert got.keys() == told.keys()
-    for name in ("_options", "_padding", "_masks", "options", "p", "key", "seed", "_own", "own"):
+    for name in ("_options", "_padding", "_masks", "_companions", "options", "p", "key", "seed", "_own", "own"):
         if name in told:
             np.testing.assert_equal(*(np.asarray(value) if name == "p" else value for value in (got[name], told[name])))
             assert type(got[name]) is type(told[name])

@@ -134,6 +134,8 @@ def short_type(kind: pa.DataType, field: pa.Field | None) -> pa.DataType:
         for size in reversed(shape[1:]):
             message = pa.list_(message, size)
         return pa.list_(message)
+    if isinstance(kind, pa.BaseExtensionType) and getattr(kind, "shape", (None,))[0] is not None:
+        return short_type(kind.storage_type, None)  # Hugging Face's arrays, lists of lists
     return pa.list_(kind.value_type) if pa.types.is_fixed_size_list(kind) else kind
 
 

@@ -117,6 +117,16 @@ def test_rays_tensors():
     assert [len(mask) for mask in masks] == SIZES
 
 
+def test_arrays_of_hugging_face_become_lists():
+    datasets = pytest.importorskip("datasets")
+    x = pa.ExtensionArray.from_storage(
+        datasets.features.features.Array2DExtensionType((4, 3), "float32"), array_of(X, LIST)
+    )
+    got = make(remove=True)(pa.table({"id": IDS, "x": x}))["x"]
+    assert got.type == LIST
+    check(got, expected(X)[0])
+
+
 WORDS = np.array([[f"{i}-{j}" for j in range(4)] for i in range(6)])
 
 

@@ -297,3 +297,15 @@ def test_more_bad_samples():
     uneven[1].sample.pop("x")
     with pytest.raises(ValueError, match="sample 1 must have the fields of the first"):
         collate(fields="x", companions=["y"])(uneven)
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (0, 3), (1, 0)], ids=str)
+def test_samples_without_messages(sizes):
+    rows, marks = [torch.ones(n, 2) for n in sizes], [np.ones(n) for n in sizes]
+    told = {"fields": "x", "companions": ["y"], "return_indices": True, "return_mask": True, "protect": "z"}
+    got = collate(0.0, **told)(samples(y=marks, x=rows, z=[[False] * n for n in sizes]))
+    assert (got["x"].shape, got["y"].shape, got["z"].shape) == ((2, max(sizes), 2), (2, max(sizes)), (2, max(sizes)))
+    assert got["lengths"].tolist() == list(sizes)
+    equal(got["indices"], padded([np.arange(n) for n in sizes], -1))
+    gone, lengths = collate(1.0)(keyed(rows))
+    assert (gone.shape, lengths.tolist()) == ((2, 0, 2), [0, 0])
