@@ -309,3 +309,14 @@ def test_samples_without_messages(sizes):
     equal(got["indices"], padded([np.arange(n) for n in sizes], -1))
     gone, lengths = collate(1.0)(keyed(rows))
     assert (gone.shape, lengths.tolist()) == ((2, 0, 2), [0, 0])
+
+
+@pytest.mark.parametrize("features", [2048, 2040])
+def test_a_batch_past_the_cache(features):
+    """From 16 MB on kept messages are fetched ahead, and written past the cache where they are whole lines of it."""
+    rows = list(torch.randn(64, 80, features).unbind())
+    got = MessageDropoutCollate(0.5, exact=True, remove=True, seed=3)([Keyed(i, row) for i, row in enumerate(rows)])
+    mask = torch.from_numpy(np.array(
+        message_select(np.ones((64, 80, 1)), 0.5, exact=True, seed=oracle.loader_seed(3, 0), keys=np.arange(64))[1].mask
+    ))  # fmt: skip
+    assert torch.equal(got.flatten(0, 1), torch.stack(rows)[mask])
