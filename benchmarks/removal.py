@@ -73,7 +73,9 @@ def run(rounds: int) -> dict[str, Any]:
 
 def _means(curve: list[Any]) -> list[tuple[float, float]]:
     """The mean seconds and accuracy of the seeds, epoch by epoch."""
-    return [tuple(statistics.fmean(values) for values in zip(*points, strict=True)) for points in zip(*curve, strict=True)]  # type: ignore[misc]
+    return [
+        tuple(statistics.fmean(values) for values in zip(*points, strict=True)) for points in zip(*curve, strict=True)
+    ]  # type: ignore[misc]
 
 
 def chart(results: dict[str, Any], axes: Any) -> None:
