@@ -48,12 +48,12 @@ def in_the_simulator(path: str, folder: Path, *options: str) -> int:
 
 def small_geometry(patch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The kernels with so small a launch geometry that a handful of messages crosses threads, tiles and blocks."""
-    from msgdrop_numba.kernels import cuda, cuda_launch
+    from msgdrop_numba.kernels import cuda, cuda_launch, cuda_rules
 
     internals.reset_launches(patch)
     for module, name, value in [
         (cuda, "THREADS", 8), (cuda_launch, "THREADS", 8), (cuda_launch, "SELECT_THREADS", 3),
-        (cuda_launch, "BLOCKS", 4), (cuda_launch, "MAX_GRID", (3, 2)), (cuda, "BITS", 4), (cuda, "BINS", 16),
+        (cuda_launch, "BLOCKS", 4), (cuda_launch, "MAX_GRID", (3, 2)), (cuda_rules, "BITS", 4), (cuda_rules, "BINS", 16),
     ]:  # fmt: skip
         patch.setattr(module, name, value)
     interval = sys.getswitchinterval()
