@@ -172,6 +172,15 @@ def cuda_state() -> tuple[dict[int, str], Any]:
     return cuda._broken, cuda._kernels()._loaded
 
 
+def watch_gathers(patch: pytest.MonkeyPatch) -> list[bool]:
+    """A list that grows with each move on a device: whether kernels made it."""
+    from msgdrop_numba.tensors import cuda
+
+    seen, gather = [], cuda.gather
+    patch.setattr(cuda, "gather", lambda *told: (seen.append(gather(*told)), seen[-1])[1])
+    return seen
+
+
 def reset_cuda() -> None:
     """Ask again whether there are kernels, say again why not."""
     from msgdrop_numba.tensors import cuda

@@ -29,7 +29,6 @@ class Kernels:
         self.fails: Exception | None = None
         self.launches = self.loads = 0
         self.stream: Any = None
-        self.gathered: list[Any] = []  # the jobs of `gather`
 
     def load(self, *variant: Any) -> None:
         self.loads += 1
@@ -78,7 +77,6 @@ class Kernels:
 
     def gather(self, job: Any, messages: int, stream: int, device: Any) -> None:
         self.started("gather", job.kind, stream, device)
-        self.gathered.append(job)
         record = np.zeros(1, GATHER)
         record[0] = tuple(job)
         gather.gather_range(0, messages, record.ctypes.data)
