@@ -149,3 +149,30 @@ def test_a_transformer_with_rotary_tables_trains():
     loss.backward()
     assert all(parameter.grad is not None for parameter in eva.parameters())
     assert eva.eval()(IMAGES[..., :56, :56]).shape == (4, 4)
+
+
+def test_under_data_parallel_and_autocast(tmp_path):
+    """The wrapped model makes the gradients of the bare one; what autocast makes of the input is what remains of it."""
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(16, 16), MessageSelect(0.5, exact=True, return_kept=False)),
+        torch.randn(4, 6, 16),
+    )
+
+    def gradient(module):
+        torch.manual_seed(5)
+        model.zero_grad()
+        module(x).square().sum().backward()
+        return model[0].weight.grad.clone()
+
+    want = gradient(model)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert torch.equal(gradient(nn.parallel.DistributedDataParallel(model)), want)
+    finally:
+        torch.distributed.destroy_process_group()
+    with torch.autocast("cpu", torch.bfloat16):
+        inner, y = model[0](x), model[1](model[0](x), seed=3)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, message_select(inner, 0.5, exact=True, seed=3)[0])
