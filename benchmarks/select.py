@@ -101,7 +101,7 @@ def by_itself(rounds: int) -> list[dict[str, Any]]:
 
 
 def rates(rounds: int) -> dict[str, float]:
-    """Milliseconds past the cache at several rates, beside message_dropout; one rate at a time, as a training run has."""
+    """Milliseconds past the cache at several rates, one at a time as a training run has, beside message_dropout."""
     x, times = torch.randn(LARGE), {}
     for p in RATES:
         calls: dict[str, Callable[[], Any]] = {

@@ -24,8 +24,7 @@ from msgdrop_numba.kernels.cpu import drop_parallel, drop_range
 from msgdrop_numba.kernels.gather import in_parallel
 from msgdrop_numba.kernels.records import COPY
 
-
-SEARCHED = 32
+SEARCHED = 32  # see `launch`
 
 
 class _Layer:
