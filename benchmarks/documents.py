@@ -17,7 +17,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 # Each is a module here with `run(rounds)`, `table(results)` and `bars(results)` or its own `chart`. Table and chart
 # stand in benchmarks/README.md, the table between its marks.
 QUESTIONS = (
-    "cpu", "curve", "overhead", "rules", "train_step", "loader", "gil", "cold_start", "apply", "ray_data", "gpu",
+    "cpu", "curve", "overhead", "rules", "select", "removal", "train_step", "loader", "gil", "cold_start", "apply",
+    "ray_data", "gpu",
 )  # fmt: skip
 
 # The documents with such marks.
@@ -44,14 +45,14 @@ def with_tables(text: str) -> str:
 
 def summary() -> str:
     """README's table: how many times as fast in ten cases, good and bad, and on what."""
-    found = {name: results(name) for name in ("cpu", "overhead", "loader", "ray_data")}
+    found = {name: results(name) for name in ("cpu", "overhead", "loader", "ray_data", "select")}
     times = {tuple(row["shape"]): row["microseconds"] for row in found["cpu"]["rows"]}
     both_ways = {tuple(row["shape"]): row["microseconds"] for row in found["overhead"]["rows"]}[3, 5, 20]
     speeds = {
         (row["samples"], row["lengths"], row["workers"]): row["samples_per_second"] for row in found["loader"]["rows"]
     }
     large, middle, small = times[64, 256, 512], times[32, 64, 256], times[3, 5, 20]
-    here, sent = (speeds["64 × (256, 512)", "padded", workers] for workers in (0, 2))
+    padded, step = speeds["64 × (256, 512)", "padded", 0], found["select"]["training"]
     tiny = speeds["32 × (16, 128)", "fixed", 0]
     seconds = found["ray_data"]["seconds"]
     rows = [
@@ -66,9 +67,12 @@ def summary() -> str:
         ("NumPy array of 64 × 256 × 512", "a copy and a boolean index", large["numpy_index"] / large["array"]),
         (
             "`DataLoader`, 64 × (256, 512) padded, no workers", "`pad_sequence`, `masked_fill`",
-            here["ours"] / here["masked_fill"],
+            padded["ours"] / padded["masked_fill"],
         ),
-        ("the same, 2 workers", "`pad_sequence`, `masked_fill`", sent["ours"] / sent["masked_fill"]),
+        (
+            "a transformer's training step, half of the messages removed", "half of them zeroed",
+            step["MessageDropout"] / step["MessageSelect"],
+        ),
         (
             "`DataLoader`, 32 × (16, 128), no workers", "`default_collate`, `F.dropout1d`",
             tiny["ours"] / tiny["dropout1d"],

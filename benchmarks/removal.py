@@ -1,7 +1,7 @@
 """How accurate is a transformer after so many seconds of training, with messages zeroed and with messages removed?
 
-scikit-learn's digits, 1,797 images of 8 x 8: 64 messages of a pixel each, and a class token. p = 0.5; all messages at test
-time. The seconds are those of training alone.
+scikit-learn's digits, 1,797 images of 8 x 8: 64 messages of a pixel each, and a class token. p = 0.5; all messages at
+test time. The seconds are those of training alone.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def run(rounds: int) -> dict[str, Any]:
 
 def _means(curve: list[Any]) -> list[tuple[float, float]]:
     """The mean seconds and accuracy of the seeds, epoch by epoch."""
-    return [tuple(statistics.fmean(values) for values in zip(*points, strict=True)) for points in zip(*curve, strict=True)]  # type: ignore[misc]
+    epochs = zip(*curve, strict=True)
+    return [(statistics.fmean(t for t, _ in points), statistics.fmean(a for _, a in points)) for points in epochs]
 
 
 def chart(results: dict[str, Any], axes: Any) -> None:

@@ -18,12 +18,22 @@ from benchmarks.loader import epoch
 from benchmarks.measure import machine, markdown
 from benchmarks.timm_here import timm
 from benchmarks.train_step import step
-from msgdrop_numba import MessageDropout, MessageDropoutCollate, MessageSelect, message_dropout, message_select
+from msgdrop_numba import (
+    MessageDropout,
+    MessageDropoutCollate,
+    MessageSelect,
+    MessageSubset,
+    message_dropout,
+    message_select,
+)
 from msgdrop_numba.command.bench import medians, seconds
 
 P = 0.5
+LARGE = (64, 512, 1024)  # 128 MB
 SHAPES = [(64, 197, 192), (64, 197, 768), (64, 256, 512)]  # two of vision transformers, and 32 MB
 RATES = (0.25, 0.5, 0.75)
+PASSED = [(8, 256, 256), (32, 64, 128), (16, 16, 64)]  # a layer's inputs, of which some messages pass by
+PASSING = (0.05, 0.1, 0.2, 0.5)
 STEPS = 4  # a round
 WIDTH, LENGTH, BATCH = 256, 256, 8
 LOADED = (64, 256, 512, 12)  # samples of a batch, messages, features, batches
@@ -91,13 +101,15 @@ def by_itself(rounds: int) -> list[dict[str, Any]]:
 
 
 def rates(rounds: int) -> dict[str, float]:
-    """Milliseconds at 32 MB at several rates, beside message_dropout."""
-    x = torch.randn(SHAPES[-1])
-    calls: dict[str, Callable[[], Any]] = {}
+    """Milliseconds past the cache at several rates, one at a time as a training run has, beside message_dropout."""
+    x, times = torch.randn(LARGE), {}
     for p in RATES:
-        calls[f"select, {p}"] = lambda p=p: message_select(x, p, exact=True)
-        calls[f"dropout, {p}"] = lambda p=p: message_dropout(x, p, exact=True)
-    return {name: 1e3 * t for name, t in seconds(calls, rounds, 0.03).items()}
+        calls: dict[str, Callable[[], Any]] = {
+            f"select, {p}": lambda p=p: message_select(x, p, exact=True),
+            f"dropout, {p}": lambda p=p: message_dropout(x, p, exact=True),
+        }
+        times |= {name: 1e3 * t for name, t in seconds(calls, rounds, 0.05).items()}
+    return times
 
 
 class Dropped(nn.Module):
@@ -123,6 +135,17 @@ def training(rounds: int) -> dict[str, float]:
     return medians({name: step(Dropped(layer), x) for name, layer in layers.items()}, rounds * STEPS)
 
 
+def passing(rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of a transformer's layer, forward and back, all messages or what MessageSubset lets it see."""
+    rows = []
+    for shape in PASSED:
+        x, layer = torch.randn(shape), nn.TransformerEncoderLayer(shape[2], 4, 4 * shape[2], 0.0, batch_first=True)
+        modules = {"whole": layer, **{f"{p}": MessageSubset(layer, p, exact=True) for p in PASSING}}
+        times = medians({name: step(module, x, torch.Tensor.mean) for name, module in modules.items()}, rounds * STEPS)
+        rows.append({"shape": shape, "milliseconds": times})
+    return rows
+
+
 def loading(rounds: int) -> dict[str, float]:
     """Samples a second of a DataLoader with two workers."""
     count, messages, features, batches = LOADED
@@ -141,10 +164,11 @@ def loading(rounds: int) -> dict[str, float]:
 def run(rounds: int) -> dict[str, Any]:
     """All of it."""
     rows, by_rate, steps, speeds = by_itself(rounds), rates(rounds), training(rounds), loading(rounds)
-    print(by_rate, steps, speeds, flush=True)
+    passed = passing(rounds)
+    print(by_rate, steps, speeds, passed, flush=True)
     return {
         "machine": machine(), "p": P, "dtype": "float32", "rounds": rounds, "rows": rows, "milliseconds": by_rate,
-        "training": steps, "samples_per_second": speeds,
+        "training": steps, "samples_per_second": speeds, "passing": passed,
     }  # fmt: skip
 
 
@@ -170,5 +194,10 @@ def table(results: dict[str, Any]) -> str:
     head = markdown(["beside", "times as fast"], [[name, f"{r:.2f}"] for name, r in bars(results).items()])
     t = results["milliseconds"]
     rows = [[f"{p}", f"{t[f'select, {p}'] / t[f'dropout, {p}']:.2f}", f"{2 * (1 - p) / (2 - p):.2f}"] for p in RATES]
-    share = markdown(["p, at 32 MB", "time, of `message_dropout`'s", "bytes, of `message_dropout`'s"], rows)
-    return f"{head}\n\n{share}"
+    share = markdown(["p, at 128 MB", "time, of `message_dropout`'s", "bytes, of `message_dropout`'s"], rows)
+    subset = []
+    for row in results["passing"]:
+        t = row["milliseconds"]
+        subset.append([" × ".join(map(str, row["shape"])), *(f"{t[f'{p}'] / t['whole']:.2f}" for p in PASSING)])
+    passed = markdown(["time of `MessageSubset(layer, p)`, of the layer's", *map(str, PASSING)], subset)
+    return f"{head}\n\n{share}\n\n{passed}"

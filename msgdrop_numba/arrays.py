@@ -30,6 +30,7 @@ from msgdrop_numba.call.select import (
     Source,
     laid_out,
     move,
+    moving,
     of_slots,
     place,
     slot_scales,
@@ -286,7 +287,7 @@ def as_here(found: Selection, x: np.ndarray) -> Selection:
 def _moved(
     x: np.ndarray, dims: int, index: np.ndarray, fill: Any = None, scales: Any = None, kind: int = COPY
 ) -> np.ndarray:
-    """See `call.select.move`."""
+    """See `call.select.moving`."""
     features = x.shape[dims:]
     if x.dtype.hasobject:  # more than bytes
         out = np.zeros((*index.shape, *features), x.dtype)
@@ -300,7 +301,7 @@ def _moved(
         where = Source(address(x))
     width = math.prod(features) * x.itemsize
     each = width if fill is not None and fill.ndim == out.ndim else 0
-    move(where, address(out), index, width, (address(fill), each), scales, kind)
+    move(moving(where, address(out), index, width, (address(fill), each), scales, kind), index.size)
     return out
 
 

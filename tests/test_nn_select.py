@@ -1,4 +1,4 @@
-"""MessageSelect and MessageSubset: what the layers do with a module behind them, and their seams in timm."""
+"""MessageSelect and MessageSubset: what the layers do with a module behind them."""
 
 from __future__ import annotations
 
@@ -147,59 +147,3 @@ def test_a_transformer_trains_on_what_remains():
         torch.testing.assert_close(result[: int(mask.sum())], encoder(sample[mask][None])[0])
     (out * ~kept.key_padding_mask[..., None]).sum().backward()
     assert all(parameter.grad is not None for parameter in encoder.parameters())
-
-
-def imported_timm() -> Any:
-    """Skips where it isn't installed, or its torchvision is that of another torch."""
-    try:
-        import timm
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"timm can't be imported: {error}")
-    return timm
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_timm():
-    timm = imported_timm()
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=5, patch_drop_rate=0.5)
-    images = torch.randn(3, 3, 64, 64)
-    vit.patch_drop = MessageSelect(0.5, exact=True, prefix=vit.num_prefix_tokens, return_kept=False)
-    seen: list[torch.Tensor] = []
-    hook = vit.patch_drop.register_forward_hook(lambda _, inputs, y: seen.extend([inputs[0], y]))
-    torch.manual_seed(1)
-    out = vit(images)
-    out.sum().backward()
-    hook.remove()
-    assert seen[1].shape == (3, 9, 192)  # a class token and 8 of 16 patches
-    assert all(parameter.grad is not None for parameter in vit.parameters())
-    torch.manual_seed(1)
-    _, kept = message_select(seen[0], 0.5, exact=True, prefix=1)
-    vit.patch_drop = Given(kept.indices)
-    assert torch.equal(vit(images), out)
-    vit.patch_drop = MessageSelect(0.5, exact=True, prefix=1, return_kept=False)
-    vit.eval()
-    whole = vit(images)
-    vit.patch_drop = nn.Identity()
-    assert torch.equal(vit(images), whole)
-
-
-class Given(nn.Module):
-    """Keeps the tokens of these indices, as timm does."""
-
-    def __init__(self, indices: torch.Tensor) -> None:
-        super().__init__()
-        self.indices = indices
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.gather(1, self.indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_timm_with_rotary_tables():
-    timm = imported_timm()
-    eva = timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=2, num_classes=5, patch_drop_rate=0.5)
-    eva.patch_drop = MessageSelect(0.5, exact=True, prefix=eva.num_prefix_tokens, return_kept="indices")
-    images = torch.randn(3, 3, 56, 56)
-    eva(images).sum().backward()
-    eva.eval()
-    assert eva(images).shape == (3, 5)

@@ -136,9 +136,14 @@ def check_protect(protect: Any, shape: tuple[int, ...]) -> None:
     check_each("protect", tuple(protect.shape), shape)
 
 
+def is_each(given: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a shape is that of the message dims or of the last one alone."""
+    return given == shape[-1:] or given == shape  # by `in`, Dynamo finds no symbol equal to a number
+
+
 def check_each(name: str, given: tuple[int, ...], shape: tuple[int, ...]) -> None:
     """Refuse a shape that is neither that of the message dims nor that of the last one alone."""
-    if given not in (shape[-1:], shape):
+    if not is_each(given, shape):
         either = " or ".join(str(tuple(s)) for s in dict.fromkeys((shape[-1:], shape)))
         raise ValueError(f"{name} must have shape {either}, as the message dims, but got {given}")
 
@@ -191,8 +196,8 @@ def probabilities(p: Any, shape: tuple[int, ...]) -> np.ndarray:
     if p.dtype.kind not in "fiu":
         raise TypeError(f"p must hold floating-point numbers, but got dtype {p.dtype}")
     values: np.ndarray = np.array(p, dtype=np.float64, order="C")
-    if p.shape not in (shape[-1:], shape):
-        check_broadcast(tuple(p.shape), shape)
+    if not is_each(p.shape, shape):
+        check_broadcast(p.shape, shape)
         values = np.broadcast_to(values, shape).copy()
     if values.size and not (values.min() >= 0 and values.max() <= 1):
         wrong = values[~((values >= 0) & (values <= 1))].flat[0]
@@ -203,7 +208,7 @@ def probabilities(p: Any, shape: tuple[int, ...]) -> np.ndarray:
 def check_broadcast(of_p: tuple[int, ...], shape: tuple[int, ...]) -> None:
     """Refuse a p whose shape doesn't broadcast to the message dims from the right."""
     fits = len(of_p) <= len(shape) and all(
-        ours in (1, theirs) for ours, theirs in zip(of_p[::-1], shape[::-1], strict=False)
+        ours == 1 or ours == theirs for ours, theirs in zip(of_p[::-1], shape[::-1], strict=False)
     )
     if not fits:
         either = " or ".join(str(s) for s in dict.fromkeys((shape[-1:], shape)))

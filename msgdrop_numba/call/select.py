@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from array import array
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from msgdrop_numba.call.plan import STREAM_BYTES, Plan, kept_scales, steps
 from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.call.threads import run
 from msgdrop_numba.kernels.gather import count_range, gather_range, place_range
-from msgdrop_numba.kernels.records import COPY, LINE
+from msgdrop_numba.kernels.records import COPY, LINE, GatherNumbers
 
 DENSE, PADDED, PACKED = LAYOUTS = "dense", "padded", "packed"
 
@@ -143,7 +144,7 @@ def _room(capacity: int | None, needed: int, where: str) -> int:
     return needed if capacity is None else capacity
 
 
-def _run(kernel: Any, count: int, record: list[int], nbytes: int) -> None:
+def _run(kernel: Any, count: int, record: Sequence[int], nbytes: int) -> None:
     fields = array("q", record)
     run(kernel, count, fields.buffer_info()[0], nbytes)
 
@@ -163,7 +164,8 @@ def of_slots(scales: np.ndarray, index: np.ndarray) -> np.ndarray:
 def load() -> None:
     """Compile these kernels, or read them from the cache."""
     kept, out = np.ones(1, np.uint8), np.empty(1, np.uint8)
-    move(Source(address(kept)), address(out), place((PADDED, None), None, (1, 1), address(kept), None).numbers, 1)
+    index = place((PADDED, None), None, (1, 1), address(kept), None).numbers
+    move(moving(Source(address(kept)), address(out), index, 1), index.size)
 
 
 class Source(NamedTuple):
@@ -186,21 +188,24 @@ def source(start: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsiz
     return None if found is None else Source(start, max(1, shape[dims - 1]), *found)
 
 
-def move(
+def moving(
     x: Source, out: int, index: Any, width: int, fill: tuple[int, int] = (0, 0), scales: Any = None, kind: int = COPY
-) -> None:
+) -> Any:
     """`out[j] = x[index[j]]`, messages of `width` bytes, multiplied by `scales[j]`; or the fill where there is none.
 
     Args:
         index: int64 array or tensor in C order; scales: the same of float64, None: as they are.
         fill: the address of a message, and the bytes to the next where each of out has its own; 0: zeros.
+
+    Returns:
+        A GatherNumbers. The caller keeps alive what it names.
     """
-    count = math.prod(index.shape)
-    nbytes = count * width
-    if not nbytes:
-        return
-    stream = 2 * nbytes >= STREAM_BYTES and width % LINE == 0 and out % LINE == 0
+    stream = 2 * math.prod(index.shape) * width >= STREAM_BYTES and width % LINE == 0 and out % LINE == 0
     kind = COPY if scales is None else kind
-    _run(
-        gather_range, count, [x.start, out, address(index), width, *fill, address(scales), kind, stream, *x[1:]], nbytes
-    )
+    return GatherNumbers(x.start, out, address(index), width, *fill, address(scales), kind, stream, *x[1:])
+
+
+def move(job: Any, count: int) -> None:
+    """Move the `count` messages that a GatherNumbers writes, on the host."""
+    if count and job.width:
+        _run(gather_range, count, job, count * job.width)

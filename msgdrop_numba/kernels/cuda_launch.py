@@ -18,7 +18,7 @@ from msgdrop_numba.kernels import cuda
 from msgdrop_numba.kernels.cuda import THREADS, UNROLL
 from msgdrop_numba.kernels.cuda_memory import ELEMENT
 from msgdrop_numba.kernels.cuda_memory import SIMULATOR as SIMULATOR
-from msgdrop_numba.kernels.records import COPY, Addresses, DrawNumbers, PlanNumbers
+from msgdrop_numba.kernels.records import COPY, Addresses, DrawNumbers, GatherNumbers, PlanNumbers
 
 if not SIMULATOR:
     from cuda import core
@@ -33,8 +33,8 @@ class NotLoadedError(Exception):
     """A kernel isn't on the device yet: call `load(*args)`, and launch again."""
 
 
-class _Loaded(dict[tuple[int, int, int], Any]):
-    def __missing__(self, variant: tuple[int, int, int]) -> NoReturn:
+class _Loaded(dict[tuple[str, int, int, int], Any]):
+    def __missing__(self, variant: tuple[str, int, int, int]) -> NoReturn:
         raise NotLoadedError(*variant)
 
 
@@ -44,40 +44,41 @@ class _Bound(threading.local):
 
 
 _bound = _Bound()  # devices whose context this thread has had
-_loaded = _Loaded()  # by bytes in a piece (0: `select`), kind and device
+_loaded = _Loaded()  # by name, bytes in a piece, kind and device
 
 
-def load(unit: int, kind: int, device: int, capability: tuple[int, int]) -> None:
+def load(name: str, unit: int, kind: int, device: int, capability: tuple[int, int]) -> None:
     """Bring a kernel to a device of that compute capability, which must be the current one."""
-    function = cuda.function(unit, kind)
+    function = cuda.function(name, unit, kind)
     if SIMULATOR:
         kernel = cuda.cuda.jit(function)
     else:
-        name, code = _machine_code(unit, kind, capability)
-        kernel = code.get_kernel(name)
-    _loaded[unit, kind, device] = kernel, _picker(function)
+        entry, code = _machine_code(name, unit, kind, capability)
+        kernel = code.get_kernel(entry)
+    _loaded[name, unit, kind, device] = kernel, _picker(function, _GATHER if name == "gather" else _NAMES)
 
 
 @cache
-def _machine_code(unit: int, kind: int, capability: tuple[int, int]) -> tuple[str, Any]:
-    """A kernel's name and its code for a capability, linked here: the driver may be too old to take numba's PTX."""
-    function = cuda.function(unit, kind)
+def _machine_code(name: str, unit: int, kind: int, capability: tuple[int, int]) -> tuple[str, Any]:
+    """A kernel's entry and its code for a capability, linked here: the driver may be too old to take numba's PTX."""
+    function = cuda.function(name, unit, kind)
     ptx, _ = cuda.cuda.compile_ptx(function, cuda.signature(function), cc=capability)
     target = core.LinkerOptions(arch=f"sm_{capability[0]}{capability[1]}")
-    name = re.search(r"\.entry\s+(\w+)", ptx)
-    assert name is not None
-    return name[1], core.Linker(core.ObjectCode.from_ptx(ptx.encode()), options=target).link("cubin")
+    entry = re.search(r"\.entry\s+(\w+)", ptx)
+    assert entry is not None
+    return entry[1], core.Linker(core.ObjectCode.from_ptx(ptx.encode()), options=target).link("cubin")
 
 
-# What the kernels' parameters are called, in the order of `launch`'s values.
+# What the kernels' parameters are called, in the order of `launch`'s and `gather`'s values.
+_GATHER = [*GatherNumbers._fields, "messages"]
 _NAMES = [*PlanNumbers._fields, *DrawNumbers._fields, "messages", "rows", "inner", "row_bytes", *Addresses._fields]
 
 
-def _picker(function: Callable[..., Any]) -> Callable[[list[Any]], tuple[Any, ...]]:
-    """What takes from `launch`'s values those that the kernel's parameters name, of a tuple its fields one by one."""
+def _picker(function: Callable[..., Any], values: list[str]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """What takes from values of these names those of the kernel's parameters, of a tuple its fields one by one."""
     kinds = cuda.parameters(function)
     fields = [getattr(kind, "_fields", (name,)) for name, kind in kinds.items()]
-    flat = itemgetter(*(_NAMES.index(name) for names in fields for name in names))
+    flat = itemgetter(*(values.index(name) for names in fields for name in names))
     if not SIMULATOR:
         return flat
 
@@ -138,15 +139,32 @@ def launch(plan: Any, draw: Any, messages: int, inner: int, addresses: Addresses
         steps = plan.x_row | plan.x_step | plan.out_row | plan.out_step
         unit = piece_size(kind, addresses.x | out | steps | width | draw.fill)
     grid, block = geometry(messages, width, unit)
-    if not SIMULATOR and device not in _bound.devices:
-        core.Device(device).set_current()  # torch's autograd thread, or a new one, may have no context yet
-        _bound.devices.add(device)
-    drop = _loaded[unit, kind, device]
+    _bind(device)
+    drop = _loaded["drop", unit, kind, device]
     values = [*plan, *draw, messages, rows, inner, 8 * size if draw.per_row else 0, *addresses]
     if limited:
         threads = min(SELECT_THREADS, -(-size // 32) * 32)
-        _start(_loaded[0, COPY, device], (min(rows, MAX_GRID[0]), 1), (threads, 1), stream, values)
+        _start(_loaded["select", 0, COPY, device], (min(rows, MAX_GRID[0]), 1), (threads, 1), stream, values)
     _start(drop, grid, block, stream, values)
+
+
+def gather(job: Any, messages: int, stream: int, device: int) -> None:
+    """Move the `messages` messages that the job, a GatherNumbers, writes; all else as for `launch`."""
+    width = job.width
+    if not messages or not width:
+        return
+    steps = job.row | job.step if job.size else 0
+    unit = piece_size(job.kind, job.x | job.out | width | steps | job.fill | job.fill_step)
+    grid, block = geometry(messages, width, unit)
+    _bind(device)
+    _start(_loaded["gather", unit, job.kind, device], grid, block, stream, [*job, messages])
+
+
+def _bind(device: int) -> None:
+    """Let this thread start kernels on the device: torch's autograd thread, or a new one, may have no context yet."""
+    if not SIMULATOR and device not in _bound.devices:
+        core.Device(device).set_current()
+        _bound.devices.add(device)
 
 
 def _start(loaded: Any, grid: tuple[int, int], block: tuple[int, int], stream: int, values: list[Any]) -> None:

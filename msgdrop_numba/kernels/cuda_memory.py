@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+import numba.cuda
 import numpy as np
 from llvmlite import ir
 
@@ -23,6 +24,11 @@ if not SIMULATOR:
 
 Device = Callable[..., Any]
 ELEMENT = {FLOAT32: 4, FLOAT64: 8, FLOAT16: 2, BFLOAT16: 2}  # bytes
+
+
+def device(function: Device) -> Device:
+    """A function for kernels alone, part of each; as it is in the simulator."""
+    return function if SIMULATOR else numba.cuda.jit(device=True, inline="always")(function)
 
 
 def number(dtype: Any) -> tuple[Device, Device]:

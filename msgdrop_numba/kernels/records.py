@@ -94,6 +94,7 @@ def _named(name: str, record: np.dtype[Any]) -> Any:
 
 PlanNumbers = _named("PlanNumbers", PLAN)
 DrawNumbers = _named("DrawNumbers", DRAW)
+GatherNumbers = _named("GatherNumbers", GATHER)
 
 
 class Addresses(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.request import Job
-from msgdrop_numba.call.select import PADDED, Selection, Source, move, of_slots, place, slot_scales
+from msgdrop_numba.call.select import PADDED, Selection, Source, move, moving, of_slots, place, slot_scales
 from msgdrop_numba.kernels.records import COPY, OTHER
 from msgdrop_numba.pipelines.stack import Samples, Stack, new, sent
 from msgdrop_numba.tensors import operations
@@ -81,7 +81,7 @@ class Removal(Stack):
         width = int(np.prod(rows.features, dtype=np.int64)) * rows.dtype.itemsize
         source = Source(0, max(1, max(self._lengths)), 0, width, address(starts))
         scales = self._scales if kind not in (COPY, OTHER) else None
-        move(source, out.data_ptr(), index, width, (address(padding), 0), scales, kind)
+        move(moving(source, out.data_ptr(), index, width, (address(padding), 0), scales, kind), index.size)
         return _scaled(out, self._scales) if kind == OTHER else out
 
 

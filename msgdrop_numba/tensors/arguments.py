@@ -105,7 +105,7 @@ def split_p_traced(p: Any) -> tuple[P, Any]:
     """`arguments.split_p`; a tensor whose value can't be looked at is an array."""
     if isinstance(p, Tensor):
         return arguments.split_p(p) if is_plain(p) else (None, p)
-    if torch.compiler.is_compiling() and getattr(p, "ndim", None):
+    if not isinstance(p, float) and torch.compiler.is_compiling() and getattr(p, "ndim", None):
         return None, _constant(p)
     return arguments.split_p(p)
 
@@ -116,7 +116,7 @@ def probabilities_on(p: Any, shape: tuple[int, ...], device: torch.device) -> Te
         return move("p", torch.from_numpy(arguments.probabilities(p, shape)), device)
     if p.dtype == torch.bool or p.is_complex():
         raise TypeError(f"p must hold floating-point numbers, but got dtype {p.dtype}")
-    as_it_is = p.ndim > 0 and p.shape in (shape[-1:], shape)
+    as_it_is = p.ndim > 0 and arguments.is_each(tuple(p.shape), shape)
     if not as_it_is:
         arguments.check_broadcast(tuple(p.shape), shape)
     values: Tensor = move("p", p.detach(), device).to(torch.float64).nan_to_num(nan=0.0).clamp(0, 1)

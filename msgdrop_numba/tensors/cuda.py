@@ -7,6 +7,7 @@ torch's own operations, which draw the same mask.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -103,27 +104,40 @@ def told(draw: Draw) -> operations.Rows:
 
 def launch(plan: Plan, draw: Draw, seed: Tensor, x: int, out: int, mask: int) -> bool:
     """As `threads.launch`, on the device of the seed; False, and nothing done, where there are no kernels."""
-    kernels, index = _kernels(), seed.device.index
+    rows = plan.messages // plan.size
+    inner = 0 if draw.keys is None or draw.keys.ndim == len(plan.shape) - 1 else rows // draw.keys.numel()
+
+    def start(kernels: Any, stream: int, index: int) -> None:
+        limits = None
+        if plan.numbers.limited and not draw.given:
+            limits = torch.empty((rows, 2), dtype=torch.int64, device=seed.device)
+        addresses = Addresses(x, out, mask, seed.data_ptr(), address(limits))
+        kernels.launch(plan.numbers, draw.numbers, plan.messages, inner, addresses, stream, index)
+
+    return _started(start, seed.device.index)
+
+
+def gather(job: Any, messages: int, device: torch.device) -> bool:
+    """As `call.select.move`, on a device; False, and nothing done, where there are no kernels."""
+    return _started(lambda kernels, *where: kernels.gather(job, messages, *where), device.index)
+
+
+def _started(start: Callable[[Any, int, int], None], index: int) -> bool:
+    """Whether there are kernels, which `start` then started, on the current stream of the device of that index."""
+    kernels = _kernels()
     if kernels is None or index in _broken:
         return False
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
-            return launch(plan, draw, seed, x, out, mask)
-    rows = plan.messages // plan.size
-    inner = 0 if draw.keys is None or draw.keys.ndim == len(plan.shape) - 1 else rows // draw.keys.numel()
-    limited = plan.numbers.limited and not draw.given
-    limits = torch.empty((rows, 2), dtype=torch.int64, device=seed.device) if limited else None
+            return _started(start, index)
     try:
-        kernels.launch(
-            plan.numbers, draw.numbers, plan.messages, inner, Addresses(x, out, mask, seed.data_ptr(), address(limits)),
-            raw_stream(index), index,
-        )  # fmt: skip
+        start(kernels, raw_stream(index), index)
     except kernels.NotLoadedError as needed:
-        return _load(kernels, needed.args, index) and launch(plan, draw, seed, x, out, mask)
+        return _load(kernels, needed.args, index) and _started(start, index)
     return True
 
 
-def _load(kernels: Any, variant: tuple[int, int, int], index: int) -> bool:
+def _load(kernels: Any, variant: tuple[str, int, int, int], index: int) -> bool:
     """Bring a kernel to the current device; not while a graph is captured, which loading may break."""
     if torch.cuda.is_current_stream_capturing():
         _say("a kernel wasn't loaded before a graph was captured", "make the same calls once before capturing")

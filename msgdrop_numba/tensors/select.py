@@ -21,6 +21,7 @@ from msgdrop_numba.call.select import (
     Source,
     laid_out,
     move,
+    moving,
     place,
     slot_scales,
     source,
@@ -245,12 +246,13 @@ _run_move: Any = quick_apply(_Move)
 
 
 def _write(x: Tensor, way: Way, fill: Tensor | None) -> Tensor:
-    """The move by the kernels, where there are some that can follow: those of the CPU, for a device none yet."""
-    kind = COPY if way.scales is None else scaled_kind(x.dtype)
-    if not x.is_cpu or kind == OTHER:
+    """The move by the kernels, where there are some that can follow."""
+    kind, on_host = COPY if way.scales is None else scaled_kind(x.dtype), is_plain(x)
+    if kind == OTHER or not (on_host or cuda.usable(x.device)):
         return _by_operations(x, way, fill)
     dims, shape, size = way.back.ndim, tuple(x.shape), x.element_size()
-    out = outputs.empty((*way.numbers.shape, *shape[dims:]), x.dtype)
+    made = (*way.numbers.shape, *shape[dims:])
+    out = outputs.empty(made, x.dtype) if on_host else x.new_empty(made)
     where = Source(x.data_ptr())
     if not x.is_contiguous():
         found = source(where.start, shape, tuple(step * size for step in x.stride()), size, dims)
@@ -263,7 +265,11 @@ def _write(x: Tensor, way: Way, fill: Tensor | None) -> Tensor:
     if fill is not None:
         fill = fill.contiguous()
         told = fill.data_ptr(), width if fill.ndim == out.ndim else 0
-    move(where, out.data_ptr(), way.numbers, width, told, way.scales, kind)
+    job, count = moving(where, out.data_ptr(), way.numbers, width, told, way.scales, kind), way.numbers.numel()
+    if on_host:
+        move(job, count)
+    elif not cuda.gather(job, count, x.device):
+        return _by_operations(x, way, fill)
     return out
 
 

@@ -89,11 +89,11 @@ def no_plain_tensors(patch: pytest.MonkeyPatch) -> None:
     import torch
 
     from msgdrop_numba import functional
-    from msgdrop_numba.tensors import autograd, ways
+    from msgdrop_numba.tensors import autograd, select, ways
 
     functional._library(torch.empty(0))  # torch's door is noted with the first tensor: not in what is patched
     patch.setattr(functional, "_short_doors", {})
-    for module in (ways, autograd):
+    for module in (ways, autograd, select):
         patch.setattr(module, "is_plain", lambda _: False)
     patch.setattr(autograd, "dense_address", lambda _: 0)
 
@@ -125,10 +125,10 @@ def no_long_way(patch: pytest.MonkeyPatch) -> None:
 def cuda_tensors(patch: pytest.MonkeyPatch, kernels: Any) -> None:
     """CPU tensors take the way of CUDA tensors, with these kernels."""
     from msgdrop_numba import torch_private
-    from msgdrop_numba.tensors import autograd, cuda, ways
+    from msgdrop_numba.tensors import autograd, cuda, select, ways
 
     no_plain_tensors(patch)
-    for module in (ways, autograd):
+    for module in (ways, autograd, select):
         patch.setattr(module, "is_plain_cuda", torch_private.is_plain)
     patch.setattr(cuda, "_broken", {})
     patch.setattr(cuda, "usable", lambda device: device.index not in cuda._broken)
@@ -172,6 +172,15 @@ def cuda_state() -> tuple[dict[int, str], Any]:
     return cuda._broken, cuda._kernels()._loaded
 
 
+def watch_gathers(patch: pytest.MonkeyPatch) -> list[bool]:
+    """A list that grows with each move on a device: whether kernels made it."""
+    from msgdrop_numba.tensors import cuda
+
+    seen, gather = [], cuda.gather
+    patch.setattr(cuda, "gather", lambda *told: (seen.append(gather(*told)), seen[-1])[1])
+    return seen
+
+
 def reset_cuda() -> None:
     """Ask again whether there are kernels, say again why not."""
     from msgdrop_numba.tensors import cuda
@@ -205,11 +214,11 @@ def coarse_draws(patch: pytest.MonkeyPatch, bits: int) -> None:
     """The simulator's kernels, and naive.py, see only so many leading bits of a draw: nearly all are tied."""
     import naive
 
-    from msgdrop_numba.kernels import cuda
+    from msgdrop_numba.kernels import cuda_rules
 
-    fine, ours, rest = naive.draw, cuda._draw, 32 - bits
+    fine, ours, rest = naive.draw, cuda_rules._draw, 32 - bits
     patch.setattr(naive, "draw", lambda *arguments, **stream: fine(*arguments, **stream) >> rest << rest)
-    patch.setattr(cuda, "_draw", lambda *arguments: ours(*arguments) >> np.uint64(rest) << np.uint64(rest))
+    patch.setattr(cuda_rules, "_draw", lambda *arguments: ours(*arguments) >> np.uint64(rest) << np.uint64(rest))
 
 
 def device_arrays(patch: pytest.MonkeyPatch, as_tensor: Callable[[Any], Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from helpers import internals
@@ -48,12 +49,15 @@ def in_the_simulator(path: str, folder: Path, *options: str) -> int:
 
 def small_geometry(patch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The kernels with so small a launch geometry that a handful of messages crosses threads, tiles and blocks."""
-    from msgdrop_numba.kernels import cuda, cuda_launch
+    from numba.cuda.simulator.kernelapi import FakeCUDAShared
+
+    from msgdrop_numba.kernels import cuda, cuda_launch, cuda_rules
 
     internals.reset_launches(patch)
+    patch.setattr(FakeCUDAShared, "array", _shared_array)
     for module, name, value in [
         (cuda, "THREADS", 8), (cuda_launch, "THREADS", 8), (cuda_launch, "SELECT_THREADS", 3),
-        (cuda_launch, "BLOCKS", 4), (cuda_launch, "MAX_GRID", (3, 2)), (cuda, "BITS", 4), (cuda, "BINS", 16),
+        (cuda_launch, "BLOCKS", 4), (cuda_launch, "MAX_GRID", (3, 2)), (cuda_rules, "BITS", 4), (cuda_rules, "BINS", 16),
     ]:  # fmt: skip
         patch.setattr(module, name, value)
     interval = sys.getswitchinterval()
@@ -61,3 +65,9 @@ def small_geometry(patch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield cuda
     sys.setswitchinterval(interval)
     internals.reset_launches(patch)
+
+
+def _shared_array(shared: Any, shape: Any, dtype: Any) -> np.ndarray:
+    """Shared memory by the line that asks for it, in one step: two threads of numba's own may end up with one each."""
+    frame = sys._getframe(1)
+    return shared._allocations.setdefault((frame.f_code, frame.f_lineno), np.empty(shape, dtype))

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from helpers import internals
-from msgdrop_numba.kernels import cpu, rules
+from msgdrop_numba.kernels import cpu, gather, rules
 from msgdrop_numba.kernels.memory import view
-from msgdrop_numba.kernels.records import DRAW, PLAN
+from msgdrop_numba.kernels.records import DRAW, GATHER, PLAN
 
 
 class Kernels:
@@ -36,6 +36,13 @@ class Kernels:
             raise self.fails
         self.loaded.add(variant[:-1])
 
+    def started(self, name: str, kind: int, stream: int, device: Any) -> None:
+        variant = (name, 16, kind, device)
+        if variant not in self.loaded:
+            raise self.NotLoadedError(*variant)
+        self.launches += 1
+        self.stream = stream
+
     def refuse_overlap(self, plan: Any, draw: Any, messages: int, inner: int, out: int, seed: int) -> None:
         """Blocks on a device read their arguments while others write."""
         rows = messages // plan.size
@@ -53,11 +60,7 @@ class Kernels:
         self, plan: Any, draw: Any, messages: int, inner: int, addresses: Any, stream: int, device: Any
     ) -> None:  # fmt: skip
         x, out, mask, seed, limits = addresses
-        variant = (16, plan.kind if out else 0, device)
-        if variant not in self.loaded:
-            raise self.NotLoadedError(*variant)
-        self.launches += 1
-        self.stream = stream
+        self.started("drop", plan.kind if out else 0, stream, device)
         self.refuse_overlap(plan, draw, messages, inner, out, seed)
         record, arguments = np.zeros(1, PLAN), np.zeros(1, DRAW)
         record[0], arguments[0] = tuple(plan), tuple(draw)
@@ -71,6 +74,12 @@ class Kernels:
         bits = int(view(seed, 1, np.int64)[0])
         addresses = record.ctypes.data, arguments.ctypes.data
         cpu.drop_range(0, messages, *addresses, x, out, mask, bits)
+
+    def gather(self, job: Any, messages: int, stream: int, device: Any) -> None:
+        self.started("gather", job.kind, stream, device)
+        record = np.zeros(1, GATHER)
+        record[0] = tuple(job)
+        gather.gather_range(0, messages, record.ctypes.data)
 
 
 def install(patch: pytest.MonkeyPatch, kernels: Any) -> None:

@@ -71,14 +71,15 @@ def takes_numbers_alone(ptx: str, kernel: Any) -> bool:
     + [(16, kind) for kind in (records.FLOAT32, records.FLOAT64, records.FLOAT16, records.BFLOAT16)]
     + [(4, records.FLOAT32), (8, records.FLOAT64), (2, records.FLOAT16), (2, records.BFLOAT16)],
 )
-def test_ptx_of_drop(unit, kind):
+@pytest.mark.parametrize("name", ["drop", "gather"])
+def test_ptx_of_what_copies(name, unit, kind):
     from msgdrop_numba.kernels import cuda
 
     word = r"(v4\.[bu]32|v2\.[bu]64)" if unit == 16 else rf"[bu]{8 * unit}"  # sm_100 multiplies two floats at once
-    drop = cuda.function(unit, kind)
-    for (major, minor), ptx in ptx_of(drop, cuda.signature(drop)).items():
+    kernel = cuda.function(name, unit, kind)
+    for (major, minor), ptx in ptx_of(kernel, cuda.signature(kernel)).items():
         assert f".target sm_{major}{minor}" in ptx
-        assert takes_numbers_alone(ptx, drop)
+        assert takes_numbers_alone(ptx, kernel)
         assert ".local" not in ptx
         assert "fma." not in ptx
         loop = copy_loop(ptx, rf"st\.global\.{word}\b")
@@ -100,10 +101,10 @@ def test_ptx_of_select():
         assert re.search(r"atom\.\S*shared", ptx)
 
 
-@pytest.mark.parametrize("unit", [0, 16])
-def test_machine_code_is_linked_under_its_name(unit):
+@pytest.mark.parametrize(("kernel", "unit"), [("select", 0), ("drop", 16), ("gather", 16)])
+def test_machine_code_is_linked_under_its_name(kernel, unit):
     from msgdrop_numba.kernels import cuda_launch
 
-    name, code = cuda_launch._machine_code(unit, records.COPY, (9, 0))
+    name, code = cuda_launch._machine_code(kernel, unit, records.COPY, (9, 0))
     assert code.code.startswith(b"\x7fELF")
     assert name.encode() in code.code

@@ -146,6 +146,29 @@ def test_compiled_with_dynamic_shapes(compiled):
         assert torch.equal(f(x, torch.tensor(5), keys), message_dropout(x, 0.3, seed=5, keys=keys, scale=True))
 
 
+@pytest.mark.parametrize(
+    "told",
+    [{"protect": torch.arange(9) % 2 == 0}, {"positions": torch.arange(9) * 3}, {"p": torch.rand(9)},
+     {"p": torch.rand(4, 1)}, {"protect": [True, False, False] * 3}, {"positions": list(range(3, 12))}],
+    ids=lambda told: "-".join(f"{name}-{type(value).__name__}" for name, value in told.items()),
+)  # fmt: skip
+def test_compiled_with_dynamic_shapes_and_arguments_of_a_fixed_one(compiled, told):
+    """A buffer's size is a number, where that of x is a symbol."""
+    layer = torch.nn.Module()
+    for name, value in told.items():
+        layer.register_buffer(name, value) if isinstance(value, torch.Tensor) else setattr(layer, name, value)
+    f = compiled(lambda x: message_dropout(x, seed=3, **{name: getattr(layer, name) for name in told}), dynamic=True)
+    x = torch.randn(4, 9, 3)
+    assert torch.equal(f(x), message_dropout(x, seed=3, **told))
+
+
+def test_compiled_with_changing_p(compiled):
+    """A schedule's p becomes a symbol."""
+    f = compiled(lambda x, p: message_dropout(x, p, seed=3, scale=True))
+    for p in (0.1, 0.3, 0.5):
+        assert torch.equal(f(X, p), message_dropout(X, p, seed=3, scale=True))
+
+
 def test_compiled_with_seed_numbers_and_p_tensors(compiled):
     p = torch.rand(9, dtype=torch.float64)
     f = compiled(lambda x, p: message_dropout(x, p, seed=2**64 - 5))

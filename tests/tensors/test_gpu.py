@@ -13,7 +13,7 @@ from helpers import internals, oracle
 from helpers.cases import OPTIONS, SHAPE, equal, moved, no_gpu
 from torch._dynamo.testing import EagerAndRecordGraphs
 
-from msgdrop_numba import keep_mask, message_dropout
+from msgdrop_numba import keep_mask, message_dropout, message_select
 from msgdrop_numba.tensors import cuda as torch_cuda
 
 pytestmark = [
@@ -170,3 +170,90 @@ def test_compiled_on_the_device(compiled):
     assert torch.equal(compiled(drop)(x), expected)
     assert torch.equal(compiled(drop, backend=recorded)(x), expected)
     assert "msgdrop_numba.keep_mask" in recorded.graphs[0].code
+
+
+# ---- messages that are removed
+
+KNOWN: list[dict[str, Any]] = [{"exact": True}, {"capacity": 64}, {"layout": "packed", "capacity": 64 * 64}]
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("told", KNOWN, ids=str)
+def test_removal_waits_for_nothing_where_the_room_is_known(told, scale):
+    x, fill = torch.randn(64, 64, 4, device="cuda", requires_grad=True), torch.zeros(4, device="cuda")
+    fill.requires_grad_()
+    for mode in ("default", "error"):  # the first call loads kernels
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for more in ({}, {"seed": 3}, {"lengths": torch.full((64,), 9).pin_memory()}):
+                if "capacity" in told or "lengths" not in more:
+                    y, kept = message_select(x, scale=scale, **told, **more)
+                    kept.restore(kept.take(x) + y, fill).sum().backward()
+                    _ = kept.indices, kept.mask, kept.cu_seqlens, kept.lengths
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("told", KNOWN, ids=str)
+def test_a_graph_removes_anew_at_each_replay(told):
+    x = torch.randn(64, 64, 4, device="cuda", requires_grad=True)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        y, kept = message_select(x, scale=True, **told)
+        return kept.restore(y.detach()), torch.autograd.grad(y, x, y)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, grad = step()
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(grad, y * 2)
+        seen.append(y.clone())
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_removal_large_and_odd():
+    for shape in [(5, 100_000, 3), (2, 70_000, 128), (300, 3, 4096), (1, 2, 3_000_000)]:
+        x = torch.randn(shape)
+        for options in ({}, {"exact": True, "scale": True}, {"layout": "packed"}, {"capacity": shape[1]}):
+            expected, kept = message_select(x, 0.3, seed=3, **options)
+            y, there = message_select(x.cuda(), 0.3, seed=3, **options)
+            assert torch.equal(y.cpu(), expected)
+            assert torch.equal(there.indices.cpu(), kept.indices)
+            assert torch.equal(there.restore(y, -1.5).cpu(), kept.restore(expected, -1.5))
+        start = torch.randn(x.numel() + 1).cuda()[1:].view(shape)  # 4 bytes off
+        assert torch.equal(message_select(start, seed=3)[0].cpu(), message_select(start.cpu(), seed=3)[0])
+
+
+def test_more_than_32_bits_count_when_removed():
+    for dtype, count in ((torch.uint8, 2**32 + 2**22), (torch.float32, 2**31 + 2**22)):
+        x = torch.ones(2, count // 2**11, 2**10, dtype=dtype, device="cuda")
+        x[..., 0] = torch.arange(x.shape[1], device="cuda") % 251
+        y, kept = message_select(x, 0.3, seed=3, layout="packed")
+        assert torch.equal(y[:, 0], x[..., 0].flatten()[kept.indices])
+        assert (y[:, 1:] == 1).all()
+        back = kept.restore(y)
+        assert torch.equal(back[..., 0], torch.where(kept.mask, x[..., 0], 0))
+        assert torch.equal(back[..., 1].bool(), kept.mask)
+        assert torch.equal(back[..., 1:].amin(-1), back[..., 1:].amax(-1))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_removal_on_the_tensor_s_own_device():
+    x = torch.randn(64, 64, 4)
+    there = x.to("cuda:1").requires_grad_()
+    with torch.cuda.device(0):
+        y, kept = message_select(there, seed=1)
+        y.backward(torch.ones_like(y))
+    assert torch.equal(y.detach().cpu(), message_select(x, seed=1)[0])
+    assert torch.equal(there.grad[..., 0].bool(), kept.mask)
+    with pytest.raises(ValueError, match="cuda:0"):
+        kept.take(x.to("cuda:0"))
