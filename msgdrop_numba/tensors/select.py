@@ -140,8 +140,15 @@ def _totals(counts: Tensor) -> tuple[int, int]:
     """How many messages remain, and how many of the longest row; waits for the device once."""
     if not counts.numel():
         return 0, 0
-    total, longest = torch.stack([counts.sum(), counts.max()]).tolist()
-    return total, longest
+    both = torch.stack([counts.sum(), counts.max()])
+    if not in_transform():
+        return tuple(both.tolist())
+    try:
+        return tuple(both.tolist())
+    except RuntimeError as error:  # vmap's tensors have no values
+        raise ValueError(
+            "what rows keep can't be counted under vmap, where each keeps another number: give exact=True, or capacity"
+        ) from error
 
 
 def _scales(library: Library, job: Job) -> Tensor:
