@@ -273,11 +273,8 @@ def test_stores_past_the_cache(make, width, chunks, monkeypatch):
     """Which large outputs alone are written by."""
     internals.stream_removal(monkeypatch)
     for dtype in ("uint8", "float32"):
-        x = (
-            np.random.default_rng(width)
-            .integers(0, 99, (3, 20, max(1, width // np.dtype(dtype).itemsize)))
-            .astype(dtype)
-        )
+        features = max(1, width // np.dtype(dtype).itemsize)
+        x = np.random.default_rng(width).integers(0, 99, (3, 20, features)).astype(dtype)
         options = {"seed": width, "scale": dtype == "float32", "prefix": 2}
         want, keep = oracle.dropout(x, 0.5, **options)
         y, kept = message_select(make(x), 0.5, **options)
