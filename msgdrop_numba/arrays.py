@@ -1,4 +1,4 @@
-"""message_dropout and keep_mask on NumPy arrays. Never imports torch."""
+"""message_dropout, keep_mask and message_select on NumPy arrays. Never imports torch."""
 
 from __future__ import annotations
 
@@ -220,12 +220,12 @@ def _write(job: Job, plan: Plan, x: np.ndarray, result: np.ndarray, mask: np.nda
 
 def message_select(x: np.ndarray, request: Request, how: How) -> tuple[np.ndarray, Selection | None]:
     """`select.message_select` for an array."""
-    laid: list[tuple[str, Any]] = []
-    job = prepare(NUMPY, x, request, lambda plan: laid.append(laid_out(how, plan.rule, plan.size, request)))
+    lay = partial(laid_out, how, request)
+    job = prepare(NUMPY, x, request, lay)
     plan, draw, seed, *_ = job
     dims = len(plan.shape)
     passes = seed is None and (how.layout != PACKED or draw.lengths is None)
-    found = None if passes and not how.told else _selection(job, laid[0], how)
+    found = None if passes and not how.told else _selection(job, lay(job.plan), how)
     if passes:
         return (x.reshape(plan.messages, *x.shape[dims:]) if how.layout == PACKED else x), found
     assert found is not None
@@ -238,9 +238,9 @@ def message_select(x: np.ndarray, request: Request, how: How) -> tuple[np.ndarra
 
 def select_messages(shape: tuple[int, ...], request: Request, how: How) -> Selection:
     """`select.select_messages` without a device."""
-    laid: list[tuple[str, Any]] = []
-    check = lambda plan: laid.append(laid_out(how, plan.rule, plan.size, request))  # noqa: E731
-    return _selection(prepare_mask(NUMPY, shape, request, None, check), laid[0], how)
+    lay = partial(laid_out, how, request)
+    job = prepare_mask(NUMPY, shape, request, None, lay)
+    return _selection(job, lay(job.plan), how)
 
 
 def _selection(job: Job, laid: tuple[str, Any], how: How) -> Selection:

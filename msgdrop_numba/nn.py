@@ -240,6 +240,9 @@ class MessageSelect(_Layer):
             return y, None if y is x else kept.indices[..., self.prefix :] - self.prefix  # type: ignore[union-attr]
         return (y, kept) if self.return_kept else y
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class MessageSubset(_Layer):
     """Let a module see a part of the messages, drawn anew at each call: the others pass by. In eval mode it sees all.
@@ -249,17 +252,27 @@ class MessageSubset(_Layer):
     residual connection, and of B samples each that is kept becomes `x + f(x) * B / kept`, any other stays x: stochastic
     depth that doesn't compute what it throws away.
 
+    A small p doesn't pay, nor does a small module: choosing and putting back cost time too. Of a transformer layer's
+    time on the CPU, forward and backward, it takes at p = 0.05, 0.1, 0.2 and 0.5 on 8 x 256 x 256 messages 0.96, 0.92,
+    0.79 and 0.49; on 32 x 64 x 128 1.05, 0.99, 0.88 and 0.57; of a layer of 1 ms, 16 x 16 x 64, 1.25, 1.27, 1.14, 0.98.
+
     Args:
         module: what is called with the kept messages, `(*rows, K, *features)`, and gives back as many of as many
             features; with `per="sample"` with the kept samples, `(K, *)`.
         p: probability that a message, or sample, passes by, as for `message_select`.
         exact, span, min_keep, prefix, message_dims: as for `message_select`. Without `exact` rows keep different
             counts: the module then sees zeros behind those of a shorter row, and needs `pass_kept` where messages mix.
+            With `per="sample"` and neither `exact` nor `min_keep`, all samples may skip the module, whose parameters
+            then get no gradient, as `DistributedDataParallel` must be told by `find_unused_parameters`.
         per: "message" or "sample".
         pass_kept: call `module(y, ..., kept=kept)`, whose `key_padding_mask` tells what is padding.
 
+    Shape:
+        - Input: `(*message dims, *features)`, by default `(N, S, *)` or `(S, F)`; with `per="sample"` `(B, *)`.
+        - Output: the input's shape.
+
     Raises:
-        TypeError, ValueError: an argument is wrong, or the module gives back another shape than it got.
+        TypeError, ValueError: an argument is wrong, x is nested, or the module gives back another shape than it got.
 
     Example:
         >>> import torch
@@ -289,6 +302,8 @@ class MessageSubset(_Layer):
         pass_kept: bool = False,
     ) -> None:
         super().__init__()
+        if not callable(module):
+            raise TypeError(f"module must be an nn.Module, but got {module!r}")
         if per not in ("message", "sample"):
             raise ValueError(f"per must be 'message' or 'sample', but got {per!r}")
         if per == "sample" and message_dims is not None:
@@ -311,6 +326,8 @@ class MessageSubset(_Layer):
         Returns:
             A tensor of x's shape.
         """
+        if x.is_nested:
+            raise ValueError("x must not be nested: pad it, torch.nested.to_padded_tensor(x, 0.0), and give lengths")
         whole = self.per == "sample"
         request = Request(
             self._p(x), self._rule, message_dims=1 if whole else self.message_dims, training=self.training,
@@ -332,6 +349,9 @@ class MessageSubset(_Layer):
             return x + made  # type: ignore[no-any-return]
         made = made.to(x.dtype)
         return torch.index_add(x, 0, kept.indices, made, alpha=len(x) / len(y))  # type: ignore[union-attr]
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def _put_back(made: Tensor, x: Tensor, kept: Any) -> Tensor:

@@ -40,7 +40,8 @@ class Kept:
         cu_seqlens: int32, one more than there are rows: where each begins in layout "packed", and the last ends.
         max_length: an integer that no entry of `lengths` is larger than.
         size: messages of a full row.
-        key_padding_mask: bool `(*rows, slots)`, True = padding, as `nn.TransformerEncoder` takes it.
+        key_padding_mask: bool `(*rows, slots)`, True = padding, as `nn.TransformerEncoder` takes it; not of layout
+            "packed". Attention in a row of nothing but padding may be NaN: `min_keep=1` leaves each row a message.
         overflow: on a device, a 0-d bool tensor: whether more messages were kept than `capacity` has room for; those
             that don't fit are missing. On the host such a call raises, and this is False.
 
@@ -110,8 +111,8 @@ class Kept:
         """What remains of a companion of x: its positions, labels, a rope table, an attention mask.
 
         Args:
-            t: array or tensor of any dtype: the row dims of x first, its messages along `dim`; or, with dim=0 where x
-                has row dims, one row that all share.
+            t: array or tensor of any dtype: the row dims of x first, its messages along `dim` (an `edge_index` of
+                edges `(E, F)` with dim=1); or, with dim=0 where x has row dims, one row that all share.
             dim: where the messages lie in t; None: behind the row dims, as in x.
 
         Returns:
@@ -184,14 +185,32 @@ class Kept:
 
         Returns:
             `torch.nested.nested_tensor_from_jagged(values, offsets)`. Waits for the device where there may be padding.
+
+        Raises:
+            TypeError, ValueError: y is no tensor, of another shape, or on another device.
+
+        Example:
+            >>> import torch
+            >>> y, kept = message_select(torch.ones(2, 4, 3), 0.5, seed=1)
+            >>> [len(row) for row in kept.to_nested(y).unbind()] == kept.lengths.tolist()
+            True
         """
+        if _library_of(y) is arrays:
+            raise TypeError("y must be a tensor, but got a NumPy array: give torch.from_numpy(y)")
         from msgdrop_numba.tensors.select import as_nested
 
         self._check(y)
         return as_nested(y, self._found)
 
     def to(self, device: Any) -> Kept:
-        """The same as tensors on a device."""
+        """The same as tensors on a device.
+
+        Args:
+            device: a torch device, "cpu" say, which arrays become tensors on, too.
+
+        Returns:
+            Another `Kept`.
+        """
         from msgdrop_numba.tensors.select import on
 
         return Kept(on(self._found, device))

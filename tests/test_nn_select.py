@@ -71,6 +71,14 @@ def test_bad_arguments(make, said):
         make()
 
 
+def test_what_is_no_module_or_no_whole_tensor():
+    with pytest.raises(TypeError, match=r"module must be an nn.Module, but got 0.5"):
+        MessageSubset(0.5, nn.Linear(8, 8))
+    nested = torch.nested.as_nested_tensor([X[0], X[1, :3]], layout=torch.jagged)
+    with pytest.raises(ValueError, match="x must not be nested: pad it"):
+        MessageSubset(nn.Linear(8, 8), 0.5)(nested)
+
+
 def test_what_is_printed():
     assert repr(MessageSelect(0.5, exact=True, layout="padded")) == "MessageSelect(p=0.5, exact=True, layout='padded')"
     assert "(module): Noted()" in repr(MessageSubset(Noted(), 0.5, per="sample"))

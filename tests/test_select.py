@@ -166,7 +166,8 @@ def test_companions_of_any_kind():
         assert np.array_equal(taken[index >= 0], array.reshape(10, *array.shape[2:])[index[index >= 0]])
         back = kept.restore(taken)
         assert np.array_equal(back[kept.mask], array[kept.mask])
-        equal(kept.restore(kept.take(array), fill=array), array) if array.dtype != object else None
+        if array.dtype != object:
+            equal(kept.restore(taken, fill=array), array)
 
 
 def test_arrays_and_tensors_may_meet_on_the_host():
@@ -210,9 +211,9 @@ def test_what_was_kept_pickles(make, layout):
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"layout": "sparse"}, ValueError, "layout must be 'dense', 'padded', 'packed' or None, but got 'sparse'"),
-    ({"layout": "dense"}, ValueError, "needs rows that are known to keep as many each, but got exact=False"),
-    ({"layout": "dense", "exact": True, "protect": np.zeros(7, bool)}, ValueError, "but got protect: give"),
-    ({"layout": "dense", "exact": True, "p": (0.1, 0.5)}, ValueError, r"but got p=\(0.1, 0.5\) of each row"),
+    ({"layout": "dense"}, ValueError, "known to keep as many each, but got exact=False: give exact"),
+    ({"layout": "dense", "exact": True, "protect": np.zeros(7, bool)}, ValueError, "but got protect: give none"),
+    ({"layout": "dense", "exact": True, "p": (0.1, 0.5)}, ValueError, r"got p=\(0.1, 0.5\) of each row: give one"),
     ({"layout": "dense", "exact": True, "capacity": 3}, ValueError, "capacity goes with layout 'padded' or 'packed'"),
     ({"capacity": 0}, ValueError, "capacity must be at least 1, but got 0"),
     ({"capacity": 2.0}, TypeError, "capacity must be an integer or None, but got 2.0"),
@@ -250,6 +251,9 @@ def test_bad_companions(make):
             kept.restore(y, make(fill))
     with pytest.raises(TypeError, match="must be a NumPy array"):
         kept.take([[1] * 7] * 3)
+    if make is not tensor:
+        with pytest.raises(TypeError, match="y must be a tensor, but got a NumPy array"):
+            kept.to_nested(y)
     with pytest.raises(ValueError, match="layout 'packed' has no padding"):
         _ = message_select(make(X), 0.5, layout="packed")[1].key_padding_mask
 
@@ -269,11 +273,8 @@ def test_stores_past_the_cache(make, width, chunks, monkeypatch):
     """Which large outputs alone are written by."""
     internals.stream_removal(monkeypatch)
     for dtype in ("uint8", "float32"):
-        x = (
-            np.random.default_rng(width)
-            .integers(0, 99, (3, 20, max(1, width // np.dtype(dtype).itemsize)))
-            .astype(dtype)
-        )
+        features = max(1, width // np.dtype(dtype).itemsize)
+        x = np.random.default_rng(width).integers(0, 99, (3, 20, features)).astype(dtype)
         options = {"seed": width, "scale": dtype == "float32", "prefix": 2}
         want, keep = oracle.dropout(x, 0.5, **options)
         y, kept = message_select(make(x), 0.5, **options)

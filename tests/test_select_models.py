@@ -13,6 +13,18 @@ IMAGES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 3])
 
 
+def trained(model, loss_of, steps, rate=1e-3):
+    """The loss at each step."""
+    optimizer, losses = torch.optim.AdamW(model.parameters(), rate), []
+    for _ in range(steps):
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 @pytest.fixture
 def vit():
     torch.manual_seed(0)
@@ -23,13 +35,7 @@ def test_a_vision_transformer_trains(vit):
     vit.patch_drop = MessageSelect(0.5, exact=True, prefix=vit.num_prefix_tokens, return_kept=False)
     seen = []
     vit.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
-    optimizer, losses = torch.optim.AdamW(vit.parameters(), 1e-3), []
-    for _ in range(12):
-        loss = nn.functional.cross_entropy(vit(IMAGES), LABELS)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = trained(vit, lambda: nn.functional.cross_entropy(vit(IMAGES), LABELS), 12)
     assert set(seen) == {(4, 1 + 8, 64)}  # of 16 patches
     assert losses[-1] < 0.5 * losses[0]
     with torch.no_grad():
@@ -104,40 +110,16 @@ def test_torchs_encoder_trains(rule):
     lengths = None if rule.get("exact") else torch.randint(4, 13, (32,))
     wanted = (x[:, :4, 0].mean(1) > 0).float()
     model = Tagger(**rule)
-    optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
-    for _ in range(40):
-        loss = nn.functional.binary_cross_entropy_with_logits(model(x, lengths), wanted)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = trained(model, lambda: nn.functional.binary_cross_entropy_with_logits(model(x, lengths), wanted), 40, 3e-3)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert model.eval()(x, lengths).isfinite().all()
-
-
-def test_padding_that_is_ignored_changes_nothing():
-    torch.manual_seed(0)
-    model, x = Tagger(min_keep=1).train(), torch.randn(3, 12, 16)
-    y, kept = message_select(x, 0.5, seed=4, min_keep=1)
-    assert kept.lengths.unique().numel() > 1
-    with torch.no_grad():
-        together = model.encoder(y, src_key_padding_mask=kept.key_padding_mask)
-        for row, n in enumerate(kept.lengths):
-            alone = model.encoder(y[row : row + 1, :n])
-            torch.testing.assert_close(together[row, :n], alone[0])
 
 
 def test_layerwise_token_dropping_trains(vit):
     """Random-LTD: each inner block sees half of the tokens, drawn anew; the class token passes through all."""
     for i in (1, 2):
         vit.blocks[i] = MessageSubset(vit.blocks[i], 0.5, exact=True, prefix=1)
-    optimizer, losses = torch.optim.AdamW(vit.parameters(), 1e-3), []
-    for _ in range(12):
-        loss = nn.functional.cross_entropy(vit(IMAGES), LABELS)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = trained(vit, lambda: nn.functional.cross_entropy(vit(IMAGES), LABELS), 12)
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -154,10 +136,8 @@ def test_a_transformer_with_rotary_tables_trains():
 def test_under_data_parallel_and_autocast(tmp_path):
     """The wrapped model makes the gradients of the bare one; what autocast makes of the input is what remains of it."""
     torch.manual_seed(0)
-    model, x = (
-        nn.Sequential(nn.Linear(16, 16), MessageSelect(0.5, exact=True, return_kept=False)),
-        torch.randn(4, 6, 16),
-    )
+    model = nn.Sequential(nn.Linear(16, 16), MessageSelect(0.5, exact=True, return_kept=False))
+    x = torch.randn(4, 6, 16)
 
     def gradient(module):
         torch.manual_seed(5)

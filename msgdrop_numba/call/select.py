@@ -91,22 +91,23 @@ def kept_of_each(rule: DropRule, size: Any, request: Any) -> Any:
     return size - min(wanted, max(0, n - rule.min_keep))
 
 
-def laid_out(how: How, rule: DropRule, size: Any, request: Any) -> tuple[str, Any]:
+def laid_out(how: How, request: Any, plan: Any) -> tuple[str, Any]:
     """The layout, and what each row keeps where that is known; refused where it must be and isn't."""
-    each = kept_of_each(rule, size, request)
+    each = kept_of_each(plan.rule, plan.shape[-1], request)
     if how.layout == DENSE and each is None:
         raise ValueError(
             "layout 'dense' needs rows that are known to keep as many each, but got "
-            f"{_uneven(rule, request)}: give exact=True, or layout 'padded' or 'packed'"
+            f"{_uneven(plan.rule, request)}, or layout 'padded' or 'packed'"
         )
     return how.layout or (PADDED if each is None else DENSE), each
 
 
 def _uneven(rule: DropRule, request: Any) -> str:
+    """Why rows may keep different counts, and what to do."""
     for name in ("lengths", "protect"):
         if getattr(request, name) is not None:
-            return name
-    return f"p={rule.p} of each row" if rule.ranged else f"exact={rule.exact}"
+            return f"{name}: give none"
+    return f"p={rule.p} of each row: give one for all" if rule.ranged else "exact=False: give exact=True"
 
 
 def place(laid: tuple[str, Any], capacity: int | None, shape: tuple[int, ...], mask: int, lengths: Any) -> Selection:
@@ -121,9 +122,9 @@ def place(laid: tuple[str, Any], capacity: int | None, shape: tuple[int, ...], m
     rows = math.prod(row_shape)
     counts = np.empty(rows, np.int64) if each is None else np.full(rows, each, np.int64)
     slots, starts = np.empty(shape, np.int64), None
-    told = [mask, address(lengths), size, 0, 0, address(counts), 0, address(slots)]
+    record = [mask, address(lengths), size, 0, 0, address(counts), 0, address(slots)]
     if each is None:
-        _run(count_range, rows, told, slots.size)
+        _run(count_range, rows, record, slots.size)
     longest = int(counts.max(initial=0)) if each is None else each
     if layout == PACKED:
         starts, needed = counts.cumsum() - counts, int(counts.sum())
@@ -133,8 +134,8 @@ def place(laid: tuple[str, Any], capacity: int | None, shape: tuple[int, ...], m
     else:
         room = _room(capacity, longest, "a row")
         index = np.empty((*row_shape, room), np.int64)
-    told[3:5], told[6] = (room, address(starts)), address(index)
-    _run(place_range, rows, told, 8 * (slots.size + index.size))
+    record[3:5], record[6] = (room, address(starts)), address(index)
+    _run(place_range, rows, record, 8 * (slots.size + index.size))
     return Selection(layout, shape, index, slots, counts.reshape(row_shape), longest if layout == PACKED else room)
 
 

@@ -6,6 +6,7 @@ A move and its gradient are one map with the two indices swapped: each message i
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -61,11 +62,11 @@ def message_select(x: Tensor, request: Request, how: How) -> tuple[Tensor, Selec
     if x.is_nested:
         return message_select(*nested.padded(x, request), how)
     library = ways.library(x, request)
-    laid: list[tuple[str, Any]] = []
-    job = prepare(library, x, request, lambda plan: laid.append(laid_out(how, plan.rule, plan.shape[-1], request)))
+    lay = partial(laid_out, how, request)
+    job = prepare(library, x, request, lay)
     dims = len(job.plan.shape)
     passes = job.seed is None and (how.layout != PACKED or request.lengths is None)
-    found = None if passes and not how.told else _selection(library, job, laid[0], how, x.device)
+    found = None if passes and not how.told else _selection(library, job, lay(job.plan), how, x.device)
     if passes:
         return (_in_a_row(x, dims) if how.layout == PACKED else x), found
     assert found is not None
@@ -77,9 +78,9 @@ def select_messages(shape: tuple[int, ...], request: Request, how: How, device: 
     """`select.select_messages` on a device."""
     device = torch.device(device)
     library = ways.mask_library(device, request)
-    laid: list[tuple[str, Any]] = []
-    check = lambda plan: laid.append(laid_out(how, plan.rule, plan.shape[-1], request))  # noqa: E731
-    return _selection(library, prepare_mask(library, shape, request, device, check), laid[0], how, device)
+    lay = partial(laid_out, how, request)
+    job = prepare_mask(library, shape, request, device, lay)
+    return _selection(library, job, lay(job.plan), how, device)
 
 
 def _selection(library: Library, job: Job, laid: tuple[str, Any], how: How, device: torch.device) -> Selection:
@@ -139,8 +140,15 @@ def _totals(counts: Tensor) -> tuple[int, int]:
     """How many messages remain, and how many of the longest row; waits for the device once."""
     if not counts.numel():
         return 0, 0
-    total, longest = torch.stack([counts.sum(), counts.max()]).tolist()
-    return total, longest
+    both = torch.stack([counts.sum(), counts.max()])
+    if not in_transform():
+        return tuple(both.tolist())
+    try:
+        return tuple(both.tolist())
+    except RuntimeError as error:  # vmap's tensors have no values
+        raise ValueError(
+            "what rows keep can't be counted under vmap, where each keeps another number: give exact=True, or capacity"
+        ) from error
 
 
 def _scales(library: Library, job: Job) -> Tensor:
@@ -261,11 +269,11 @@ def _write(x: Tensor, way: Way, fill: Tensor | None) -> Tensor:
         where = found or Source(x.data_ptr())
     if where.start == 0 and x.numel():
         raise ValueError(f"x has no memory, though its shape is {shape}: its storage was freed")
-    width, told = math.prod(shape[dims:]) * size, (0, 0)
+    width, filled = math.prod(shape[dims:]) * size, (0, 0)
     if fill is not None:
         fill = fill.contiguous()
-        told = fill.data_ptr(), width if fill.ndim == out.ndim else 0
-    job, count = moving(where, out.data_ptr(), way.numbers, width, told, way.scales, kind), way.numbers.numel()
+        filled = fill.data_ptr(), width if fill.ndim == out.ndim else 0
+    job, count = moving(where, out.data_ptr(), way.numbers, width, filled, way.scales, kind), way.numbers.numel()
     if on_host:
         move(job, count)
     elif not cuda.gather(job, count, x.device):

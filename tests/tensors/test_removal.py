@@ -133,6 +133,15 @@ def test_transforms():
     assert torch.equal(grad, x.grad)
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_under_vmap_the_room_must_be_known(layout):
+    batch = torch.randn(5, 4, 9, 3)
+    with pytest.raises(ValueError, match=r"can't be counted under vmap.* capacity"):
+        torch.func.vmap(lambda x: message_select(x, layout=layout)[0], randomness="different")(batch)
+    mapped = torch.func.vmap(lambda x: both_ways(x, layout=layout, capacity=36)[0])(batch)
+    assert torch.equal(mapped, torch.stack([both_ways(x, layout=layout, capacity=36)[0] for x in batch]))
+
+
 def test_tensors_without_data():
     with FakeTensorMode() as mode:
         for x in (torch.empty((4, 9, 3), device="meta"), mode.from_tensor(X)):

@@ -12,6 +12,8 @@ from typing_extensions import assert_type
 from msgdrop_numba import (
     Kept,
     MessageDropout,
+    MessageSelect,
+    MessageSubset,
     fold_in,
     keep_mask,
     message_dropout,
@@ -45,8 +47,11 @@ def layer(x: Tensor) -> None:
     drop = MessageDropout(0.5)
     assert_type(drop(x), Tensor)
     assert_type(drop(x, lengths=[1, 2], return_mask=True), tuple[Tensor, Tensor])
+    assert_type(MessageSubset(drop, 0.5)(x, seed=1), Tensor)
 
 
 def wrong(x: Tensor) -> None:
     message_dropout(x, 0.5, rate=0.5)  # type: ignore[call-overload]
+    message_select(x, 0.5, return_mask=True)  # type: ignore[call-overload]
+    MessageSelect(0.5)(x, layout="packed")  # type: ignore[call-arg]
     keep_mask((2, 3), seed=1, exact="yes")  # type: ignore[call-overload]
