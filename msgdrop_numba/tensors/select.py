@@ -168,7 +168,7 @@ def take(x: Tensor, dims: int, found: Selection, scales: Tensor | None = None) -
 
 def take_shared(x: Tensor, within: Tensor) -> Tensor:
     """The messages of the one row x with these numbers; zeros where one is negative."""
-    return _by_operations(x, Way(within, within.new_empty(x.shape[:1])), None)
+    return operations.select(_pick(x, within), within >= 0, None)
 
 
 def restore(y: Tensor, fill: Any, found: Selection) -> Tensor:

@@ -253,3 +253,17 @@ def test_memory_that_was_freed():
     x.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="x has no memory"):
         message_select(x, 0.5)
+
+
+@pytest.mark.parametrize("told", [TOLD[0], TOLD[5], TOLD[7]], ids=str)
+def test_what_all_rows_share_has_its_gradient_in_compiled_code(told, compiled):
+    """Positions that are learned, say: many rows take the same message."""
+
+    def weighted(table):
+        taken = message_select(X, 0.5, seed=3, **told)[1].take(table, dim=0)
+        return (taken * torch.arange(taken.numel()).reshape(taken.shape)).sum()
+
+    table = torch.ones(9, 2, requires_grad=True)
+    (want,) = torch.autograd.grad(weighted(table), table)
+    (got,) = torch.autograd.grad(compiled(weighted)(table), table)
+    assert torch.equal(got, want)
