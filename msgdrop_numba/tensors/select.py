@@ -32,7 +32,7 @@ from msgdrop_numba.tensors.arguments import fill_message, scaled_kind
 from msgdrop_numba.tensors.library import ON_HOST
 from msgdrop_numba.tensors.traced import TRACED
 from msgdrop_numba.tensors.write import draw_mask
-from msgdrop_numba.torch_private import in_transform, is_exporting, is_plain, is_plain_cuda, quick_apply
+from msgdrop_numba.torch_private import in_transform, is_exporting, is_plain, is_plain_cuda, is_view, quick_apply
 
 
 class Way(NamedTuple):
@@ -226,7 +226,8 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, fill: Tensor | None, way: Way) -> Tensor:
         ctx.way, ctx.each = way, fill is not None and fill.ndim >= x.ndim - way.back.ndim + way.numbers.ndim
-        return _write(x, way, fill)
+        y = _write(x, way, fill)
+        return y.new_empty(0).set_(y) if is_view(y) else y  # a view couldn't be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -296,9 +297,9 @@ def _pick(flat: Tensor, index: Tensor) -> Tensor:
     """The messages with these numbers; any where one is negative."""
     if not flat.shape[0]:
         flat = flat.new_zeros((1, *flat.shape[1:]))
-    words = _WORDS.get(flat.dtype)
+    words = None if flat.requires_grad else _WORDS.get(flat.dtype)  # a view of words has no gradient
     if words is not None:
-        return _pick(flat.view(words), index).view(flat.dtype)
+        return _pick(flat.resolve_conj().resolve_neg().view(words), index).view(flat.dtype)
     return flat.index_select(0, index.clamp(min=0).flatten()).reshape(*index.shape, *flat.shape[1:])
 
 

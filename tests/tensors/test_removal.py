@@ -267,3 +267,15 @@ def test_what_all_rows_share_has_its_gradient_in_compiled_code(told, compiled):
     (want,) = torch.autograd.grad(weighted(table), table)
     (got,) = torch.autograd.grad(compiled(weighted)(table), table)
     assert torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_conjugated_halves_and_their_gradient():
+    x = torch.randn(3, 7, 4, dtype=torch.complex64).to(torch.complex32)
+    for lying in (torch.conj, torch._neg_view):
+        y, kept = message_select(lying(x), 0.5, seed=1)
+        want = message_dropout(lying(x), 0.5, seed=1)
+        assert torch.equal(torch.view_as_real(kept.restore(y)), torch.view_as_real(want.resolve_conj().resolve_neg()))
+    x.requires_grad_()
+    message_select(x.conj(), 0.5, seed=1)[0].backward(torch.ones_like(y))
+    assert torch.equal(x.grad[..., 0] != 0, kept.mask)
