@@ -23,6 +23,7 @@ from msgdrop_numba.call.select import (
     move,
     moving,
     place,
+    room_for,
     slot_scales,
     source,
 )
@@ -106,7 +107,7 @@ def on(found: Selection, device: Any) -> Selection:
 
 
 def _placed(laid: tuple[str, Any], capacity: Any, mask: Tensor, lengths: Tensor | None) -> Selection:
-    """`call.select.place` in torch's operations; nothing is looked at where the room is known beforehand."""
+    """`call.select.place` in torch's operations; on a device nothing is looked at where the room is given."""
     (layout, each), shape, device = laid, tuple(mask.shape), mask.device
     *rows, size = shape
     keep = mask if lengths is None else mask & (torch.arange(size, device=device) < lengths.unsqueeze(-1))
@@ -116,9 +117,9 @@ def _placed(laid: tuple[str, Any], capacity: Any, mask: Tensor, lengths: Tensor 
     if packed:
         keep, number = keep.flatten(), number.flatten()
     room = capacity
-    if room is None:
+    if room is None or is_plain(mask):
         total, longest = _totals(counts) if each is None else (each * math.prod(rows), each)
-        room = total if packed else longest
+        room = room_for(capacity, total, "all rows") if packed else room_for(capacity, longest, "a row")
     at, there, overflow = keep.cumsum(-1) - 1, keep, None
     if capacity is not None:
         there = keep & (at < room)
@@ -227,7 +228,9 @@ class _Move(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, fill: Tensor | None, way: Way) -> Tensor:
         ctx.way, ctx.each = way, fill is not None and fill.ndim >= x.ndim - way.back.ndim + way.numbers.ndim
         y = _write(x, way, fill)
-        return y.new_empty(0).set_(y) if is_view(y) else y  # a view couldn't be changed in place
+        if is_view(y):  # which couldn't be changed in place
+            y = y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
