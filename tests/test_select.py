@@ -169,6 +169,18 @@ def test_companions_of_any_kind():
         equal(kept.restore(kept.take(array), fill=array), array) if array.dtype != object else None
 
 
+@both
+@pytest.mark.parametrize("layout", [None, "packed"])
+def test_indices_are_the_callers_own(make, layout):
+    """To be changed, by an offset say: what was kept stays."""
+    y, kept = message_select(make(X), 0.5, seed=6, layout=layout)
+    before = np.asarray(kept.indices).copy()
+    indices = kept.indices
+    indices += 2**40
+    equal(kept.indices, before)
+    equal(kept.take(make(X)), y)
+
+
 def test_companions_of_objects_without_features():
     kept = select_messages((2, 5), 0.5, seed=2)
     assert kept.take(np.empty((2, 5, 0), object)).shape == (2, 2, 0)
