@@ -291,8 +291,9 @@ def _moved(
     features = x.shape[dims:]
     if x.dtype.hasobject:  # more than bytes
         out = np.zeros((*index.shape, *features), x.dtype)
-        out[...] = 0 if fill is None else fill
-        out[index >= 0] = x.reshape(-1, *features)[index[index >= 0]]
+        if fill is not None:
+            out[...] = fill
+        out[index >= 0] = x.reshape(math.prod(x.shape[:dims]), *features)[index[index >= 0]]
         return out
     out = np.empty((*index.shape, *features), x.dtype)
     where = Source(address(x)) if x.flags.c_contiguous else source(address(x), x.shape, x.strides, x.itemsize, dims)

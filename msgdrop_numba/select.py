@@ -82,7 +82,7 @@ class Kept:
 
     @property
     def indices(self) -> Any:
-        return self._numbers if self.layout == PACKED else self._within
+        return self._numbers + 0 if self.layout == PACKED else self._within  # a copy: kernels go by what is here
 
     @property
     def _within(self) -> Any:

@@ -170,6 +170,33 @@ def test_companions_of_any_kind():
             equal(kept.restore(taken, fill=array), array)
 
 
+@both
+@pytest.mark.parametrize("layout", [None, "packed"])
+def test_indices_are_the_callers_own(make, layout):
+    """To be changed, by an offset say: what was kept stays."""
+    y, kept = message_select(make(X), 0.5, seed=6, layout=layout)
+    before = np.asarray(kept.indices).copy()
+    indices = kept.indices
+    indices += 2**40
+    equal(kept.indices, before)
+    equal(kept.take(make(X)), y)
+
+
+def test_companions_of_objects_without_features():
+    kept = select_messages((2, 5), 0.5, seed=2)
+    assert kept.take(np.empty((2, 5, 0), object)).shape == (2, 2, 0)
+
+
+@pytest.mark.skipif(not hasattr(np.dtypes, "StringDType"), reason="NumPy 2 has strings of any length")
+def test_padding_among_strings_is_empty():
+    kept = select_messages((2, 5), 0.5, seed=2)
+    words = np.array([["a", "b", "c", "d", "e"]] * 2).astype(np.dtypes.StringDType())
+    taken = kept.take(words)
+    assert taken.dtype == words.dtype
+    assert taken.tolist() == [["c", ""], ["a", "b"]]
+    assert np.array_equal(kept.restore(taken), np.where(kept.mask, words.astype("U1"), ""))
+
+
 def test_arrays_and_tensors_may_meet_on_the_host():
     array, host = (select_messages((3, 7), 0.5, seed=2, device=device) for device in (None, "cpu"))
     equal(array.take(tensor(X)), host.take(X))

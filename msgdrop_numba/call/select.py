@@ -86,7 +86,8 @@ def kept_of_each(rule: DropRule, size: Any, request: Any) -> Any:
     n = size - rule.prefix
     wanted = n
     if rule.exact:  # (n * share) >> 33 in two steps, since a symbol's product may not fit into 64 bits
-        high, low = divmod(2 * rule.threshold + 1, 2**17)
+        share = 2 * rule.threshold + 1  # a symbol too where p is one, of which the compiler knows no divmod
+        high, low = share // 2**17, share % 2**17
         wanted = (n * high + n * low // 2**17) // 2**16
     return size - min(wanted, max(0, n - rule.min_keep))
 
@@ -128,18 +129,19 @@ def place(laid: tuple[str, Any], capacity: int | None, shape: tuple[int, ...], m
     longest = int(counts.max(initial=0)) if each is None else each
     if layout == PACKED:
         starts, needed = counts.cumsum() - counts, int(counts.sum())
-        room = _room(capacity, needed, "all rows")
+        room = room_for(capacity, needed, "all rows")
         index: np.ndarray = np.empty(room, np.int64)
         index[needed:] = -1
     else:
-        room = _room(capacity, longest, "a row")
+        room = room_for(capacity, longest, "a row")
         index = np.empty((*row_shape, room), np.int64)
     record[3:5], record[6] = (room, address(starts)), address(index)
     _run(place_range, rows, record, 8 * (slots.size + index.size))
     return Selection(layout, shape, index, slots, counts.reshape(row_shape), longest if layout == PACKED else room)
 
 
-def _room(capacity: int | None, needed: int, where: str) -> int:
+def room_for(capacity: int | None, needed: int, where: str) -> int:
+    """The slots of a row, or of all; refused where they are too few."""
     if capacity is not None and needed > capacity:
         raise ValueError(f"capacity must be at least {needed}, the messages that {where} may keep, but got {capacity}")
     return needed if capacity is None else capacity

@@ -24,6 +24,7 @@ from msgdrop_numba.call.select import (
     move,
     moving,
     place,
+    room_for,
     slot_scales,
     source,
 )
@@ -33,7 +34,7 @@ from msgdrop_numba.tensors.arguments import fill_message, scaled_kind
 from msgdrop_numba.tensors.library import ON_HOST
 from msgdrop_numba.tensors.traced import TRACED
 from msgdrop_numba.tensors.write import draw_mask
-from msgdrop_numba.torch_private import in_transform, is_exporting, is_plain, is_plain_cuda, quick_apply
+from msgdrop_numba.torch_private import in_transform, is_exporting, is_plain, is_plain_cuda, is_view, quick_apply
 
 
 class Way(NamedTuple):
@@ -107,7 +108,7 @@ def on(found: Selection, device: Any) -> Selection:
 
 
 def _placed(laid: tuple[str, Any], capacity: Any, mask: Tensor, lengths: Tensor | None) -> Selection:
-    """`call.select.place` in torch's operations; nothing is looked at where the room is known beforehand."""
+    """`call.select.place` in torch's operations; on a device nothing is looked at where the room is given."""
     (layout, each), shape, device = laid, tuple(mask.shape), mask.device
     *rows, size = shape
     keep = mask if lengths is None else mask & (torch.arange(size, device=device) < lengths.unsqueeze(-1))
@@ -117,9 +118,9 @@ def _placed(laid: tuple[str, Any], capacity: Any, mask: Tensor, lengths: Tensor 
     if packed:
         keep, number = keep.flatten(), number.flatten()
     room = capacity
-    if room is None:
+    if room is None or is_plain(mask):
         total, longest = _totals(counts) if each is None else (each * math.prod(rows), each)
-        room = total if packed else longest
+        room = room_for(capacity, total, "all rows") if packed else room_for(capacity, longest, "a row")
     at, there, overflow = keep.cumsum(-1) - 1, keep, None
     if capacity is not None:
         there = keep & (at < room)
@@ -176,7 +177,7 @@ def take(x: Tensor, dims: int, found: Selection, scales: Tensor | None = None) -
 
 def take_shared(x: Tensor, within: Tensor) -> Tensor:
     """The messages of the one row x with these numbers; zeros where one is negative."""
-    return _by_operations(x, Way(within, within.new_empty(x.shape[:1])), None)
+    return operations.select(_pick(x, within), within >= 0, None)
 
 
 def restore(y: Tensor, fill: Any, found: Selection) -> Tensor:
@@ -234,7 +235,10 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, fill: Tensor | None, way: Way) -> Tensor:
         ctx.way, ctx.each = way, fill is not None and fill.ndim >= x.ndim - way.back.ndim + way.numbers.ndim
-        return _write(x, way, fill)
+        y = _write(x, way, fill)
+        if is_view(y):  # which couldn't be changed in place
+            y = y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -304,9 +308,9 @@ def _pick(flat: Tensor, index: Tensor) -> Tensor:
     """The messages with these numbers; any where one is negative."""
     if not flat.shape[0]:
         flat = flat.new_zeros((1, *flat.shape[1:]))
-    words = _WORDS.get(flat.dtype)
+    words = None if flat.requires_grad else _WORDS.get(flat.dtype)  # a view of words has no gradient
     if words is not None:
-        return _pick(flat.view(words), index).view(flat.dtype)
+        return _pick(flat.resolve_conj().resolve_neg().view(words), index).view(flat.dtype)
     return flat.index_select(0, index.clamp(min=0).flatten()).reshape(*index.shape, *flat.shape[1:])
 
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from msgdrop_numba import Kept, keep_mask, message_dropout, message_select, select_messages
+from msgdrop_numba import Kept, MessageSelect, keep_mask, message_dropout, message_select, select_messages
 
 X = torch.randn(4, 9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LAYOUTS = pytest.mark.parametrize("layout", [None, "padded", "packed"])
@@ -262,3 +262,49 @@ def test_memory_that_was_freed():
     x.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="x has no memory"):
         message_select(x, 0.5)
+
+
+@pytest.mark.parametrize("told", [TOLD[0], TOLD[5], TOLD[7]], ids=str)
+def test_what_all_rows_share_has_its_gradient_in_compiled_code(told, compiled):
+    """Positions that are learned, say: many rows take the same message."""
+
+    def weighted(table):
+        taken = message_select(X, 0.5, seed=3, **told)[1].take(table, dim=0)
+        return (taken * torch.arange(taken.numel()).reshape(taken.shape)).sum()
+
+    table = torch.ones(9, 2, requires_grad=True)
+    (want,) = torch.autograd.grad(weighted(table), table)
+    (got,) = torch.autograd.grad(compiled(weighted)(table), table)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_conjugated_halves_and_their_gradient():
+    x = torch.randn(3, 7, 4, dtype=torch.complex64).to(torch.complex32)
+    for lying in (torch.conj, torch._neg_view):
+        y, kept = message_select(lying(x), 0.5, seed=1)
+        want = message_dropout(lying(x), 0.5, seed=1)
+        assert torch.equal(torch.view_as_real(kept.restore(y)), torch.view_as_real(want.resolve_conj().resolve_neg()))
+    x.requires_grad_()
+    message_select(x.conj(), 0.5, seed=1)[0].backward(torch.ones_like(y))
+    assert torch.equal(x.grad[..., 0] != 0, kept.mask)
+
+
+def test_a_layer_compiled_for_all_sizes(compiled):
+    """Whose p the compiler takes for a symbol too."""
+    layer = MessageSelect(0.3, exact=True, prefix=1, scale=True)
+    run = compiled(layer, dynamic=True)
+    for size in (9, 12):
+        x, seed = torch.randn(4, size, 3), torch.tensor(5)
+        (y, kept), (want, told) = run(x, seed=seed), layer(x, seed=seed)
+        same((y, kept.indices), (want, told.indices))
+
+
+def test_a_capacity_is_kept_to_on_the_host_without_kernels():
+    """Conjugated, say: nothing is cut where it costs nothing to look."""
+    x = torch.randn(4, 9, 3, dtype=torch.complex64).conj()
+    for layout, needed in (("padded", 6), ("packed", 21)):
+        _, kept = message_select(x, 0.5, seed=3, layout=layout, capacity=needed)
+        assert not kept.overflow
+        with pytest.raises(ValueError, match=f"capacity must be at least {needed}, .* but got {needed - 1}"):
+            message_select(x, 0.5, seed=3, layout=layout, capacity=needed - 1)

@@ -228,6 +228,15 @@ def test_without_kernels_the_same(why, reset_cuda, monkeypatch, caplog):
     assert kernels.loads == (why == "load fails")  # never tried again
 
 
+def test_without_kernels_what_remains_may_be_changed_in_place(reset_cuda, monkeypatch):
+    stand_in.install(monkeypatch, stand_in.Kernels())
+    internals.unusable_devices(monkeypatch)
+    x = torch.randn(SHAPE, requires_grad=True)
+    y, kept = message_select(x, 0.5, exact=True, seed=5)
+    y.mul_(3).sum().backward()
+    assert torch.equal(x.grad, torch.where(kept.mask.reshape(*SHAPE[:2], 1), 3.0, torch.zeros(SHAPE)))
+
+
 def test_a_move_alone_that_cannot_be_loaded(reset_cuda, monkeypatch, caplog):
     kernels = stand_in.Kernels()
     stand_in.install(monkeypatch, kernels)
