@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -96,6 +97,8 @@ class Kept:
     @property
     def cu_seqlens(self) -> Any:
         library, flat = self._library, self.lengths.reshape(-1)
+        if (slots := math.prod(self._numbers.shape)) >= 2**31:
+            raise ValueError(f"cu_seqlens are int32, but there are {slots} slots: use lengths, which are int64")
         ends = library.concatenate([library.zeros_like(flat[:1]) if len(flat) else flat.sum().reshape(1), flat]).cumsum(
             0
         )
