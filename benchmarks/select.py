@@ -189,6 +189,22 @@ def bars(results: dict[str, Any]) -> dict[str, float]:
     return ratios
 
 
+def chart(results: dict[str, Any], axes: Any) -> None:
+    """The ratios of a removal by itself, a group for each shape, forward and both ways."""
+    ratios = {name: ratio for name, ratio in bars(results).items() if ":" in name}
+    for suffix, marker in (("", "o"), (", both ways", "s")):
+        chosen = {name: ratio for name, ratio in ratios.items() if name.endswith("ways") == bool(suffix)}
+        names = [name.removesuffix(suffix) for name in chosen]
+        axes.plot(list(chosen.values()), names, marker, label=f"forward{suffix and ' and backward'}")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+    axes.grid(alpha=0.3)
+    axes.invert_yaxis()
+    axes.legend()
+    axes.set_xlabel("times as fast as these")
+
+
 def table(results: dict[str, Any]) -> str:
     """The table of benchmarks/README.md."""
     head = markdown(["beside", "times as fast"], [[name, f"{r:.2f}"] for name, r in bars(results).items()])

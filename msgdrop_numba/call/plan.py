@@ -85,7 +85,7 @@ class Draw:
         self.scales, self.given, self.rows, self.places = scales, given, rows, places
         # Whether plan and seed and at most numbers decide the mask.
         self.seeded = lengths is None and keys is None and thresholds is None and not given
-        per_row = any(values is not None and values.ndim > 1 for values in (thresholds, scales))
+        per_row = (thresholds is not None and thresholds.ndim > 1) or (scales is not None and scales.ndim > 1)
         starts, padding = (0, 0) if rows is None else (address(rows.starts), address(rows.padding))
         stand = _NOWHERE
         if places is not USUAL:
@@ -97,8 +97,9 @@ class Draw:
             )  # fmt: skip
         # One DRAW, whose fields are all int64.
         self.record = array(
-            "q", (address(fill), given, address(lengths), address(keys), address(thresholds), per_row,
-                  address(scales), starts, padding, *stand),
+            "q", (fill is not None and address(fill), given, lengths is not None and address(lengths),
+                  keys is not None and address(keys), thresholds is not None and address(thresholds), per_row,
+                  scales is not None and address(scales), starts, padding, *stand),
         )  # fmt: skip
         self.address, _ = self.record.buffer_info()
         self._numbers: Any = None

@@ -24,7 +24,7 @@ from msgdrop_numba.kernels.cpu import drop_parallel, drop_range
 from msgdrop_numba.kernels.gather import in_parallel
 from msgdrop_numba.kernels.records import COPY
 
-SEARCHED = 32  # see `launch`
+SEARCHED = 32  # bytes that are written in the time that it takes to decide on a message where the rule is limited
 
 
 class _Layer:
@@ -67,9 +67,10 @@ def chunks(nbytes: int) -> int:
 def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> bool:
     """Run the kernel, serial or parallel, from address x to address out, 0: make the mask alone. True: it is done."""
     bits = seed if seed < 2**63 else seed - 2**64
-    # A mask has a byte a message; one whose rows must be searched takes as long as so many bytes to write.
-    mask_bytes = plan.messages * (SEARCHED if plan.rule.limited and not draw.given else 1)
-    parts = chunks(plan.nbytes if out else mask_bytes)
+    nbytes = plan.nbytes
+    if not out:  # a byte a message; where rows must be searched, it takes as long as writing more
+        nbytes = plan.messages * (SEARCHED if plan.numbers.limited else 1)
+    parts = chunks(nbytes)
     if parts == 1:
         drop_range(0, plan.messages, plan.address, draw.address, x, out, mask, bits)
     else:
