@@ -207,9 +207,9 @@ def probabilities(p: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 def check_broadcast(of_p: tuple[int, ...], shape: tuple[int, ...]) -> None:
     """Refuse a p whose shape doesn't broadcast to the message dims from the right."""
-    fits = len(of_p) <= len(shape) and all(
-        ours == 1 or ours == theirs for ours, theirs in zip(of_p[::-1], shape[::-1], strict=False)
-    )
+    fits, missing = len(of_p) <= len(shape), len(shape) - len(of_p)
+    for dim, ours in enumerate(of_p if fits else ()):  # a plain loop, which every Dynamo follows
+        fits = fits and (ours == 1 or ours == shape[missing + dim])
     if not fits:
         either = " or ".join(str(s) for s in dict.fromkeys((shape[-1:], shape)))
         raise ValueError(f"p must be a number or have shape {either}, or broadcast to the latter, but got {of_p}")

@@ -218,7 +218,8 @@ def test_dtypes_and_widths(dtype, features):
         got, lengths, mask_too = collate(**told)(keyed(rows))
         assert torch.equal(mask, mask_too)
         for row, length, kept, dropped, n in zip(got, lengths.tolist(), mask, full, LENGTHS, strict=True):
-            assert bits_of(row[:length]) == bits_of(dropped[:n][kept[:n]])
+            remaining = kept[:n].nonzero()[:, 0].tolist()  # torch before 2.13 can't index every dtype
+            assert bits_of(row[:length]) == b"".join(bits_of(dropped[i]) for i in remaining)
             assert bits_of(row[length:]) == bytes(len(bits_of(row[length:])))
 
 
