@@ -111,24 +111,21 @@ def is_arrow(column: Any) -> bool:
 
 def read(column: Any, field: Any, copied: bool = True) -> Rows:
     """A column of messages; `copied`: as blocks that may be written, where Arrow's may not."""
-    if is_array(column):
-        if column.ndim < 3:
-            raise ValueError(f"it must be (rows, messages, *features), but has the shape {tuple(column.shape)}")
-        return _one_array(column)
-    if is_arrow(column):
-        return _read_arrow(column, field, copied)
-    return _ragged(column, _row)
+    return _read_arrow(column, field, copied) if is_arrow(column) else _read(column, 3, _row)
 
 
 def read_companion(column: Any, field: Any) -> Rows:
     """A column of one value or more a message, of any dtype; not of Arrow's lists that `arrow.taken` takes from."""
-    if is_array(column):
-        if column.ndim < 2:
-            raise ValueError(f"it must be (rows, messages, *features), but has the shape {tuple(column.shape)}")
-        return _one_array(column)
-    if is_arrow(column):
-        return _read_arrow(column, field, False)
-    return _ragged(column, _companion_row)
+    return _read_arrow(column, field, False) if is_arrow(column) else _read(column, 2, _companion_row)
+
+
+def _read(column: Any, dims: int, read_row: Callable[[Any], Any]) -> Rows:
+    """A column that isn't Arrow's, of so many dims at least."""
+    if not is_array(column):
+        return _ragged(column, read_row)
+    if column.ndim < dims:
+        raise ValueError(f"it must be (rows, messages, *features), but has the shape {tuple(column.shape)}")
+    return _one_array(column)
 
 
 def _one_array(column: Any) -> Rows:

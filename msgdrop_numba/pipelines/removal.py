@@ -12,12 +12,11 @@ from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.request import Job
 from msgdrop_numba.call.select import PADDED, Selection, Source, move, moving, of_slots, place, slot_scales
 from msgdrop_numba.kernels.records import COPY, OTHER
+from msgdrop_numba.pipelines.rows import PADDING
 from msgdrop_numba.pipelines.stack import Samples, Stack, new, sent
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.arguments import scaled_kind
 from msgdrop_numba.tensors.write import draw_mask
-
-_PADDING = {"protect": True, "positions": 0}
 
 
 class Removal(Stack):
@@ -45,7 +44,7 @@ class Removal(Stack):
         """What samples bring of their own, of kept messages alone."""
         values, index = getattr(self.told, argument), self._selected().numbers
         picked = values.ravel().take(index, mode="clip") if values.size else np.empty(index.shape, values.dtype)
-        return sent(np.where(index < 0, values.dtype.type(_PADDING[argument]), picked))
+        return sent(np.where(index < 0, values.dtype.type(PADDING[argument]), picked))
 
     def counts(self) -> list[int]:
         """How many messages each sample keeps."""
@@ -82,11 +81,7 @@ class Removal(Stack):
         source = Source(0, max(1, max(self._lengths)), 0, width, address(starts))
         scales = self._scales if kind not in (COPY, OTHER) else None
         move(moving(source, out.data_ptr(), index, width, (address(padding), 0), scales, kind), index.size)
-        return _scaled(out, self._scales) if kind == OTHER else out
-
-
-@torch.no_grad()
-def _scaled(out: Tensor, scales: Any) -> Tensor:
-    """What kernels do, in torch's operations: for dtypes that they can't multiply. Where a scale is 0, nothing."""
-    each = torch.from_numpy(scales).reshape(*scales.shape, *(1,) * (out.ndim - scales.ndim))
-    return out.copy_(torch.where(each != 0, operations.multiply(out, each), out))
+        if kind == OTHER and self._scales is not None:  # a dtype that kernels can't multiply
+            with torch.no_grad():
+                out.copy_(operations.scaled(out, torch.from_numpy(self._scales)))
+        return out

@@ -23,9 +23,8 @@ Name = Callable[[int], str]  # what a row is called in an error, by its number i
 
 # How an argument's values are checked, and what stands behind the rows that are shorter than the longest.
 _FORMS = {1: "(messages,)", 2: "(rows, messages)"}
-_READERS: dict[str, tuple[Callable[[Any, tuple[int, ...]], np.ndarray], Any]] = {
-    "protect": (protected, True), "positions": (message_positions, 0),
-}  # fmt: skip
+_READERS = {"protect": protected, "positions": message_positions}
+PADDING = {"protect": True, "positions": 0}
 
 
 class Each(NamedTuple):
@@ -152,12 +151,11 @@ def read_each(name: str, values: Any, place: str, called: Name) -> Each:
 
 
 def _read(name: str, values: Any, dims: int, where: str) -> np.ndarray:
-    read, padding = _READERS[name]
     try:
         shape = tuple(np.shape(values))
         if shape == (0,) and dims == 1:  # it may come without a dtype, as an empty list
-            return np.full(0, padding)
-        array = read(values, shape)
+            return np.full(0, PADDING[name])
+        array = _READERS[name](values, shape)
         if len(shape) != dims:
             raise ValueError(f"{name} must be {_FORMS[dims]}, but got shape {shape}")
     except (TypeError, ValueError) as error:
@@ -170,7 +168,7 @@ def laid_out(each: Each, counts: Sequence[int] | None, size: int, called: Name, 
     name, place, rows = each
     if isinstance(rows, np.ndarray) and rows.shape[1] == size:
         return rows
-    out = np.full((len(rows), size), _READERS[name][1])
+    out = np.full((len(rows), size), PADDING[name])
     for row, values in enumerate(rows):
         count = len(values)
         if count > size or (counts is not None and count != counts[row]):

@@ -222,6 +222,12 @@ def select(x: Tensor, keep: Tensor, fill: Any, scale: Any = None, taking: Tensor
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
+def scaled(x: Tensor, scales: Tensor) -> Tensor:
+    """Messages, each times its own of the scales, float64; where one is 0, as they are."""
+    each = scales.reshape(*scales.shape, *(1,) * (x.ndim - scales.ndim))
+    return torch.where(each != 0, multiply(x, each), x)
+
+
 def multiply(x: Tensor, scale: Any) -> Tensor:
     """x * scale, the scale rounded once to the accumulator, the product once to x's dtype; complex as two reals."""
     if x.is_complex():

@@ -294,8 +294,7 @@ def _by_operations(x: Tensor, way: Way, fill: Tensor | None) -> Tensor:
     else:
         y = _pick(flat, index)
     if way.scales is not None:
-        scales = way.scales.reshape(*index.shape, *(1,) * (y.ndim - index.ndim))
-        y = torch.where(scales != 0, operations.multiply(y, scales), y)
+        y = operations.scaled(y, way.scales.reshape(index.shape))
     return y if way.full else operations.select(y, index >= 0, fill)
 
 
