@@ -175,75 +175,72 @@ def made(request, tmp_path_factory):
     return folder, options, files(folder / "here")
 
 
-def on(cluster, options):
-    return [*options, "--engine", "ray", "--ray-address", cluster.address]
+def command(cluster, options, output):
+    return ["apply", "in", output, *options, "--engine", "ray", "--ray-address", cluster.address]
 
 
-def working(node):
-    """Whether a task runs on a node."""
+def whole(done, output, expected):
+    """The job has ended well, and said so; Ray may tell of nodes that died before."""
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f" files written, {len(expected) - 1} in {output.name}\n")
+    assert done.stdout.count("\n") == 1
+    assert files(output) == expected
+
+
+def processes(node):
+    """A node's process of Ray's, and those of tasks."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    return any("".join(child.cmdline()).startswith("ray::run") for child in raylet.children())
+    return raylet, raylet.children()
 
 
-def begun(cluster, folder, options, output, **environment):
-    """The command, as it runs, and a node that is in the middle of a task."""
-    command = [sys.executable, "-m", "msgdrop_numba", "apply", "in", output, *on(cluster, options)]
+def killed(cluster, options, folder, output, **environment):
+    """What a command says whose node dies, all at once, in the middle of a task."""
     process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, **environment},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+        [sys.executable, "-m", "msgdrop_numba", *command(cluster, options, output)], text=True, cwd=folder,
+        env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
     node = next(iter(cluster.worker_nodes), cluster.head_node)
-    while process.poll() is None and not (lines(folder / output) > 3 and working(node)):
-        time.sleep(0.001)
+    while process.poll() is None:
+        raylet, workers = processes(node)
+        if lines(folder / output) > 3 and any("".join(worker.cmdline()).startswith("ray::run") for worker in workers):
+            break
     assert process.poll() is None, process.communicate()
-    return process, node
+    for dying in (raylet, *workers):
+        dying.kill()
+    cluster.remove_node(node, allow_graceful=False)
+    if cluster.head_node is not None:
+        cluster.add_node(**clusters.NODE)
+    said, warned = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(process.args, process.returncode, said, warned)
 
 
 def test_apply(cluster, made):
     folder, options, expected = made
-    done = run("apply", "in", "there", *on(cluster, options), cwd=folder, warnings="ignore")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert files(folder / "there") == expected != {}
+    done = run(*command(cluster, options, "there"), cwd=folder, warnings="ignore")
+    whole(done, folder / "there", expected)
 
 
 def test_a_node_killed_in_mid_job(cluster, made):
     folder, options, expected = made
-    process, node = begun(cluster, folder, options, "killed")
-    cluster.remove_node(node, allow_graceful=False)
-    cluster.add_node(**clusters.NODE)
-    said, warned = process.communicate(timeout=200)
-    assert process.returncode == 0, warned
-    assert said == f"{len(expected) - 1} files written, {len(expected) - 1} in killed\n"
-    assert "Task run failed" in warned  # the node died with a task
-    assert files(folder / "killed") == expected
+    done = killed(cluster, options, folder, "killed")
+    whole(done, folder / "killed", expected)
+    assert "Task run failed" in done.stderr  # the node died with a task
 
 
 def test_a_node_killed_and_nothing_tried_again(cluster, made):
     folder, options, expected = made
-    process, node = begun(cluster, folder, options, "ended", RAY_TASK_MAX_RETRIES="0")
-    cluster.remove_node(node, allow_graceful=False)
-    cluster.add_node(**clusters.NODE)
-    said, warned = process.communicate(timeout=200)
-    assert (process.returncode, said) == (1, "")
-    assert "Error: Ray gave a task up: run the same command again (Task failed because the node" in warned
-    done = run("apply", "in", "ended", *on(cluster, options), cwd=folder, warnings="ignore")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert files(folder / "ended") == expected
+    done = killed(cluster, options, folder, "ended", RAY_TASK_MAX_RETRIES="0")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Error: Ray gave a task up: run the same command again (" in done.stderr
+    assert len(files(folder / "ended")) < len(expected)
+    whole(run(*command(cluster, options, "ended"), cwd=folder, warnings="ignore"), folder / "ended", expected)
 
 
 def test_a_cluster_that_dies_in_mid_job(made):
     """Ray waits for its head for a minute, here for 5 s, and ends the process."""
     folder, options, expected = made
-    with clusters.cluster(1) as cluster:
-        process, head = begun(cluster, folder, options, "alone", RAY_gcs_rpc_server_reconnect_timeout_s="5")
-        cluster.remove_node(head, allow_graceful=False)
-        said, warned = process.communicate(timeout=200)
-    assert (process.returncode, said) == (1, "")
-    assert "Failed to connect to GCS within 5 seconds" in warned
-    done = run("apply", "in", "alone", *options, "--jobs", 1, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert files(folder / "alone") == expected
+    with clusters.cluster(1) as alone:
+        done = killed(alone, options, folder, "alone", RAY_gcs_rpc_server_reconnect_timeout_s="5")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Failed to connect to GCS within 5 seconds" in done.stderr
+    whole(run("apply", "in", "alone", *options, "--jobs", 1, cwd=folder), folder / "alone", expected)

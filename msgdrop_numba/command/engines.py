@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from itertools import islice
 from multiprocessing.connection import wait
 from typing import Any
@@ -92,10 +92,12 @@ def on_ray(jobs: int | None, address: str | None) -> Engine:
             raise JobError(f"no Ray answers at {address} ({one_line(error)})") from error
 
     def engine(tasks: list[Task]) -> Results:
-        try:
-            with redirect_stdout(sys.stderr):  # where Ray tells of nodes that it lost
-                remote, waiting = ray.remote(run), iter(tasks)
-                running: dict[Any, Task] = {}
+        # Ray tells on standard output of nodes that it lost, some of it as it is shut down
+        with redirect_stdout(sys.stderr), ExitStack() as at_last:
+            at_last.callback(ray.shutdown)
+            remote, waiting = ray.remote(run), iter(tasks)
+            running: dict[Any, Task] = {}
+            try:
                 while True:
                     for task in islice(waiting, (jobs or 1000) - len(running)):
                         running[remote.remote(task)] = task
@@ -103,11 +105,9 @@ def on_ray(jobs: int | None, address: str | None) -> Engine:
                         return
                     ready, _ = ray.wait(list(running))
                     yield running.pop(ready[0]), ray.get(ready[0])
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, JobError) else JobError(one_line(error)) from error
-        except ray.exceptions.RayError as error:
-            raise JobError(f"Ray gave a task up: run the same command again ({one_line(error)})") from error
-        finally:
-            ray.shutdown()
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause if isinstance(error.cause, JobError) else JobError(one_line(error)) from error
+            except ray.exceptions.RayError as error:
+                raise JobError(f"Ray gave a task up: run the same command again ({one_line(error)})") from error
 
     return engine
