@@ -69,7 +69,10 @@ def test_there_is_code_to_run(name):
 
 
 def marked(block):
-    return pytest.param(block, marks=pytest.mark.ray) if "import ray" in block else block
+    """What starts Ray, and what trains on it, which takes half a minute."""
+    if "import ray" not in block:
+        return block
+    return pytest.param(block, marks=[pytest.mark.ray, *([pytest.mark.long] if "ray.train" in block else [])])
 
 
 @pytest.mark.processes
