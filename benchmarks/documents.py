@@ -18,11 +18,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 # stand in benchmarks/README.md, the table between its marks.
 QUESTIONS = (
     "cpu", "curve", "overhead", "rules", "select", "removal", "train_step", "loader", "gil", "cold_start", "apply",
-    "ray_data", "gpu",
+    "ray_data", "ranks", "gpu",
 )  # fmt: skip
 
 # The documents with such marks.
-FILLED = ("README.md", "benchmarks/README.md", "msgdrop_numba/LIMITS.md")
+FILLED = ("README.md", "benchmarks/README.md", "msgdrop_numba/LIMITS.md", "msgdrop_numba/RANKS.md")
 
 
 def results(name: str) -> Any:
