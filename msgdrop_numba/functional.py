@@ -207,7 +207,12 @@ _short_doors: dict[type, ShortDoor] = {np.ndarray: arrays.SHORT_DOOR}
 
 
 def _library(x: Any) -> Any:
-    torch = sys.modules.get("torch")
+    torch, spread = sys.modules.get("torch"), sys.modules.get("torch.distributed.tensor")
+    if spread is not None and isinstance(x, spread.DTensor):
+        from msgdrop_numba.tensors import sharded
+
+        _libraries[type(x)] = sharded
+        return sharded
     if torch is not None and isinstance(x, torch.Tensor):
         from msgdrop_numba.tensors import dropout
 

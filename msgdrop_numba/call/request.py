@@ -189,7 +189,11 @@ def prepare_mask(
 
 def perform(library: Library, x: Any, request: Request) -> Any:
     """`functional.message_dropout` by a library's primitives."""
-    job = prepare(library, x, request)
+    return carry_out(library, x, prepare(library, x, request), request)
+
+
+def carry_out(library: Library, x: Any, job: Job, request: Request) -> Any:
+    """The same of a job that is prepared."""
     if job.seed is not None:
         return library.run(x, job, request)
     y = x if job.target is None or job.target is x else library.copy(x, job.target)
