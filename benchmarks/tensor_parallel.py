@@ -145,7 +145,7 @@ def train(drop: Callable[[], nn.Module], mesh: DeviceMesh, steps: int, local: bo
     for layer, placement in drops(model):
         if not isinstance(layer, nn.Identity):
             layer.register_forward_hook(_look(masks, mesh, placement))
-    optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), []
     for tokens in batches(steps):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
