@@ -130,7 +130,7 @@ def _placed_as_x(here: Here, name: str, value: DTensor, first: int) -> Tensor:
     return waited(value.to_local())
 
 
-def _lengths(here: Here, device: Any) -> Tensor | None:
+def _lengths(here: Here, device: Any) -> Any:
     """How much of each row lies here."""
 
     def read(value: Any, shape: tuple[int, ...], device: Any) -> Tensor | None:
@@ -142,7 +142,7 @@ def _lengths(here: Here, device: Any) -> Tensor | None:
     return (lengths - here.piece.starts[here.dims - 1]).clamp(0, here.sizes[-1])
 
 
-def _keys(here: Here, device: Any) -> Tensor | None:
+def _keys(here: Here, device: Any) -> Any:
     """The rows' keys; those of rows that are cut have their numbers in the whole."""
     rows = range(here.dims - 1)
     if here.request.keys is None:
@@ -196,7 +196,9 @@ def local_fill(fill: Any, x: DTensor, dims: int, piece: Piece) -> Any:
                 f"{tuple(placements)}: redistribute it"
             )
         fill = fill.redistribute(placements=wanted)  # by cutting alone
-    of_gradient = [Partial() if p.is_shard() and p.dim < dims else w for p, w in zip(piece.placements, wanted)]
+    of_gradient = [
+        Partial() if p.is_shard() and p.dim < dims else w for p, w in zip(piece.placements, wanted, strict=True)
+    ]
     return waited(fill.to_local(grad_placements=of_gradient))
 
 
