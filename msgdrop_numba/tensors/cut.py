@@ -56,7 +56,9 @@ def cut(x: DTensor, request: Request) -> Here:
         raise ValueError(f"seed must be replicated, but got {request.seed.placements}: redistribute it")
     whole, rule = TRACED.plan(x, COPY, dims, (number, *request.rule))
     graph = has_graph(x, request)
-    fill, out = local_fill(request.fill, x, dims, piece), _local_out(x, request, number != 0, piece)
+    if isinstance(request.fill, Tensor):
+        fill_message(request.fill, x, dims)
+    fill, out = local_part("fill", request.fill, dims, piece), _local_out(x, request, number != 0, piece)
     counted = rule.limited and piece.cuts(dims - 1)
     sizes = (*piece.sizes[: dims - 1], whole[-1] if counted else piece.sizes[dims - 1])
     here = Here(piece, dims, whole, sizes, counted, request)
@@ -80,9 +82,13 @@ def _replica(name: str, value: Any, piece: Piece) -> Any:
     if not isinstance(value, DTensor):
         return value
     placements = placements_of(name, value)
+    _check_mesh(name, value, piece)
+    return waited(value.to_local()) if all(p.is_replicate() for p in placements) else value
+
+
+def _check_mesh(name: str, value: DTensor, piece: Piece) -> None:
     if value.device_mesh != piece.mesh:
         raise ValueError(f"{name} must be on x's mesh, {piece.mesh}, but it is on {value.device_mesh}")
-    return waited(value.to_local()) if all(p.is_replicate() for p in placements) else value
 
 
 def _part(here: Here, name: str, value: Any, read: Callable[..., Any], device: Any, leading: bool = False) -> Any:
@@ -130,7 +136,7 @@ def _placed_as_x(here: Here, name: str, value: DTensor, first: int) -> Tensor:
     return waited(value.to_local())
 
 
-def _lengths(here: Here, device: Any) -> Tensor | None:
+def _lengths(here: Here, device: Any) -> Any:
     """How much of each row lies here."""
 
     def read(value: Any, shape: tuple[int, ...], device: Any) -> Tensor | None:
@@ -142,7 +148,7 @@ def _lengths(here: Here, device: Any) -> Tensor | None:
     return (lengths - here.piece.starts[here.dims - 1]).clamp(0, here.sizes[-1])
 
 
-def _keys(here: Here, device: Any) -> Tensor | None:
+def _keys(here: Here, device: Any) -> Any:
     """The rows' keys; those of rows that are cut have their numbers in the whole."""
     rows = range(here.dims - 1)
     if here.request.keys is None:
@@ -178,26 +184,29 @@ def _positions(here: Here, device: Any) -> Any:
     return offset + (0 if here.counted else here.piece.starts[here.dims - 1]) or None
 
 
-def local_fill(fill: Any, x: DTensor, dims: int, piece: Piece) -> Any:
-    """The fill over the features that lie here; its gradient is that of the whole."""
-    if not isinstance(fill, Tensor):
-        return fill
-    fill_message(fill, x, dims)
-    wanted = piece.turned(dims, len(piece.shape) - dims)
-    if not isinstance(fill, DTensor):
-        fill = DTensor.from_local(fill, piece.mesh, [Replicate()] * piece.mesh.ndim, run_check=False)
-    elif fill.device_mesh != piece.mesh:
-        raise ValueError(f"fill must be on x's mesh, {piece.mesh}, but it is on {fill.device_mesh}")
-    placements = list(placements_of("fill", fill))
+def local_part(name: str, value: Any, first: int, piece: Piece) -> Any:
+    """What lies here of a tensor over the whole's dims from `first` on; its gradient is the sum over all pieces.
+
+    A plain tensor is the same on all ranks, and so is its gradient. What is no tensor is given back.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    wanted = piece.turned(first, len(piece.shape) - first)
+    if not isinstance(value, DTensor):
+        value = DTensor.from_local(value, piece.mesh, [Replicate()] * piece.mesh.ndim, run_check=False)
+    _check_mesh(name, value, piece)
+    placements = list(placements_of(name, value))
     if placements != wanted:
         if any(p.is_shard() for p in placements):
             raise ValueError(
-                f"fill must be placed as x's features are, {tuple(wanted)}, or be replicated, but got "
-                f"{tuple(placements)}: redistribute it"
+                f"{name} must be placed as x is along the dims that they share, {tuple(wanted)}, or be replicated, "
+                f"but got {tuple(placements)}: redistribute it"
             )
-        fill = fill.redistribute(placements=wanted)  # by cutting alone
-    of_gradient = [Partial() if p.is_shard() and p.dim < dims else w for p, w in zip(piece.placements, wanted)]
-    return waited(fill.to_local(grad_placements=of_gradient))
+        value = value.redistribute(placements=wanted)  # by cutting alone
+    of_gradient = [
+        Partial() if p.is_shard() and p.dim < first else w for p, w in zip(piece.placements, wanted, strict=True)
+    ]
+    return waited(value.to_local(grad_placements=of_gradient))
 
 
 def _local_out(x: DTensor, request: Request, active: bool, piece: Piece) -> Tensor | None:

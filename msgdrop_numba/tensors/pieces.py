@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
+from torch.distributed import DebugLevel, get_debug_level, is_initialized  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from msgdrop_numba.torch_private import is_eager
@@ -62,13 +63,14 @@ def piece_of(name: str, x: DTensor) -> Piece:
 
 def placements_of(name: str, x: DTensor) -> tuple[Any, ...]:
     """Its placements, none but Replicate and Shard, whose dims count from 0."""
-    for placement in x.placements:
+    placements: tuple[Any, ...] = tuple(x.placements)
+    for placement in placements:
         if type(placement) is not Replicate and type(placement) is not Shard:
             raise ValueError(
-                f"{name} must be placed by Replicate() and Shard(dim), but got {tuple(x.placements)}: "
+                f"{name} must be placed by Replicate() and Shard(dim), but got {placements}: "
                 "redistribute it first, x.redistribute(placements=[...])"
             )
-    return tuple(Shard(p.dim % x.ndim) if p.is_shard() else p for p in x.placements)
+    return tuple(Shard(p.dim % x.ndim) if p.is_shard() else p for p in placements)
 
 
 def local_of(name: str, x: DTensor, piece: Piece) -> Tensor:
@@ -135,12 +137,12 @@ def agreed(seed: Any, mesh: Any) -> Any:
     if mesh.size() == 1:
         return seed
     first = _gathered(seed, mesh)[0]
-    return first if isinstance(seed, Tensor) else first.item() & _U64
+    return first if isinstance(seed, Tensor) else int(first.item()) & _U64
 
 
 def check_agreed(seed: Any, mesh: Any) -> None:
     """Where torch.distributed's debug level is on, refuse a seed that isn't the same on all ranks."""
-    if mesh.size() == 1 or not is_eager() or distributed.get_debug_level() == distributed.DebugLevel.OFF:
+    if mesh.size() == 1 or not is_eager() or get_debug_level() == DebugLevel.OFF:
         return
     seeds = [bits & _U64 for bits in _gathered(seed, mesh).tolist()]
     if len(set(seeds)) > 1:
@@ -149,7 +151,7 @@ def check_agreed(seed: Any, mesh: Any) -> None:
 
 def _gathered(seed: Any, mesh: Any) -> Tensor:
     """The seeds of all ranks, on the device of the mesh."""
-    if not distributed.is_initialized():
+    if not is_initialized():
         raise ValueError("x's mesh has no process group, as none is initialised: call init_process_group first")
     if not isinstance(seed, Tensor):
         seed = torch.tensor(seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=mesh.device_type)

@@ -196,6 +196,8 @@ def restore(y: Tensor, fill: Any, found: Selection) -> Tensor:
 
 def as_here(found: Selection, x: Tensor) -> Selection:
     """A selection as tensors on x's device."""
+    if hasattr(found.numbers, "device_mesh"):
+        raise ValueError("what was kept is of a DTensor, and goes with DTensors alone: distribute_tensor(t, ...)")
     found = on(found, None)
     if found.numbers.device != x.device:
         raise ValueError(

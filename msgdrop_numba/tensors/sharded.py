@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 
+from msgdrop_numba.call.arguments import message_dims
 from msgdrop_numba.call.request import Job, Library, Request, carry_out, prepare, prepare_mask
 from msgdrop_numba.call.rule import DEFAULTS
 from msgdrop_numba.call.ways import SHARDED, Answer
 from msgdrop_numba.tensors import operations, traced, ways
 from msgdrop_numba.tensors.cut import Here, cut
-from msgdrop_numba.tensors.pieces import agreed, check_agreed, is_outside, local_of, whole
+from msgdrop_numba.tensors.pieces import agreed, check_agreed, is_outside, local_of, piece_of, whole
 from msgdrop_numba.tensors.select import scales_of
 from msgdrop_numba.tensors.traced import TRACED
 from msgdrop_numba.tensors.write import draw_mask
@@ -27,12 +28,14 @@ from msgdrop_numba.tensors.write import draw_mask
 
 def message_dropout(x: DTensor, request: Request) -> Any:
     """`functional.message_dropout` for a DTensor."""
-    here = cut(x, request)
     if is_outside(x):
-        y, keep = (x if request.out is None else request.out), torch.empty(0, dtype=torch.bool, device=x.device)
+        piece, dims = piece_of("x", x), message_dims(tuple(x.shape), request.message_dims)
+        y, keep = x if request.out is None else request.out, torch.empty(0, dtype=torch.bool, device=x.device)
     else:
+        here = cut(x, request)
+        piece, dims = here.piece, here.dims
         y, keep = _perform(x, here, request)
-    return (y, whole(keep, here.piece, here.dims)) if request.return_mask else y
+    return (y, whole(keep, piece, dims)) if request.return_mask else y
 
 
 def explain(x: DTensor, request: Request) -> Answer:
@@ -44,16 +47,16 @@ def explain(x: DTensor, request: Request) -> Answer:
     return answer._replace(way=SHARDED)
 
 
-def _perform(x: DTensor, here: Here, request: Request) -> tuple[DTensor, Tensor | None]:
+def _perform(x: DTensor, here: Here, request: Request) -> tuple[Any, Any]:
     """The result, and the mask that lies here."""
     local, told = local_of("x", x, here.piece), here.request
     library = ways.library(local, told)
     job = prepared(library, local, here)
     if here.counted and job.seed is not None:
-        made, keep = _by_whole_rows(local, job, here)
+        result = _by_whole_rows(local, job, here)
     else:
         result = carry_out(library, local, job, told)
-        made, keep = result if request.return_mask else (result, None)
+    made, keep = result if isinstance(result, tuple) else (result, None)
     written = request.out if request.out is not None else x if told.inplace and job.seed is not None else None
     if written is not None:
         if not written.is_inference():
