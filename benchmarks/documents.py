@@ -33,7 +33,7 @@ def results(name: str) -> Any:
 
 def with_tables(text: str) -> str:
     """A document with everything between its marks made anew, but for what was never measured."""
-    made = {"summary": summary(), "ways": ways()}
+    made = {"summary": summary(), "ways": ways(), "trained": trained()}
     for name in QUESTIONS:
         if (found := results(name)) is not None:
             made[name] = importlib.import_module(f"benchmarks.{name}").table(found)
@@ -92,6 +92,11 @@ def summary() -> str:
 def ways() -> str:
     """The table of LIMITS.md: which way each kind of array takes, as `msgdrop info` says it."""
     return measure.markdown(["array", "path", "why"], [list(row) for row in WAYS])
+
+
+def trained() -> str:
+    """The table of RANKS.md: a model trained on several ranks, beside one."""
+    return importlib.import_module("benchmarks.ranks").trained_table(results("ranks"))  # type: ignore[no-any-return]
 
 
 def draw(name: str) -> None:

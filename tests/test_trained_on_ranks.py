@@ -9,9 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import measure, ranks
-
-# RANKS.md states these. Losses are about 1 to 4; ranks add up in another order, and so do the steps that follow.
-TOLERANCE = {"float32": 1e-5, "float64": 1e-13}
+from benchmarks.ranks import TOLERANCE
 
 
 def by_case(results):
