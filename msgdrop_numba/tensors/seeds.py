@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call import arguments
-from msgdrop_numba.tensors.operator import opaque_seed
+from msgdrop_numba.tensors.operator import SEED_COUNT, drawn_seed, opaque_seed
 from msgdrop_numba.tensors.placement import check_generator, move
-from msgdrop_numba.torch_private import is_exporting
-
-_SEED_COUNT = 2**63 - 1
+from msgdrop_numba.torch_private import in_transform, is_exporting
 
 
 class _SeedBuffer(threading.local):
@@ -34,8 +32,8 @@ _buffer = _SeedBuffer()
 def fresh_seed(generator: Any) -> int:
     """A seed of 63 bits from `generator`, or from torch's default generator of the CPU."""
     if generator is None:
-        return _buffer.drawn.random_(_SEED_COUNT).item()  # type: ignore[return-value]
-    return _buffer.drawn.random_(_SEED_COUNT, generator=generator).item()  # type: ignore[return-value]
+        return _buffer.drawn.random_(SEED_COUNT).item()  # type: ignore[return-value]
+    return _buffer.drawn.random_(SEED_COUNT, generator=generator).item()  # type: ignore[return-value]
 
 
 def check_host_seed(seed: Any, generator: Any, device: torch.device) -> int | None:
@@ -58,11 +56,14 @@ def check_device_seed(seed: Any, generator: Any, device: torch.device) -> Any:
 
 def device_seed(given: Any, generator: Any, device: torch.device) -> Tensor:
     """The seed as a 0-d int64 tensor on the device, drawn as torch draws where none was given."""
+    compiled = torch.compiler.is_compiling() and not is_exporting()
     if given is None:
-        return torch.randint(0, _SEED_COUNT, (), dtype=torch.int64, device=device, generator=generator)
+        if compiled and generator is None and not in_transform():
+            return drawn_seed(device)
+        return torch.randint(0, SEED_COUNT, (), dtype=torch.int64, device=device, generator=generator)
     if isinstance(given, Tensor):
         return move("seed", given, device)
     bits = given if given < 2**63 else given - 2**64
-    if torch.compiler.is_compiling() and not is_exporting():
+    if compiled:
         return opaque_seed(bits, device)
     return torch.full((), bits, dtype=torch.int64, device=device)
