@@ -119,8 +119,9 @@ def rank_of(ranks: Any) -> int | None:
             "torch.distributed.init_process_group first, or give a seed"
         )
     if isinstance(ranks, DeviceMesh):
-        ranks = ranks.get_group()
-    rank = distributed.get_rank(None if ranks is True else ranks)
+        (rank,) = ranks.get_coordinate() or (-1,)
+    else:
+        rank = distributed.get_rank(None if ranks is True else ranks)
     if rank < 0:
         raise ValueError(f"this process isn't in per_rank={ranks!r}, so that it has no rank there: give a seed")
     return rank
