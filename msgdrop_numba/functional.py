@@ -181,7 +181,7 @@ def message_dropout(
             return door.run(plan, x, address)
     told = (
         p, (exact, span, min_keep, prefix), scale, fill, message_dims, training, inplace, lengths, seed, keys, protect,
-        positions, generator, out, return_mask,
+        positions, generator, out, return_mask, False,
     )  # fmt: skip
     request = tuple.__new__(Request, told)  # twice as fast as the constructor
     return library_of(x).message_dropout(x, request)
@@ -282,7 +282,7 @@ def keep_mask(
     dims = mask_shape(shape)
     told = (
         p, (exact, span, min_keep, prefix), False, ZERO, None, True, False, lengths, seed, keys, protect, positions,
-        None, None, True,
+        None, None, True, False,
     )  # fmt: skip
     request = tuple.__new__(Request, told)
     if device is None:
