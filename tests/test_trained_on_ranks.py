@@ -6,10 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import distributed
+from torch.distributed.tensor import Shard, distribute_tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import measure, ranks
 from benchmarks.ranks import TOLERANCE
+from msgdrop_numba import MessageDropout
 
 
 def by_case(results):
@@ -59,3 +63,19 @@ def test_four_ranks_train_as_one(monkeypatch):
     assert dropped != pytest.approx(none, rel=0, abs=1e-3)
     assert cases["MessageDropout", "apart", "float32"]["masks"] == 20 * 9
     assert set(cases["MessageDropout", "apart", "float32"]["sizes"]) == {"1", "2", "4"}
+
+
+def test_a_layer_that_folds_its_rank_does_so_on_dtensors():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        x, layer = torch.ones(4, 20, 2), MessageDropout(0.5, per_rank=True)
+        whole = distribute_tensor(x, distributed.init_device_mesh("cpu", (1,)), [Shard(1)])
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            alone = layer(x)
+            torch.manual_seed(1)
+            assert layer(whole).full_tensor().equal(alone)
+            torch.manual_seed(1)
+            assert not MessageDropout(0.5)(whole).full_tensor().equal(alone)
+    finally:
+        distributed.destroy_process_group()

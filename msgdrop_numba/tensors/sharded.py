@@ -87,7 +87,7 @@ def prepared(library: Library, local: Tensor, here: Here, check: Any = None) -> 
     if job.seed is None:
         return job
     if given is None:
-        return job._replace(seed=agreed(library.seed(None, generator, device), here.piece.mesh))
+        return job._replace(seed=agreed(library.seed(None, generator, device, told.ranks), here.piece.mesh))
     check_agreed(job.seed, here.piece.mesh)
     return job
 
