@@ -86,7 +86,7 @@ def drawn_once() -> Iterator[None]:
     try:
         yield
     finally:
-        del meta["recompute"]
+        meta.pop("recompute", None)
         if before is not None:
             meta["recompute"] = before
 
