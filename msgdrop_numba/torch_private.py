@@ -80,13 +80,13 @@ def drawn_once() -> Iterator[None]:
 
     Where it must compute all again, with a budget of 0, it draws by the state that the generator had in forward.
     """
-    meta = traceback.get_current_meta()
+    meta = _current_meta()
     before = meta.get("recompute")
     meta["recompute"] = CheckpointPolicy.MUST_SAVE if _memory_budget(meta) else CheckpointPolicy.PREFER_RECOMPUTE
     try:
         yield
     finally:
-        del meta["recompute"]
+        meta.pop("recompute", None)
         if before is not None:
             meta["recompute"] = before
 
@@ -94,8 +94,10 @@ def drawn_once() -> Iterator[None]:
 def _memory_budget(meta: dict[str, Any]) -> float:
     """The part of its activations that the graph being traced may keep for backward, of the whole graph or a region."""
     region = (meta.get("custom") or {}).get(getattr(traceback, "MEMORY_BUDGET_ANNOTATION_KEY", ""))
-    budget: float = torch._functorch.config.activation_memory_budget if region is None else region
-    return budget
+    return getattr(torch._functorch.config, "activation_memory_budget", 1.0) if region is None else region
+
+
+_current_meta: Any = getattr(traceback, "get_current_meta", dict)
 
 
 def is_eager() -> bool:

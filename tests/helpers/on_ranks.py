@@ -43,8 +43,9 @@ def drawn(seed: int) -> int:
 # ---- data parallel ranks
 
 
-def own_masks(rank: int, report: Report) -> None:
+def own_masks(report: Report) -> None:
     """Ranks that are seeded alike drop alike, or each its own; a seed that is given stays as it is."""
+    rank = distributed.get_rank()
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("tensor", "data"))
     alone = distributed.new_subgroups(1)[0]
     ranks = {"all": (True, rank), "group": (distributed.group.WORLD, rank), "mesh": (mesh["data"], rank),
@@ -75,8 +76,9 @@ def own_masks(rank: int, report: Report) -> None:
         report.expect(f"{name}: nothing is drawn", torch.equal(torch.get_rng_state(), state))
 
 
-def strangers(rank: int, report: Report) -> None:
+def strangers(report: Report) -> None:
     """A process that isn't in the group has no rank, and draws nothing."""
+    rank = distributed.get_rank()
     layer = MessageDropout(0.5, per_rank=DeviceMesh("cpu", [0]))
     state = torch.get_rng_state()
     if rank == 0:
@@ -87,7 +89,7 @@ def strangers(rank: int, report: Report) -> None:
         report.expect("given", torch.equal(layer(X, seed=5), message_dropout(X, 0.5, seed=5)))
 
 
-def global_batches(rank: int, report: Report) -> None:
+def global_batches(report: Report) -> None:
     """With ids for keys the global batch has the masks, and the bytes, that one process would have given it."""
     ranks, size, seed = distributed.get_world_size(), 8, 7
     samples = torch.arange(1.0, 24 * 18 + 1).reshape(24, 9, 2)
@@ -128,7 +130,7 @@ def layers() -> dict[str, Callable[[], torch.nn.Module]]:
     }
 
 
-def checkpoints(rank: int, report: Report) -> None:
+def checkpoints(report: Report) -> None:
     for name in ("own", "select"):
         for reentrant in (False, True):
             stack = Stack(layers()[name], partial(checkpoint, use_reentrant=reentrant))
@@ -136,7 +138,8 @@ def checkpoints(rank: int, report: Report) -> None:
             report.expect(name, True)
 
 
-def compiled_checkpoints(rank: int, report: Report) -> None:
+def compiled_checkpoints(report: Report) -> None:
+    rank = distributed.get_rank()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own, see setup.cfg
         for name in ("own", "select"):
@@ -152,8 +155,9 @@ def compiled_checkpoints(rank: int, report: Report) -> None:
         report.expect("as in eager code", torch.equal(y, message_dropout(X, 0.5, seed=fold_in(seed, rank))))
 
 
-def fully_sharded(rank: int, report: Report) -> None:
+def fully_sharded(report: Report) -> None:
     """FSDP2: gradients, gathered, are the mean of those that each rank's masks give the whole model."""
+    rank = distributed.get_rank()
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     for name, make in layers().items():
         for wrapped in (False, True):
@@ -191,8 +195,9 @@ class Stage(torch.nn.Module):
         return y  # type: ignore[no-any-return]
 
 
-def pipelines(rank: int, report: Report) -> None:
+def pipelines(report: Report) -> None:
     """Stages of a pipeline, two and more microbatches under way: gradients are those of each microbatch's masks."""
+    rank = distributed.get_rank()
     parts = 4
     for name in ("alike", "own", "select"):
         for schedule, again in ((ScheduleGPipe, False), (Schedule1F1B, True)):

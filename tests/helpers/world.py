@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,13 @@ class Report:
         if not held:
             self.failed.append(str(label))
 
+    def attempt(self, check: Callable[..., None], *arguments: Any) -> None:
+        """`check(report, *arguments)`; what it raises has failed, and the next go on."""
+        try:
+            check(self, *arguments)
+        except Exception:
+            self.failed.append(f"{arguments}: {traceback.format_exc()}")
+
     def refuses(self, kind: type[Exception], said: str, call: Callable[[], Any]) -> None:
         """That a call raises, and that its message holds some words."""
         try:
@@ -40,8 +48,8 @@ class Report:
             self.expect(f"{said!r}: nothing was raised", False)
 
 
-def run(module: str, names: list[str], ranks: int = RANKS, **environment: str) -> dict[str, Any]:
-    """Call functions of a module of the tests, `name(rank, report)`, on all ranks of a world.
+def run(module: str, names: list[str], ranks: int = RANKS, limit: int = 150, **environment: str) -> dict[str, Any]:
+    """Call functions of a module of the tests, `name(report)`, on all ranks of a world.
 
     Returns:
         For each name how many checks were made on all ranks together, or a list of what failed.
@@ -51,11 +59,16 @@ def run(module: str, names: list[str], ranks: int = RANKS, **environment: str) -
         # One thread each: idle OpenMP or BLAS threads wouldn't survive the fork.
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
+        started = subprocess.Popen(
             command, env={**os.environ, **threads, "PYTHONPATH": path, **environment}, cwd=folder,
-            capture_output=True, text=True, timeout=500, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        try:
+            said, _ = started.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)  # all ranks with it
+            raise
+        assert started.returncode == 0, said
         told = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
     found: dict[str, Any] = {}
     for name in names:
@@ -67,20 +80,20 @@ def run(module: str, names: list[str], ranks: int = RANKS, **environment: str) -
 def _rank(rank: int, module: str, names: list[str], ranks: int, folder: str) -> None:
     import torch
 
-    store = torch.distributed.FileStore(f"{folder}/store", ranks)
-    torch.distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
-    )
+    store, limit = torch.distributed.FileStore(f"{folder}/store", ranks), timedelta(seconds=30)
+    store.set_timeout(limit)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
     told, checks = {}, importlib.import_module(module)
     for name in names:
         report = Report()
         try:
-            getattr(checks, name)(rank, report)
+            getattr(checks, name)(report)
         except Exception:
             report.failed.append(traceback.format_exc())
         told[name] = report.checked, report.failed
     Path(folder, f"{rank}.json").write_text(json.dumps(told))
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _main(module: str, names: str, ranks: str, folder: str) -> int:
