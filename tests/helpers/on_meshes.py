@@ -45,7 +45,13 @@ CASES: list[dict[str, Any]] = [
 
 def meshes() -> Iterator[DeviceMesh]:
     """Of one to four ranks, flat and square; torch itself gathers in a wrong order where ranks aren't sorted."""
-    for ranks in (torch.arange(1), torch.arange(2), torch.tensor([0, 2, 3]), torch.arange(4), torch.arange(4).reshape(2, 2)):
+    for ranks in (
+        torch.arange(1),
+        torch.arange(2),
+        torch.tensor([0, 2, 3]),
+        torch.arange(4),
+        torch.arange(4).reshape(2, 2),
+    ):
         yield DeviceMesh("cpu", ranks)
 
 
@@ -144,4 +150,3 @@ def some_cases(report: Report) -> None:
         for case in CASES:
             placed = list(placements(mesh, len(case.get("shape", SHAPE))))
             report.attempt(compare, mesh, placed[next(turn) * 5 % len(placed)], case, next(turn) % 3)
-

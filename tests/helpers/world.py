@@ -55,7 +55,19 @@ def run(module: str, names: list[str], ranks: int = RANKS, limit: int = 150, **e
         For each name how many checks were made on all ranks together, or a list of what failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-W", "error", "-m", "helpers.world", module, ",".join(names), str(ranks), folder]
+        command = [
+            sys.executable,
+            "-W",
+            "error",
+            "-X",
+            "faulthandler",
+            "-m",
+            "helpers.world",
+            module,
+            ",".join(names),
+            str(ranks),
+            folder,
+        ]
         # One thread each: idle OpenMP or BLAS threads wouldn't survive the fork.
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
@@ -109,7 +121,9 @@ def _main(module: str, names: str, ranks: str, folder: str) -> int:
                 os._exit(1)
             os._exit(0)
         children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print("ranks ended with", ended)
+    return int(any(ended))
 
 
 if __name__ == "__main__":
