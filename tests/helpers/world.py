@@ -55,7 +55,19 @@ def run(module: str, names: list[str], ranks: int = RANKS, limit: int = 150, **e
         For each name how many checks were made on all ranks together, or a list of what failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-W", "error", "-m", "helpers.world", module, ",".join(names), str(ranks), folder]
+        command = [
+            sys.executable,
+            "-W",
+            "error",
+            "-X",
+            "faulthandler",
+            "-m",
+            "helpers.world",
+            module,
+            ",".join(names),
+            str(ranks),
+            folder,
+        ]
         # One thread each: idle OpenMP or BLAS threads wouldn't survive the fork.
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
@@ -80,7 +92,7 @@ def run(module: str, names: list[str], ranks: int = RANKS, limit: int = 150, **e
 def _rank(rank: int, module: str, names: list[str], ranks: int, folder: str) -> None:
     import torch
 
-    store, limit = torch.distributed.FileStore(f"{folder}/store", ranks), timedelta(seconds=30)
+    store, limit = torch.distributed.FileStore(f"{folder}/store", ranks), timedelta(seconds=60)
     store.set_timeout(limit)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
     told, checks = {}, importlib.import_module(module)
@@ -109,7 +121,9 @@ def _main(module: str, names: str, ranks: str, folder: str) -> int:
                 os._exit(1)
             os._exit(0)
         children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print("ranks ended with", ended)
+    return int(any(ended))
 
 
 if __name__ == "__main__":
