@@ -41,7 +41,7 @@ class SelectKeywords(_Rule, total=False):
     """The same of all of `message_select`'s."""
 
     scale: bool
-    message_dims: int | None
+    message_dims: int | tuple[int, ...] | None
     seed: Any
     generator: Any
     layout: str | None
@@ -53,7 +53,7 @@ class _Keywords(_Rule, total=False):
 
     scale: bool
     fill: Any
-    message_dims: int | None
+    message_dims: int | tuple[int, ...] | None
     seed: Any
     generator: Any
     out: Any
@@ -97,7 +97,7 @@ def message_dropout(
     prefix: int = 0,
     lengths: Any = None,
     fill: Any = ZERO,
-    message_dims: int | None = None,
+    message_dims: int | tuple[int, ...] | None = None,
     seed: Any = None,
     keys: Any = None,
     protect: Any = None,
@@ -130,8 +130,9 @@ def message_dropout(
         lengths: valid messages in each row, integers of the shape of the message dims without the last. What lies
             behind is padding: left as it is, kept in the mask.
         fill: what a dropped message becomes: a number, or an array over the features, of x's kind and dtype.
-        message_dims: how many leading dims index messages; None: 2 where x has 3 or more dims, else 1. The last of
-            them is the position in a row, the others index rows.
+        message_dims: how many leading dims index messages; None: 2 where x has 3 or more dims, else 1. Or a tuple that
+            names them wherever they are: (0, 2) for channels first, (B, D, T); (1, 0) for time first, (T, B, D). The
+            last of them is the position in a row, the others index rows; all other dims are features.
         seed: integer in [0, 2**64), or a 0-d int64 tensor of the same bits. None: drawn from `generator`, else from
             torch's default generator of x's device (tensors) or the system's entropy (arrays).
         keys: what names each row, of the shape of the message dims without the last or a leading part of it: integers

@@ -274,7 +274,7 @@ def message_select(
     min_keep: int = 0,
     prefix: int = 0,
     lengths: Any = None,
-    message_dims: int | None = None,
+    message_dims: int | tuple[int, ...] | None = None,
     seed: Any = None,
     keys: Any = None,
     protect: Any = None,

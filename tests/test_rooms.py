@@ -32,7 +32,7 @@ BELOW = {
 WITHOUT_TORCH = {"kernels", "call", "arrays", "version"}
 PRIVATE_FILE = "torch_private"
 PRIVATE = {
-    "_C", "_storage_Use_Count", "_functorch", "_cdata", "_new_shared", "_is_view", "_ragged_idx", "_current_level",
+    "_C", "_storage_Use_Count", "_functorch", "_cdata", "_new_shared", "_is_view", "_base", "_ragged_idx", "_current_level",
     "_dispatch_keys", "_subclasses", "_is_exporting_flag",
 }  # fmt: skip
 
