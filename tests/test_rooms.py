@@ -25,6 +25,7 @@ BELOW = {
     "nn": {"call", "functional", "select", "tensors"},
     "pipelines": {"call", "functional", "kernels", "outputs", "select", "tensors", "torch_private"},
     "__init__": {"functional", "nn", "pipelines", "select", "version"},
+    "integrations": {"__init__", "call", "functional", "nn", "outputs", "pipelines", "select", "tensors", "torch_private"},
     "command": {"__init__", "arrays", "call", "functional", "nn", "outputs", "pipelines", "select", "tensors",
                 "torch_private", "version"},
     "__main__": {"command"},
