@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 import numpy as np
 
 from msgdrop_numba import arrays
-from msgdrop_numba.call.arguments import ZERO, check_key, check_seed, is_zero
+from msgdrop_numba.call.arguments import ZERO, check_key, check_seed, is_zero, row_lengths
 from msgdrop_numba.call.keys import row_key as row_key
 from msgdrop_numba.call.plan import mask_shape
 from msgdrop_numba.call.request import Request, ShortDoor
@@ -286,6 +286,45 @@ def keep_mask(
     from msgdrop_numba.tensors import dropout
 
     return dropout.keep_mask(dims, request, device)
+
+
+def key_padding_mask(keep: Any, lengths: Any = None) -> Any:
+    """What attention must ignore: padding, and what dropped. As torch's `src_key_padding_mask`, True = ignored.
+
+    `~keep` alone would attend to padding, which is kept. Give the dropout `min_keep=1`: a row of which everything is
+    ignored gives NaN in attention.
+
+    Args:
+        keep: a keep mask, bool array or tensor `(*rows, messages)`: of `message_dropout`, `keep_mask` or a collate.
+        lengths: valid messages in each row, integers of the shape of the rows; None: there is no padding.
+
+    Returns:
+        bool like `keep`.
+
+    Raises:
+        TypeError, ValueError: `keep` isn't bool, or `lengths` have another shape or are out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> keep = np.array([[True, False, True, True]])  # of a row with two messages and padding
+        >>> key_padding_mask(keep, [2])
+        array([[False,  True,  True,  True]])
+    """
+    tensor = not isinstance(keep, np.ndarray)
+    if str(getattr(keep, "dtype", "")) not in ("bool", "torch.bool"):
+        raise TypeError(f"keep must be a bool array or tensor, but got {getattr(keep, 'dtype', type(keep).__name__)}")
+    if lengths is None:
+        return ~keep
+    shape = tuple(keep.shape)
+    if not tensor:
+        valid: Any = row_lengths(lengths, shape[:-1], shape[-1])
+        return ~keep | (np.arange(shape[-1]) >= valid.reshape(*shape[:-1], 1))
+    import torch
+
+    from msgdrop_numba.tensors.arguments import lengths_on
+
+    there: Any = lengths_on(lengths, shape, keep.device)
+    return ~keep | (torch.arange(shape[-1], device=keep.device) >= there.unsqueeze(-1))
 
 
 def fold_in(seed: Any, data: Any) -> int:

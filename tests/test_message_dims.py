@@ -182,6 +182,6 @@ def test_a_view_of_a_leaf_is_refused_as_the_leaf_is():
     leaf = torch.zeros(3, 4, 7, requires_grad=True)
     with pytest.raises(ValueError, match="can't change a leaf that requires grad"):
         message_dropout(leaf, 0.5, inplace=True, message_dims=(0, 2))
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged)
     with pytest.raises(ValueError, match="a nested x must be"):
-        nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged)
         message_dropout(nested, 0.5, message_dims=(0, 2))
