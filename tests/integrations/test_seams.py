@@ -74,7 +74,7 @@ def test_timm_picks_its_tables_by_our_indices(name):
 # ---- transformers
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the library's own making
+@pytest.mark.filterwarnings("ignore::Warning")  # of the library's own making
 @pytest.mark.parametrize("name", ["Wav2Vec2", "Hubert", "WavLM"])
 def test_speech_models_mask_where_we_drop(name):
     """`mask_time_indices` is True where frames are masked: ~keep, spans that never reach into padding."""
