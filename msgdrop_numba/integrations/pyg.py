@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba import outputs
+from msgdrop_numba.call.arguments import split_p
 from msgdrop_numba.call.select import PACKED, place
 from msgdrop_numba.functional import keep_mask
 from msgdrop_numba.nn import MessageDropout
@@ -62,24 +63,25 @@ def dropout_edge(
 
     Source: the mask contract, version 1.1 (CONTRACT.md): one row of E messages, or with `keys` a row for each edge.
     """
-    _check_edges(edge_index, edge_attr, edge_ids, keys)
-    count = edge_index.shape[1]
-    if force_undirected:
-        _check_loops(edge_index)
-    keep = _keep(count, p, edge_ids, keys, seed, edge_index.device)
+    edges = edge_index.as_tensor() if hasattr(edge_index, "as_tensor") else edge_index  # torch_geometric's EdgeIndex
+    _check_edges(edges, edge_attr, edge_ids, keys)
+    count, (number, _) = edges.shape[1], split_p(p)
     if not isinstance(training, bool):
         raise TypeError(f"training must be True or False, but got {training!r}")
-    if not training or (not isinstance(p, Tensor) and p == 0):
-        mask = edge_index.new_ones(count, dtype=torch.bool)
-        return (edge_index, mask) if edge_attr is None else (edge_index, edge_attr, mask)
     if force_undirected:
-        keep &= edge_index[0] < edge_index[1]
-    number, kept = _numbers(keep)
-    left = _columns(edge_index.as_subclass(Tensor), number, force_undirected)  # a sorted EdgeIndex needn't stay one
-    attr = None if edge_attr is None else edge_attr[number] if kept is None else kept.take(edge_attr)
+        _check_loops(edges)
+    if not training or number == 0:
+        mask = torch.ones(count, dtype=torch.bool, device=edges.device)
+        return (edge_index, mask) if edge_attr is None else (edge_index, edge_attr, mask)
+    keep = _keep(count, p, edge_ids, keys, seed, edges.device)
+    if force_undirected:
+        keep &= edges[0] < edges[1]
+    at, kept = _numbers(keep)
+    left = _columns(edges, at, force_undirected)
+    attr = None if edge_attr is None else edge_attr[at] if kept is None else kept.take(edge_attr)
     if attr is not None and force_undirected:
         attr = torch.cat([attr, attr])
-    told = number.repeat(2) if force_undirected else keep
+    told = at.repeat(2) if force_undirected else keep
     return (left, told) if edge_attr is None else (left, attr, told)
 
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from scipy import stats
 
+from msgdrop_numba import keep_mask
 from msgdrop_numba.integrations.pyg import drop_messages, dropout_edge
 
 pytest.importorskip("torch_geometric", reason='needs torch_geometric: pip install "msgdrop_numba[integrations]"')
+from torch_geometric import EdgeIndex
 from torch_geometric.data import Batch, Data
 from torch_geometric.nn import APPNP, GATConv, GCNConv, SAGEConv, TransformerConv
 from torch_geometric.utils import dropout_edge as theirs
@@ -67,9 +69,29 @@ def test_what_drops_nothing_gives_back_what_theirs_does(p):
         assert torch.equal(mask, want_mask)
     attr = torch.randn(edge_index.shape[1])
     assert dropout_edge(edge_index, 0.0, edge_attr=attr)[1] is attr
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    dropout_edge(edge_index, 0.5, training=False)
+    assert torch.equal(torch.get_rng_state(), state)
     none = torch.empty(2, 0, dtype=torch.long)
     assert dropout_edge(none, 0.5, True, edge_attr=torch.empty(0, 2))[0].shape == (2, 0)
     assert dropout_edge(edge_index, 1.0)[0].shape == (2, 0)
+
+
+def test_other_tensors_of_edges():
+    """An EdgeIndex, another integer type, a view, ids on two levels, one p for each edge."""
+    edge_index = graph(9, 40)
+    want, mask = dropout_edge(edge_index, 0.5, seed=1)
+    sorted_index = EdgeIndex(edge_index, sparse_size=(9, 9))
+    assert torch.equal(dropout_edge(sorted_index, 0.5, seed=1)[0], want)
+    assert torch.equal(dropout_edge(edge_index.int(), 0.5, seed=1)[0], want.int())
+    assert torch.equal(dropout_edge(edge_index.t().contiguous().t(), 0.5, seed=1)[0], want)
+    p = torch.linspace(0, 1, edge_index.shape[1])
+    assert torch.equal(dropout_edge(edge_index, p, seed=1)[1], keep_mask(len(p), p, seed=1, device="cpu"))
+    ids = torch.arange(len(p))
+    assert torch.equal(dropout_edge(edge_index, p, edge_ids=ids, keys=ids, seed=1)[1],
+                       keep_mask((len(p), 1), p[:, None], keys=ids, positions=ids[:, None], seed=1, device="cpu")[:, 0])  # fmt: skip
+    assert torch.equal(dropout_edge(edge_index, 0.5, edge_ids=ids, seed=1)[1], mask)
 
 
 def test_both_directions_of_an_edge_are_one_draw():
