@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Element = TypeVar("Element", bound=np.generic)
+Mask = TypeVar("Mask")
 
 
 class _Rule(TypedDict, total=False):
@@ -288,7 +289,7 @@ def keep_mask(
     return dropout.keep_mask(dims, request, device)
 
 
-def key_padding_mask(keep: Any, lengths: Any = None) -> Any:
+def key_padding_mask(keep: Mask, lengths: Any = None) -> Mask:
     """What attention must ignore: padding, and what dropped. As torch's `src_key_padding_mask`, True = ignored.
 
     `~keep` alone would attend to padding, which is kept. Give the dropout `min_keep=1`: a row of which everything is
@@ -310,21 +311,21 @@ def key_padding_mask(keep: Any, lengths: Any = None) -> Any:
         >>> key_padding_mask(keep, [2])
         array([[False,  True,  True,  True]])
     """
-    tensor = not isinstance(keep, np.ndarray)
+    mask: Any = keep
     if str(getattr(keep, "dtype", "")) not in ("bool", "torch.bool"):
         raise TypeError(f"keep must be a bool array or tensor, but got {getattr(keep, 'dtype', type(keep).__name__)}")
     if lengths is None:
-        return ~keep
-    shape = tuple(keep.shape)
-    if not tensor:
+        return ~mask  # type: ignore[no-any-return]
+    shape = tuple(mask.shape)
+    if isinstance(keep, np.ndarray):
         valid: Any = row_lengths(lengths, shape[:-1], shape[-1])
-        return ~keep | (np.arange(shape[-1]) >= valid.reshape(*shape[:-1], 1))
+        return ~mask | (np.arange(shape[-1]) >= valid.reshape(*shape[:-1], 1))  # type: ignore[no-any-return]
     import torch
 
     from msgdrop_numba.tensors.arguments import lengths_on
 
-    there: Any = lengths_on(lengths, shape, keep.device)
-    return ~keep | (torch.arange(shape[-1], device=keep.device) >= there.unsqueeze(-1))
+    there: Any = lengths_on(lengths, shape, mask.device)
+    return ~mask | (torch.arange(shape[-1], device=mask.device) >= there.unsqueeze(-1))  # type: ignore[no-any-return]
 
 
 def fold_in(seed: Any, data: Any) -> int:

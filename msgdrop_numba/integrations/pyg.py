@@ -80,7 +80,7 @@ def dropout_edge(
     left = _columns(edges, at, force_undirected)
     attr = None if edge_attr is None else edge_attr[at] if kept is None else kept.take(edge_attr)
     if attr is not None and force_undirected:
-        attr = torch.cat([attr, attr])
+        attr = _twice(attr)
     told = at.repeat(2) if force_undirected else keep
     return (left, told) if edge_attr is None else (left, attr, told)
 
@@ -119,6 +119,12 @@ def _columns(edge_index: Tensor, number: Tensor, both_ways: bool) -> Tensor:
         if both_ways:
             left[1 - side, count:] = left[side, :count]
     return left
+
+
+def _twice(attr: Tensor) -> Tensor:
+    if not is_plain(attr) or (attr.requires_grad and torch.is_grad_enabled()):
+        return torch.cat([attr, attr])
+    return torch.cat([attr, attr], out=outputs.empty((2 * len(attr), *attr.shape[1:]), attr.dtype))
 
 
 def _check_edges(edge_index: Any, edge_attr: Any, edge_ids: Any, keys: Any) -> None:

@@ -9,6 +9,7 @@ import naive
 import numpy as np
 import pytest
 import torch
+from helpers import internals
 from scipy import stats
 
 from msgdrop_numba import keep_mask
@@ -39,8 +40,10 @@ def both_ways(nodes, edges, seed=0):
 
 
 @pytest.mark.parametrize("undirected", [False, True])
-@pytest.mark.parametrize("ids", [False, True])
-def test_it_is_theirs_with_this_mask(undirected, ids, monkeypatch):
+@pytest.mark.parametrize(("ids", "plain"), [(False, True), (True, True), (True, False)])
+def test_it_is_theirs_with_this_mask(undirected, ids, plain, monkeypatch):
+    if not plain:
+        internals.no_plain_edges(monkeypatch)
     edge_index, edge_ids = both_ways(30, 200)
     count = edge_index.shape[1]
     attr = torch.randn(count, 3, requires_grad=True)
@@ -55,6 +58,8 @@ def test_it_is_theirs_with_this_mask(undirected, ids, monkeypatch):
     assert torch.equal(got, want)
     assert torch.equal(of_attr, attr[made])
     of_attr.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(dropout_edge(edge_index, 0.4, undirected, edge_attr=attr, **options)[1], of_attr)
     counts = made.float() if not undirected else torch.bincount(made, minlength=count).float()
     assert torch.equal(attr.grad, counts.unsqueeze(-1).expand(-1, 3))
 
