@@ -301,7 +301,8 @@ def message_select(
             device. Ignored where nothing drops.
 
     Returns:
-        `(y, kept)`, an array like x and a `Kept`. Where nothing drops, y is x itself, packed its messages without
+        `(y, kept)`, an array like x and a `Kept`. Where `message_dims` names dims, those of y are in x's order; packed,
+        messages come first if several are named. Where nothing drops, y is x itself, packed its messages without
         padding. Differentiable in x; in compiled code "dense" makes one graph.
 
     Raises:

@@ -188,7 +188,9 @@ def message_positions(positions: Any, shape: tuple[int, ...]) -> np.ndarray:
     if array.size and not (array.min() >= 0 and array.max() < MAX_ROW):
         wrong = array[(array < 0) | (array >= MAX_ROW)].flat[0]
         raise ValueError(f"positions must be from 0 to 2**34 - 1, but got {wrong}")
-    return np.array(array, dtype=np.int64, order="C")  # the user's own memory may be what is written
+    torch = sys.modules.get("torch")
+    copied = torch is not None and isinstance(positions, torch.Tensor)  # the user's own memory may be what is written
+    return array.astype(np.int64, order="C", copy=not copied)
 
 
 def split_p(p: Any) -> tuple[P, Any]:
