@@ -18,7 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # stand in benchmarks/README.md, the table between its marks.
 QUESTIONS = (
     "cpu", "curve", "overhead", "rules", "select", "removal", "train_step", "loader", "gil", "cold_start", "apply",
-    "ray_data", "ranks", "gpu",
+    "ray_data", "ranks", "edges", "gpu",
 )  # fmt: skip
 
 # The documents with such marks.

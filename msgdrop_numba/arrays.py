@@ -22,7 +22,7 @@ from msgdrop_numba.call.plan import (
     mask_plan,
     row_arguments,
 )
-from msgdrop_numba.call.request import Job, Request, ShortDoor, perform, prepare, prepare_mask
+from msgdrop_numba.call.request import Job, Request, ShortDoor, perform, prepare, prepare_mask, turned
 from msgdrop_numba.call.select import (
     PACKED,
     How,
@@ -175,7 +175,11 @@ class _NumPy:
 
 
 NUMPY = _NumPy()
-message_dropout = partial(perform, NUMPY)  # `functional.message_dropout` for an array
+
+
+def message_dropout(x: np.ndarray, request: Request) -> Any:
+    """`functional.message_dropout` for an array."""
+    return turned(partial(perform, NUMPY), np.ndarray, np.transpose, x, request)
 
 
 def _address(x: np.ndarray) -> int:
@@ -186,6 +190,8 @@ def _address(x: np.ndarray) -> int:
 def _usual_plan(
     shape: tuple[int, ...], dtype: np.dtype[Any], scale: bool, message_dims: Any, *rule: Any
 ) -> Plan | None:
+    if isinstance(message_dims, tuple):
+        return None
     plan = make_plan(shape, dtype.itemsize, _kind(dtype, scale), message_dims, rule)
     return plan if plan.messages and not obstacle(plan, dtype) else None
 
@@ -222,6 +228,10 @@ def _write(job: Job, plan: Plan, x: np.ndarray, result: np.ndarray, mask: np.nda
 
 def message_select(x: np.ndarray, request: Request, how: How) -> tuple[np.ndarray, Selection | None]:
     """`select.message_select` for an array."""
+    return turned(partial(_select, how), np.ndarray, np.transpose, x, request)  # type: ignore[no-any-return]
+
+
+def _select(how: How, x: np.ndarray, request: Request) -> tuple[np.ndarray, Selection | None]:
     lay = partial(laid_out, how, request)
     job = prepare(NUMPY, x, request, lay)
     plan, draw, seed, *_ = job

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.arguments import ZERO, check_is_number, check_message_dims, probabilities, split_p
+from msgdrop_numba.call.arguments import (
+    ZERO,
+    check_is_number,
+    check_message_dims,
+    message_order,
+    probabilities,
+    split_p,
+)
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import DEFAULTS, DropRule
 from msgdrop_numba.call.select import how
@@ -82,7 +89,8 @@ class MessageDropout(_Layer):
         inplace: write into the input.
         scale, exact, span, min_keep, prefix: as for `message_dropout`.
         fill: what a dropped message becomes: a number, or a tensor over the features, an `nn.Parameter` to learn it.
-        message_dims: how many leading dims index messages; None: 2 where the input has 3 or more dims, else 1.
+        message_dims: how many leading dims index messages; None: 2 where the input has 3 or more dims, else 1. Or a
+            tuple that names them, (0, 2) for channels first, (B, D, T).
         per_rank: whether ranks that are seeded alike drop each their own. False: they drop the same, as with torch's
             dropout. True: this process's rank is folded (`fold_in`) into each seed that is drawn, so that rank 0 has
             other masks than without, too. A `torch.distributed.ProcessGroup` or a `DeviceMesh` of one dim: its rank
@@ -90,7 +98,7 @@ class MessageDropout(_Layer):
             that is given stays as it is.
 
     Shape:
-        - Input: `(*message dims, *features)`, by default `(N, S, *)` or `(S, F)`.
+        - Input: `(*message dims, *features)`, by default `(N, S, *)` or `(S, F)`; or as `message_dims` names them.
         - Output: the input's shape and dtype.
 
     Raises:
@@ -127,7 +135,7 @@ class MessageDropout(_Layer):
         min_keep: int = 0,
         prefix: int = 0,
         fill: Any = ZERO,
-        message_dims: int | None = None,
+        message_dims: int | tuple[int, ...] | None = None,
         per_rank: Any = False,
     ) -> None:
         super().__init__()
@@ -229,7 +237,7 @@ class MessageSelect(_Layer):
         span: int = 1,
         min_keep: int = 0,
         prefix: int = 0,
-        message_dims: int | None = None,
+        message_dims: int | tuple[int, ...] | None = None,
         layout: str | None = None,
         capacity: int | None = None,
         per_rank: Any = False,
@@ -329,7 +337,7 @@ class MessageSubset(_Layer):
         span: int = 1,
         min_keep: int = 0,
         prefix: int = 0,
-        message_dims: int | None = None,
+        message_dims: int | tuple[int, ...] | None = None,
         per: str = "message",
         pass_kept: bool = False,
         per_rank: Any = False,
@@ -377,7 +385,7 @@ class MessageSubset(_Layer):
                 f"module must give back the shape {tuple(y.shape)} that it got, but got {tuple(made.shape)}"
             )
         if not whole:
-            return made if y is x else _put_back(made, x, kept)
+            return made if y is x else _put_back(made, x, kept, self.message_dims)
         if y is x:
             return x + made  # type: ignore[no-any-return]
         made = made.to(x.dtype)
@@ -387,10 +395,15 @@ class MessageSubset(_Layer):
         __call__ = forward
 
 
-def _put_back(made: Tensor, x: Tensor, kept: Any) -> Tensor:
+def _put_back(made: Tensor, x: Tensor, kept: Any, message_dims: Any) -> Tensor:
     """Among the messages of x, in the wider of both types: autocast may have changed what the module made."""
     dtype = torch.promote_types(made.dtype, x.dtype)
-    return kept.restore(made.to(dtype), fill=x.to(dtype))  # type: ignore[no-any-return]
+    made, x = made.to(dtype), x.to(dtype)
+    if not isinstance(message_dims, tuple):
+        return kept.restore(made, fill=x)  # type: ignore[no-any-return]
+    order = message_order(x.ndim, message_dims)
+    y: Tensor = kept.restore(made.permute(order), fill=x.permute(order))
+    return y.permute([order.index(dim) for dim in range(x.ndim)])
 
 
 def _short(value: Any) -> str:

@@ -62,6 +62,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return tensor
 
 
+def like(x: Tensor) -> Tensor:
+    """An uninitialised CPU tensor in the order of memory of `torch.empty_like(x)`."""
+    if x.numel() * x.element_size() < HUGE_BYTES:
+        return torch.empty_like(x)
+    strides = torch.empty_like(x, device="meta").stride()
+    return over(empty((x.numel(),), x.dtype).untyped_storage(), x.shape, x.dtype, strides)
+
+
 def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor in C order, in memory that other processes can map."""
     return over(shared_storage(math.prod(shape) * dtype.itemsize), shape, dtype)

@@ -281,7 +281,7 @@ def message_select(
     min_keep: int = 0,
     prefix: int = 0,
     lengths: Any = None,
-    message_dims: int | None = None,
+    message_dims: int | tuple[int, ...] | None = None,
     seed: Any = None,
     keys: Any = None,
     protect: Any = None,
@@ -308,7 +308,8 @@ def message_select(
             device. Ignored where nothing drops.
 
     Returns:
-        `(y, kept)`, an array like x and a `Kept`. Where nothing drops, y is x itself, packed its messages without
+        `(y, kept)`, an array like x and a `Kept`. Where `message_dims` names dims, those of y are in x's order; packed,
+        messages come first if several are named. Where nothing drops, y is x itself, packed its messages without
         padding. Differentiable in x; in compiled code "dense" makes one graph.
 
     Raises:

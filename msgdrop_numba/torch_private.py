@@ -20,7 +20,7 @@ All of them are in torch 2.9 and 2.13, the oldest and the newest that are tested
     1 us a launch. Without: `torch.cuda.current_stream`.
 The base's `apply` of an `autograd.Function`
     1.2 us a call: no search for transforms, which no plain tensor is in. Without: `apply` itself.
-`UntypedStorage._new_shared`, `Tensor._is_view`, `NestedTensor._ragged_idx`
+`UntypedStorage._new_shared`, `Tensor._is_view`, `Tensor._base`, `NestedTensor._ragged_idx`
     What torch's own default collate, its in-place rules and its nested tensors go by. Without one, those calls raise.
 """
 
@@ -226,6 +226,11 @@ def shared_storage(nbytes: int) -> Any:
 def is_view(tensor: torch.Tensor) -> bool:
     """Whether autograd takes it for a view."""
     return tensor._is_view()
+
+
+def base_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that it is a view of; itself, if it is none."""
+    return tensor._base if tensor._base is not None else tensor
 
 
 def ragged_dim(tensor: torch.Tensor) -> int:

@@ -26,6 +26,7 @@ BELOW = {
     "nn": {"call", "functional", "select", "tensors"},
     "pipelines": {"call", "functional", "kernels", "outputs", "select", "tensors", "torch_private"},
     "__init__": {"functional", "nn", "pipelines", "select", "version"},
+    "integrations": {"__init__", "call", "functional", "nn", "outputs", "pipelines", "select", "tensors", "torch_private"},
     "command": {"__init__", "arrays", "call", "functional", "nn", "outputs", "pipelines", "select", "tensors",
                 "torch_private", "version"},
     "__main__": {"command"},
@@ -33,7 +34,7 @@ BELOW = {
 WITHOUT_TORCH = {"kernels", "call", "arrays", "version"}
 PRIVATE_FILE = "torch_private"
 PRIVATE = {
-    "_C", "_storage_Use_Count", "_functorch", "_cdata", "_new_shared", "_is_view", "_ragged_idx", "_current_level",
+    "_C", "_storage_Use_Count", "_functorch", "_cdata", "_new_shared", "_is_view", "_base", "_ragged_idx", "_current_level",
     "_dispatch_keys", "_subclasses", "_is_exporting_flag",
 }  # fmt: skip
 

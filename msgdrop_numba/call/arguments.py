@@ -16,24 +16,39 @@ _U64 = 2**64 - 1
 _MAX_WORK: Any = 100_000  # steps of the exact search for shared memory; past them it counts as shared
 
 
-def message_dims(shape: tuple[int, ...], dims: int | None) -> int:
+def message_dims(shape: tuple[int, ...], dims: Any) -> int:
     """How many leading dims of `shape` index messages: `dims`, by default 2 of 3 or more, else 1."""
-    dims = (2 if len(shape) >= 3 else 1) if dims is None else check_message_dims(dims)
-    if len(shape) <= dims:
+    if isinstance(dims, tuple):
+        raise TypeError(f"message_dims must be an integer or None here, but got {dims}: permute x first")
+    count: int = (2 if len(shape) >= 3 else 1) if dims is None else check_message_dims(dims)
+    if len(shape) <= count:
         raise ValueError(
-            f"x must have {dims} message dims and at least one feature dim, but got shape {tuple(shape)}; "
+            f"x must have {count} message dims and at least one feature dim, but got shape {tuple(shape)}; "
             "add one with x[..., None], or set message_dims"
         )
-    return dims
+    return count
 
 
-def check_message_dims(dims: Any) -> int:
-    """message_dims as an int of at least 1."""
-    if isinstance(dims, bool) or not isinstance(dims, numbers.Integral):
-        raise TypeError(f"message_dims must be an integer or None, but got {dims!r}")
+def check_message_dims(dims: Any) -> Any:
+    """message_dims as an int of at least 1, or a tuple of one int or more, none of them twice."""
+    each = dims if isinstance(dims, tuple) else (dims,)
+    if any(isinstance(dim, bool) or not isinstance(dim, numbers.Integral) for dim in each):
+        raise TypeError(f"message_dims must be an integer, a tuple of dims or None, but got {dims!r}")
+    if each is dims:
+        if not dims or len(set(dims)) < len(dims):
+            raise ValueError(f"message_dims must name one dim or more, none of them twice, but got {dims}")
+        return tuple(map(int, dims))
     if dims < 1:
         raise ValueError(f"message_dims must be at least 1, but got {dims}")
     return int(dims)
+
+
+def message_order(ndim: int, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """How to permute the dims of an array so that those named come first, in their order."""
+    named = tuple(dim + ndim if dim < 0 else dim for dim in check_message_dims(dims))
+    if len(set(named)) < len(named) or not all(0 <= dim < ndim for dim in named):
+        raise ValueError(f"message_dims must name dims of x, which has {ndim}, each once, but got {dims}")
+    return (*named, *(dim for dim in range(ndim) if dim not in named))
 
 
 def check_seed(seed: Any) -> int:
@@ -173,7 +188,9 @@ def message_positions(positions: Any, shape: tuple[int, ...]) -> np.ndarray:
     if array.size and not (array.min() >= 0 and array.max() < MAX_ROW):
         wrong = array[(array < 0) | (array >= MAX_ROW)].flat[0]
         raise ValueError(f"positions must be from 0 to 2**34 - 1, but got {wrong}")
-    return np.array(array, dtype=np.int64, order="C")  # the user's own memory may be what is written
+    torch = sys.modules.get("torch")
+    copied = torch is not None and isinstance(positions, torch.Tensor)  # the user's own memory may be what is written
+    return array.astype(np.int64, order="C", copy=not copied)
 
 
 def split_p(p: Any) -> tuple[P, Any]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import ZERO
 from msgdrop_numba.call.rule import P, for_rows
 
@@ -192,8 +193,31 @@ def prepare_mask(
     return tuple.__new__(Job, (plan, draw, library.seed(seed, None, device), None, None, None))
 
 
+def turned(run: Any, kind: Any, permute: Any, x: Any, request: Request) -> Any:
+    """`run(x, request)`, where the request may name its message dims: then on a view of x that has them in front.
+
+    Args:
+        run: gives back an array, or a pair of it and something over the message dims.
+        kind, permute: the library's arrays, and how it permutes the dims of one, `(array, order)`.
+    """
+    dims, out = request.message_dims, request.out
+    if not isinstance(dims, tuple):
+        return run(x, request)
+    order = arguments.message_order(x.ndim, dims)
+    if out is not None and getattr(out, "shape", x.shape) != x.shape:
+        raise ValueError(f"out must have x's shape {tuple(x.shape)}, but got {tuple(out.shape)}")
+    view, into = permute(x, order), permute(out, order) if isinstance(out, kind) else out
+    result = run(view, request._replace(message_dims=len(dims), out=into))
+    y = result[0] if isinstance(result, tuple) else result
+    if y is view or y is into:
+        y = x if y is view else out
+    elif y.ndim == x.ndim:  # else it is packed
+        y = permute(y, tuple(map(order.index, range(x.ndim))))
+    return (y, *result[1:]) if isinstance(result, tuple) else y
+
+
 def perform(library: Library, x: Any, request: Request) -> Any:
-    """`functional.message_dropout` by a library's primitives."""
+    """`functional.message_dropout` by a library's primitives, x having its message dims in front."""
     return carry_out(library, x, prepare(library, x, request), request)
 
 

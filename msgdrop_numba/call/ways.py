@@ -13,13 +13,17 @@ class Way(NamedTuple):
     why: str
 
 
-ARRAY = Way("NumPy array", "compiled kernel", "its features are contiguous and its rows lie evenly")
+ARRAY = Way("NumPy array", "compiled kernel", "its rows lie evenly, and so do its features")
 ARRAY_APART = Way(
     "NumPy array, other layouts", "compiled mask, NumPy's where", "the kernel can't follow its strides or byte order"
 )
-TENSOR = Way("CPU or CUDA tensor", "compiled kernel", "as for arrays; under autograd with a backward of ours")
+TENSOR = Way(
+    "CPU or CUDA tensor", "compiled kernel", "as for arrays, on a device with contiguous features; a backward of ours"
+)
 TENSOR_APART = Way(
-    "CPU or CUDA tensor, other layouts", "compiled kernel on a copy", "in place, or features apart: torch's where"
+    "CPU or CUDA tensor, other layouts",
+    "compiled kernel on a copy",
+    "in place, or where a new tensor lies so, too: torch's where",
 )
 COMPILED = Way("CPU or CUDA tensor, torch.compile", "compiled mask, torch's where", "one graph, fused by the compiler")
 IN_TRANSFORMS = Way(

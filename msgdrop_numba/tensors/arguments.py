@@ -14,7 +14,7 @@ from msgdrop_numba.call.rule import MAX_ROW, P
 from msgdrop_numba.kernels.records import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, OTHER
 from msgdrop_numba.tensors.operations import Rows
 from msgdrop_numba.tensors.placement import move
-from msgdrop_numba.torch_private import is_plain
+from msgdrop_numba.torch_private import base_of, is_plain
 
 _SCALED = {
     torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float32: FLOAT32, torch.float64: FLOAT64,
@@ -66,9 +66,9 @@ def check_target(x: Tensor, inplace: bool, out: Any, active: bool, fill: Tensor 
     if inplace and out is not None:
         raise ValueError(f"give inplace=True or out, not both: got out={type(out).__name__}")
     if inplace and active:
-        if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+        if x.requires_grad and torch.is_grad_enabled() and _is_of_leaf(x):
             raise ValueError(
-                f"inplace=True can't change a leaf that requires grad, but x is one, of shape {tuple(x.shape)}: "
+                f"inplace=True can't change a leaf that requires grad, but x is of one, of shape {tuple(x.shape)}: "
                 "drop out of place, or under torch.no_grad()"
             )
         _check_inference("x", x)
@@ -87,6 +87,11 @@ def check_target(x: Tensor, inplace: bool, out: Any, active: bool, fill: Tensor 
     if tracked and torch.is_grad_enabled():
         raise ValueError("out can't be used where a gradient is needed: leave it out, or call under torch.no_grad()")
     return out
+
+
+def _is_of_leaf(x: Tensor) -> bool:
+    base = x if torch.compiler.is_compiling() else base_of(x)
+    return base.requires_grad and base.is_leaf
 
 
 def _check_inference(name: str, target: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba import outputs
-from msgdrop_numba.call.request import Job, Library, Request, prepare, prepare_mask
+from msgdrop_numba.call.request import Job, Library, Request, prepare, prepare_mask, turned
 from msgdrop_numba.call.select import (
     DENSE,
     PACKED,
@@ -62,6 +62,10 @@ def message_select(x: Tensor, request: Request, how: How) -> tuple[Tensor, Selec
     """`select.message_select` for a tensor."""
     if x.is_nested:
         return message_select(*nested.padded(x, request), how)
+    return turned(partial(_select, how), Tensor, Tensor.permute, x, request)  # type: ignore[no-any-return]
+
+
+def _select(how: How, x: Tensor, request: Request) -> tuple[Tensor, Selection | None]:
     library = ways.library(x, request)
     lay = partial(laid_out, how, request)
     job = prepare(library, x, request, lay)

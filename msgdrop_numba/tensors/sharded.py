@@ -15,7 +15,7 @@ from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 
 from msgdrop_numba.call.arguments import message_dims
-from msgdrop_numba.call.request import Job, Library, Request, carry_out, prepare, prepare_mask
+from msgdrop_numba.call.request import Job, Library, Request, carry_out, prepare, prepare_mask, turned
 from msgdrop_numba.call.rule import DEFAULTS
 from msgdrop_numba.call.ways import SHARDED, Answer
 from msgdrop_numba.tensors import operations, traced, ways
@@ -28,6 +28,10 @@ from msgdrop_numba.tensors.write import draw_mask
 
 def message_dropout(x: DTensor, request: Request) -> Any:
     """`functional.message_dropout` for a DTensor."""
+    return turned(_drop, DTensor, Tensor.permute, x, request)
+
+
+def _drop(x: DTensor, request: Request) -> Any:
     if is_outside(x):
         piece, dims = piece_of("x", x), message_dims(tuple(x.shape), request.message_dims)
         y, keep = x if request.out is None else request.out, torch.empty(0, dtype=torch.bool, device=x.device)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from msgdrop_numba.call.request import Request
+from msgdrop_numba.call.request import Request, turned
 from msgdrop_numba.call.select import DENSE, PACKED, How, Selection, laid_out
 from msgdrop_numba.tensors import select, ways
 from msgdrop_numba.tensors.arguments import fill_message
@@ -22,6 +22,10 @@ from msgdrop_numba.tensors.sharded import prepared
 
 def message_select(x: DTensor, request: Request, how: How) -> tuple[DTensor, Selection | None]:
     """`select.message_select` for a DTensor."""
+    return turned(partial(_select, how), DTensor, Tensor.permute, x, request)  # type: ignore[no-any-return]
+
+
+def _select(how: How, x: DTensor, request: Request) -> tuple[DTensor, Selection | None]:
     if is_outside(x):
         raise ValueError(f"messages can't be removed on a rank outside of x's mesh, {x.device_mesh}: call it on others")
     here = cut(x, request)

@@ -197,12 +197,13 @@ def test_the_paths_that_info_names_are_those_taken(monkeypatch):
 
     launched, told, runs = internals.watch_launches(monkeypatch), [], []
     x = np.ones((4, 6, 8), np.float32)
+    apart = np.ones((4, 6, 4, 4, 4), np.float32)[..., ::2, :3, ::2]  # unevenly
     t = torch.from_numpy(x)
     by_kind = {
         ways.ARRAY: lambda: paths(x),
-        ways.ARRAY_APART: lambda: paths(x[..., ::2]),
+        ways.ARRAY_APART: lambda: paths(apart),
         ways.TENSOR: lambda: paths(t),
-        ways.TENSOR_APART: lambda: paths(t[..., ::2]),
+        ways.TENSOR_APART: lambda: paths(torch.from_numpy(apart)),
         ways.IN_TRANSFORMS: lambda: torch.vmap(paths)(t[None]),
         ways.ELSEWHERE: lambda: paths(t.to("meta")),
     }

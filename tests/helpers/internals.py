@@ -98,6 +98,13 @@ def no_plain_tensors(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(autograd, "dense_address", lambda _: 0)
 
 
+def no_plain_edges(patch: pytest.MonkeyPatch) -> None:
+    """Edges are dropped by torch's operations alone, as on a device."""
+    from msgdrop_numba.integrations import pyg
+
+    patch.setattr(pyg, "is_plain", lambda _: False)
+
+
 def unseen_values(patch: pytest.MonkeyPatch) -> None:
     """Values in CPU tensors aren't looked at, as those on a device aren't."""
     from msgdrop_numba.tensors import arguments

@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -22,7 +22,15 @@ from torch.utils.data.distributed import DistributedSampler
 
 from helpers.recomputing import Block, Stack, equals_the_masks_seen
 from helpers.world import Report
-from msgdrop_numba import KeyedDataset, MessageDropout, MessageSelect, MessageSubset, fold_in, message_dropout
+from msgdrop_numba import (
+    KeyedDataset,
+    MessageDropout,
+    MessageSelect,
+    MessageSubset,
+    fold_in,
+    message_dropout,
+    message_select,
+)
 
 X = torch.ones(4, 9, 8, dtype=torch.float64)
 
@@ -153,6 +161,25 @@ def compiled_checkpoints(report: Report) -> None:
         torch.manual_seed(3)
         y = torch.compile(layer, backend="aot_eager", fullgraph=True)(X)
         report.expect("as in eager code", torch.equal(y, message_dropout(X, 0.5, seed=fold_in(seed, rank))))
+
+
+def named_dims(report: Report) -> None:
+    """Channels first, (B, D, T), however it is cut: the whole's masks, and placements of x's own dims."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    x, told = torch.arange(1.0, 4 * 6 * 8 + 1).reshape(4, 6, 8), {"message_dims": (0, 2), "seed": 5}
+    want, keep = message_dropout(x, 0.5, return_mask=True, **told)
+    removed = message_select(x, 0.5, exact=True, **told)[0]
+    for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
+        cut = distribute_tensor(x, mesh, [placement])
+        y, mask = message_dropout(cut, 0.5, return_mask=True, **told)
+        report.expect(f"{placement}: placed", y.placements == cut.placements)
+        report.expect(f"{placement}: values", torch.equal(y.full_tensor(), want))
+        report.expect(f"{placement}: mask", torch.equal(mask.full_tensor(), keep))
+        if placement != Shard(2):
+            left = message_select(cut, 0.5, exact=True, **told)[0]
+            report.expect(f"{placement}: removed", torch.equal(left.full_tensor(), removed))
+        report.expect(f"{placement}: in place", message_dropout(cut, 0.5, inplace=True, **told) is cut)
+        report.expect(f"{placement}: written", torch.equal(cut.full_tensor(), want))
 
 
 def fully_sharded(report: Report) -> None:

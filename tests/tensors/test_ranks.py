@@ -165,7 +165,7 @@ def all_held(names: list[str], ranks: int) -> None:
 @pytest.mark.processes
 def test_two_ranks():
     """In one world, since to start one takes seconds."""
-    all_held(["own_masks", "strangers", "global_batches", "checkpoints", "fully_sharded", "pipelines"], 2)
+    all_held(["own_masks", "strangers", "global_batches", "checkpoints", "fully_sharded", "named_dims", "pipelines"], 2)
 
 
 @pytest.mark.long
