@@ -11,6 +11,7 @@ from msgdrop_numba.call.arguments import ZERO, check_is_number, check_message_di
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import DEFAULTS, DropRule
 from msgdrop_numba.call.select import how
+from msgdrop_numba.call.shown import short
 from msgdrop_numba.functional import message_dropout
 from msgdrop_numba.select import select
 
@@ -57,7 +58,7 @@ class _Layer(torch.nn.Module):
             value = getattr(self, name)
             if default is ALWAYS or hasattr(value, "shape") or value != default:
                 shown[name] = value
-        return ", ".join(f"{name}={_short(value)}" for name, value in shown.items())
+        return ", ".join(f"{name}={short(value, name)}" for name, value in shown.items())
 
 
 class MessageDropout(_Layer):
@@ -358,7 +359,3 @@ def _put_back(made: Tensor, x: Tensor, kept: Any) -> Tensor:
     """Among the messages of x, in the wider of both types: autocast may have changed what the module made."""
     dtype = torch.promote_types(made.dtype, x.dtype)
     return kept.restore(made.to(dtype), fill=x.to(dtype))  # type: ignore[no-any-return]
-
-
-def _short(value: Any) -> str:
-    return f"{type(value).__name__}{tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
