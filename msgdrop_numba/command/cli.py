@@ -26,7 +26,7 @@ from rich.table import Column, Table
 from msgdrop_numba.call.rule import KEYWORDS
 from msgdrop_numba.command.errors import JobError, one_line
 from msgdrop_numba.command.install import install_line
-from msgdrop_numba.command.options import Number, Numbers, of_rule, picture_path
+from msgdrop_numba.command.options import Names, Number, Numbers, of_rule, picture_path
 
 
 class _Group(click.Group):
@@ -101,9 +101,10 @@ def apply(
     protect: str | None, remove: bool, companions: str | None, ids: str | None, jobs: int | None, engine: str,
     ray_address: str | None,
 ) -> None:  # fmt: skip
-    """Drop messages in all shards of INPUT, into OUTPUT/epoch-0, OUTPUT/epoch-1 and so on.
+    """Drop messages in the files of a folder, into a folder an epoch.
 
-    With --remove they are left out: rows of Parquet become shorter, lists of a fixed size and tensors become lists.
+    What is in INPUT goes into OUTPUT/epoch-0, OUTPUT/epoch-1 and so on. With --remove dropped messages are left out:
+    rows of Parquet become shorter, lists of a fixed size and tensors become lists.
 
     INPUT is a folder of .npy shards (samples, messages, features), all alike, or of Parquet files with columns of
     tensors or lists of lists; or one such file. Files whose names begin with a dot or an underscore, and other kinds,
@@ -150,7 +151,7 @@ def _cpus() -> int:
 @main.command()
 @click.argument("output", type=_PATH)
 def verify(output: Path) -> None:
-    """Check every byte of an OUTPUT of `msgdrop apply` against its journal."""
+    """Check every byte that `msgdrop apply` wrote against its journal."""
     from msgdrop_numba.command import apply as job
 
     with _bytes_bar("reading", job.size(output)) as tick:
@@ -177,34 +178,41 @@ def _bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @main.command()
-@click.option(
-    "--shape", default=(8, 64), type=Numbers(), metavar="ROWS,MESSAGES", help="Rows and messages.  [default: 8,64]"
-)
+@click.option("--shape", type=Numbers(), metavar="ROWS,MESSAGES", help="Rows and messages.  [default: 8,64]")
 @of_rule(columns=False)
+@click.option(
+    "--ids", type=Names(), metavar="ID,ID",
+    help="The rows' ids, integers or strings, in place of 0, 1, 2, ...",
+)  # fmt: skip
+@click.option("--lengths", type=Numbers(least=0), metavar="N,N", help="Each row's count of valid messages.")
+@click.option(
+    "--epochs", type=click.IntRange(min=1),
+    help="Show the masks of a collate's or a batch's settings in so many epochs; else those of message_dropout's.",
+)  # fmt: skip
 @click.option("--output", type=_PNG, callback=picture_path, help="Draw it into a PNG file too.")
 def show(
-    shape: tuple[int, ...], p: Any, seed: int, rule: tuple[Any, ...], positions: int | None, output: Path | None
-) -> None:
-    """Show the mask of rows with the keys 0, 1, 2, ...: what is kept is full, what is dropped is empty."""
-    from msgdrop_numba import keep_mask
+    shape: tuple[int, ...] | None, p: Any, seed: int, rule: tuple[Any, ...], positions: int | None,
+    ids: tuple[Any, ...] | None, lengths: tuple[int, ...] | None, epochs: int | None, output: Path | None,
+) -> None:  # fmt: skip
+    """Show which messages of which rows drop, in which epoch.
 
+    What is kept is full, what is dropped is a dot, padding is blank.
+    """
+    from msgdrop_numba.command import show as masks
+
+    shape = shape or (len(ids or lengths or range(8)), max(lengths or (64,)))
     if len(shape) != 2:
         raise click.BadParameter(f"must be two numbers, rows and messages, but got {shape}", param_hint="--shape")
-    mask = keep_mask(shape, p, seed=seed, positions=positions, **dict(zip(KEYWORDS, rule, strict=True)))
+    for name, given in (("--ids", ids), ("--lengths", lengths)):
+        if given is not None and len(given) != shape[0]:
+            raise click.BadParameter(f"must be one for each of {shape[0]} rows, but got {len(given)}", param_hint=name)
+    told = dict(zip(KEYWORDS, rule, strict=True))
+    found = masks.draw(shape, p, seed, epochs, ids, lengths, positions=positions, **told)
     encoding = sys.stdout.encoding or "ascii"
-    kept, dropped = ("█", "·") if encoding.lower().startswith("utf") else ("#", ".")
-    for key, row in enumerate(mask):
-        click.echo(f"{key:>{len(str(len(mask) - 1))}} {''.join(kept if keep else dropped for keep in row)}")
-    click.echo(f"kept {mask.mean():.1%} of {mask.size} messages")
+    for line in masks.lines(found, ("█", "·") if encoding.lower().startswith("utf") else ("#", ".")):
+        click.echo(line)
     if output is not None:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, max(1.5, 8 * shape[0] / shape[1] + 1)), layout="constrained")
-        axes = figure.subplots()
-        axes.imshow(~mask, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        axes.set_xlabel("message (white: kept, black: dropped)")
-        axes.set_ylabel("key")
-        figure.savefig(output, dpi=150)
+        masks.picture(found, output)
         click.echo(f"Picture: {output}")
 
 
@@ -213,7 +221,7 @@ def show(
 @click.option("--dtype", default="float32", show_default=True, help="Of that array, by its name in NumPy or torch.")
 @click.option("--device", default="cpu", show_default=True, help="Where it lies, as torch names it.")
 def info(shape: tuple[int, ...] | None, dtype: str, device: str) -> None:
-    """Say what is installed, how kernels run here, and which path each kind of array takes.
+    """Say what is installed, and which path each kind of array takes.
 
     With --shape: which path arrays of that shape and dtype take on that device, and why.
     """
@@ -238,7 +246,10 @@ def info(shape: tuple[int, ...] | None, dtype: str, device: str) -> None:
 @click.option("--p", default=0.3, show_default=True, type=click.FloatRange(0, 1), help="Probability of dropping.")
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=1), help="Interleaved rounds.")
 def bench(shape: tuple[int, ...], p: float, rounds: int) -> None:
-    """Time `message_dropout` against F.dropout1d and masked_fill on this machine: float32 tensors, medians."""
+    """Time `message_dropout` beside what people write, on this machine.
+
+    F.dropout1d and masked_fill: float32 tensors, medians of interleaved rounds.
+    """
     from msgdrop_numba.command import bench as timing
 
     if len(shape) != 3:
@@ -266,7 +277,7 @@ def bench(shape: tuple[int, ...], p: float, rounds: int) -> None:
     help="Where the plot goes (PNG); the numbers go beside it, as JSON.",
 )  # fmt: skip
 def demo(epochs: int, p: float, seeds: int, output: Path) -> None:
-    """Train a speaker classifier on real speech and lose frames at test time.
+    """Train a classifier on speech, and lose frames at test time.
 
     Four arms on the Japanese Vowels utterances: without dropout, with nn.Dropout, and twice with message dropout (in
     the DataLoader's collate, with probability --p or with each utterance's own, drawn from 0 to 0.9; and as a layer

@@ -16,17 +16,33 @@ from msgdrop_numba.call.rule import KEYWORDS, DropRule, check_p
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Integers with commas between them."""
+    """Integers with commas between them, of at least `least`."""
 
     name = "N,N"
+
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
 
     def convert(self, value: Any, parameter: Any, context: Any) -> Any:
         if isinstance(value, tuple):
             return value
         parts = value.split(",")
-        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"must be positive integers with commas between them, but got {value!r}", parameter, context)
+        if not all(part.strip().isdecimal() and int(part) >= self.least for part in parts):
+            self.fail(
+                f"must be integers from {self.least} on with commas between them, but got {value!r}", parameter, context
+            )
         return tuple(int(part) for part in parts)
+
+
+class Names(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Ids with commas between them: what is written as an integer is one, all else a string."""
+
+    name = "ID,ID"
+
+    def convert(self, value: Any, parameter: Any, context: Any) -> Any:
+        if isinstance(value, tuple):
+            return value
+        return tuple(int(part) if re.fullmatch(r"-?\d+", part) else part for part in value.split(","))
 
 
 class Number(click.ParamType):  # type: ignore[type-arg,unused-ignore]
