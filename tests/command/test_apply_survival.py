@@ -180,6 +180,8 @@ def test_killed_at_any_moment(tmp_path, kills):
         assert gone(mark)
         for name, data in files(tmp_path / "out").items():
             assert name == journal.NAME or name.endswith(shards.PARTIAL) or data == expected[name]
+        if lines(tmp_path / "out"):
+            assert apply.verify(tmp_path / "out", lambda count: None).wrong == []
         if hit and number % 4 == 3:
             shutil.rmtree(tmp_path / "out")
     assert hit
