@@ -138,7 +138,9 @@ class _NumPy:
     def draw(self, plan: Plan, p: Any, fill: Any, request: Request, device: Any) -> Draw:
         return row_arguments(plan, p, fill, request)
 
-    def seed(self, given: int | None, generator: np.random.Generator | None, device: Any) -> int:
+    def seed(
+        self, given: int | None, generator: np.random.Generator | None, device: Any, ranks: Any = False
+    ) -> int:  # fmt: skip
         if given is not None:
             return given
         if generator is None:

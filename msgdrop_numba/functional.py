@@ -181,7 +181,7 @@ def message_dropout(
             return door.run(plan, x, address)
     told = (
         p, (exact, span, min_keep, prefix), scale, fill, message_dims, training, inplace, lengths, seed, keys, protect,
-        positions, generator, out, return_mask,
+        positions, generator, out, return_mask, False,
     )  # fmt: skip
     request = tuple.__new__(Request, told)  # twice as fast as the constructor
     return library_of(x).message_dropout(x, request)
@@ -207,7 +207,12 @@ _short_doors: dict[type, ShortDoor] = {np.ndarray: arrays.SHORT_DOOR}
 
 
 def _library(x: Any) -> Any:
-    torch = sys.modules.get("torch")
+    torch, spread = sys.modules.get("torch"), sys.modules.get("torch.distributed.tensor")
+    if spread is not None and isinstance(x, spread.DTensor):
+        from msgdrop_numba.tensors import sharded
+
+        _libraries[type(x)] = sharded
+        return sharded
     if torch is not None and isinstance(x, torch.Tensor):
         from msgdrop_numba.tensors import dropout
 
@@ -283,7 +288,7 @@ def keep_mask(
     dims = mask_shape(shape)
     told = (
         p, (exact, span, min_keep, prefix), False, ZERO, None, True, False, lengths, seed, keys, protect, positions,
-        None, None, True,
+        None, None, True, False,
     )  # fmt: skip
     request = tuple.__new__(Request, told)
     if device is None:

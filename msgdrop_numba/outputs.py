@@ -100,8 +100,11 @@ def _unused(nbytes: int) -> Any:
             return None
         if storage.is_shared() or not storage.resizable() or storage.nbytes() < REUSED_BYTES:
             continue  # changed since, by somebody who used it
-        # The one use is this Python object.
-        if storage.nbytes() == nbytes and storage_uses(storage) == 1 and sys.getrefcount(storage) == _ALONE:
+        # The one use is this Python object. Asked again behind the references: another thread may have made one a use.
+        if (
+            storage.nbytes() == nbytes and storage_uses(storage) == 1
+            and sys.getrefcount(storage) == _ALONE and storage_uses(storage) == 1
+        ):  # fmt: skip
             return storage
         _kept.append(storage)
     return None

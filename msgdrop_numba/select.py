@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -233,6 +234,12 @@ _libraries: dict[type, Any] = {np.ndarray: arrays}  # of exact types, as in `fun
 def _library(x: Any) -> Any:
     if library_of(x) is arrays:
         return arrays
+    spread = sys.modules.get("torch.distributed.tensor")
+    if spread is not None and isinstance(x, spread.DTensor):
+        from msgdrop_numba.tensors import sharded_select
+
+        _libraries[type(x)] = sharded_select
+        return sharded_select
     import torch
 
     from msgdrop_numba.tensors import select

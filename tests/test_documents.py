@@ -32,17 +32,18 @@ from benchmarks import (
     train_step,
 )
 from benchmarks.documents import FILLED, QUESTIONS, with_tables
+from benchmarks.ranks import TOLERANCE
 from msgdrop_numba import __version__
 
 ROOT = Path(__file__).parents[1]
 # Each document, and how many blocks of code it has.
 CODE = {
     "README.md": 5, "benchmarks/README.md": 0, "msgdrop_numba/ARCHITECTURE.md": 0, "msgdrop_numba/CONTRACT.md": 3,
-    "msgdrop_numba/LIMITS.md": 2,
+    "msgdrop_numba/LIMITS.md": 2, "msgdrop_numba/RANKS.md": 4,
 }  # fmt: skip
 TEXTS = {name: (ROOT / name).read_text() for name in CODE}
-README, MEASUREMENTS, LIMITS = (
-    TEXTS[name] for name in ("README.md", "benchmarks/README.md", "msgdrop_numba/LIMITS.md")
+README, MEASUREMENTS, LIMITS, RANKS = (
+    TEXTS[name] for name in ("README.md", "benchmarks/README.md", "msgdrop_numba/LIMITS.md", "msgdrop_numba/RANKS.md")
 )
 MEASURED = {path.stem for path in (ROOT / "benchmarks" / "results").glob("*.json")}
 # what torch 2.13 says of its own code on the first torch.compile
@@ -69,7 +70,10 @@ def test_there_is_code_to_run(name):
 
 
 def marked(block):
-    return pytest.param(block, marks=pytest.mark.ray) if "import ray" in block else block
+    """What starts Ray, and what trains on it, which takes half a minute."""
+    if "import ray" not in block:
+        return block
+    return pytest.param(block, marks=[pytest.mark.ray, *([pytest.mark.long] if "ray.train" in block else [])])
 
 
 @pytest.mark.processes
@@ -155,6 +159,19 @@ def test_the_summary_is_that_of_the_committed_runs():
 def test_the_ways_are_those_that_info_names():
     check_table(LIMITS, "ways", r"<!-- ways: from msgdrop info -->\n\|.*?\|\n<!-- end ways -->")
     assert f"<!-- ways: from msgdrop info -->\n{documents.ways()}\n<!-- end ways -->" in LIMITS
+
+
+def test_the_training_on_ranks_is_that_of_the_committed_run():
+    check_table(
+        RANKS, "trained", r"<!-- trained: from benchmarks/results/ranks\.json -->\n\|.*?\|\n<!-- end trained -->"
+    )
+    for case in documents.results("ranks")["trained"]:  # and shows what the text says of it
+        masks = {found["same_masks"] for found in case["sizes"].values()}
+        if case["layer"] in ("none", "MessageDropout"):
+            assert masks == {case["masks"]}
+            assert max(found["difference"] for found in case["sizes"].values()) <= TOLERANCE[case["dtype"]]
+        elif (case["layer"], case["seeded"]) != ("nn.Dropout1d", "alike"):
+            assert masks == {case["masks"], 0}
 
 
 def test_one_command_makes_them_all(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,15 @@ def sources() -> dict[str, str]:
     return {name.removesuffix(".__init__") if "." in name else name: p.read_text() for name, p in files.items()}
 
 
+@cache
+def nodes(text: str) -> list[ast.AST]:
+    """All nodes of a module; most texts are the same in every test."""
+    return list(ast.walk(ast.parse(text)))
+
+
 def imported(text: str, modules: set[str]) -> Iterator[tuple[str, bool]]:
     """Each name that a module imports, ours below the package, and whether it is one of ours."""
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -78,7 +85,7 @@ def wrong(modules: dict[str, str]) -> list[str]:
             elif target == "torch" and room in WITHOUT_TORCH:
                 found.append(f"{module} imports {name}: {room} does without torch")
         if module != PRIVATE_FILE:
-            for node in ast.walk(ast.parse(text)):
+            for node in nodes(text):
                 told = node.attr if isinstance(node, ast.Attribute) else node.value if _is_text(node) else None
                 if told in PRIVATE:
                     found.append(f"{module}, line {node.lineno}: {told} belongs into {PRIVATE_FILE}")  # type: ignore[attr-defined]

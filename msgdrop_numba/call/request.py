@@ -38,7 +38,11 @@ class Options(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What one call asks for: the fields of `Options`, and its own arguments, as for `message_dropout`."""
+    """What one call asks for: the fields of `Options`, and its own arguments, as for `message_dropout`.
+
+    Fields:
+        ranks: a layer's `per_rank`: whether, and among which processes, this one's rank is folded into a drawn seed.
+    """
 
     p: Any
     rule: tuple[Any, ...]
@@ -55,6 +59,7 @@ class Request(NamedTuple):
     generator: Any = None
     out: Any = None
     return_mask: Any = False
+    ranks: Any = False
 
 
 # What of a request may be an array, and so may lie elsewhere than x.
@@ -127,8 +132,8 @@ class Library(Protocol):
     def draw(self, plan: Any, p: Any, fill: Any, request: Request, device: Any) -> Any:
         """The arrays over rows or messages, laid out; p None: a number."""
 
-    def seed(self, given: Any, generator: Any, device: Any) -> Any:
-        """The seed given, where it is needed, or one drawn."""
+    def seed(self, given: Any, generator: Any, device: Any, ranks: Any = False) -> Any:
+        """The seed given, where it is needed, or one drawn, of this rank if layers of tensors ask for that."""
 
     def mask(self, shape: tuple[int, ...], device: Any) -> Any:
         """Memory for a keep mask."""
@@ -147,7 +152,7 @@ def prepare(library: Library, x: Any, request: Request, check: Any = None) -> Jo
     """The job of a call. Raises before anything is written or drawn; `check` too, which is shown the plan."""
     (
         p, rule, scale, fill, message_dims, training, inplace, lengths, seed, keys, protect, positions, generator, out,
-        return_mask,
+        return_mask, ranks,
     ) = request  # fmt: skip
     if training is not True and not isinstance(training, (bool, np.bool_)):
         raise TypeError(f"training must be True or False, but got {training!r}")
@@ -167,7 +172,7 @@ def prepare(library: Library, x: Any, request: Request, check: Any = None) -> Jo
     draw = library.draw(plan, array, fill, request, device) if told else library.nothing
     if not active:
         return Job(plan, draw, None, target)
-    seed = library.seed(seed, generator, device)
+    seed = library.seed(seed, generator, device, ranks)
     mask = library.mask(plan.shape, device) if return_mask else None
     return tuple.__new__(Job, (plan, draw, seed, target, mask, None))  # twice as fast as the constructor
 
@@ -189,7 +194,11 @@ def prepare_mask(
 
 def perform(library: Library, x: Any, request: Request) -> Any:
     """`functional.message_dropout` by a library's primitives."""
-    job = prepare(library, x, request)
+    return carry_out(library, x, prepare(library, x, request), request)
+
+
+def carry_out(library: Library, x: Any, job: Job, request: Request) -> Any:
+    """The same of a job that is prepared."""
     if job.seed is not None:
         return library.run(x, job, request)
     y = x if job.target is None or job.target is x else library.copy(x, job.target)

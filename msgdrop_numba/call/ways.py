@@ -25,6 +25,7 @@ COMPILED = Way("CPU or CUDA tensor, torch.compile", "compiled mask, torch's wher
 IN_TRANSFORMS = Way(
     "export, vmap, jvp, fake tensors", "tensor operations", "nothing of this package may be called there"
 )
+SHARDED = Way("DTensor", "that of its local tensor", "rows and positions have their numbers in the whole")
 DEVICE_ARRAY = Way("CuPy or numba device array", "as a CUDA tensor", "on its own stream; needs torch")
 WITHOUT_KERNELS = Way(
     "CUDA tensor without numba-cuda", "tensor operations", "the same mask; a log line says what to install"
@@ -32,7 +33,8 @@ WITHOUT_KERNELS = Way(
 ELSEWHERE = Way("ROCm, MPS and XPU tensors", "tensor operations", "no kernels for them")
 
 WAYS = (
-    ARRAY, ARRAY_APART, TENSOR, TENSOR_APART, COMPILED, IN_TRANSFORMS, DEVICE_ARRAY, WITHOUT_KERNELS, ELSEWHERE,
+    ARRAY, ARRAY_APART, TENSOR, TENSOR_APART, COMPILED, IN_TRANSFORMS, SHARDED, DEVICE_ARRAY, WITHOUT_KERNELS,
+    ELSEWHERE,
 )  # fmt: skip
 
 

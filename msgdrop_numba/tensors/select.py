@@ -71,7 +71,7 @@ def message_select(x: Tensor, request: Request, how: How) -> tuple[Tensor, Selec
     if passes:
         return (_in_a_row(x, dims) if how.layout == PACKED else x), found
     assert found is not None
-    scales = _scales(library, job) if request.scale and job.seed is not None else None
+    scales = scales_of(library, job) if request.scale and job.seed is not None else None
     return take(x, dims, found, scales), found
 
 
@@ -152,7 +152,7 @@ def _totals(counts: Tensor) -> tuple[int, int]:
         ) from error
 
 
-def _scales(library: Library, job: Job) -> Tensor:
+def scales_of(library: Library, job: Job) -> Tensor:
     """What each message is multiplied by, float64; 0: it passes as it is."""
     plan, draw, seed, *_ = job
     if library is ON_HOST:
@@ -196,6 +196,8 @@ def restore(y: Tensor, fill: Any, found: Selection) -> Tensor:
 
 def as_here(found: Selection, x: Tensor) -> Selection:
     """A selection as tensors on x's device."""
+    if hasattr(found.numbers, "device_mesh"):
+        raise ValueError("what was kept is of a DTensor, and goes with DTensors alone: distribute_tensor(t, ...)")
     found = on(found, None)
     if found.numbers.device != x.device:
         raise ValueError(

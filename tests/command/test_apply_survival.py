@@ -15,7 +15,7 @@ import uuid
 import numpy as np
 import psutil
 import pytest
-from helpers.jobs import files, invoke, job, rng, run, save, serial, two_folders
+from helpers.jobs import files, invoke, job, lines, rng, run, save, serial, two_folders
 
 from msgdrop_numba.command import apply, engines, journal, shards
 from msgdrop_numba.command.errors import JobError
@@ -128,12 +128,6 @@ def command(source, output):
         "--jobs",
         "2",
     ]
-
-
-def lines(output):
-    """How many files the journal of a running job speaks of."""
-    path = output / journal.NAME
-    return path.read_text().count("\n") if path.exists() else 0
 
 
 def marked(mark):

@@ -268,6 +268,23 @@ def reset_outputs() -> None:
     outputs.reset()
 
 
+def told_uses(patch: pytest.MonkeyPatch, told: list[int]) -> list[int]:
+    """So many users are said to use a storage, one answer a question; what was said. Then the truth."""
+    from msgdrop_numba import outputs
+
+    said: list[int] = []
+    uses = outputs.storage_uses
+
+    def answer(storage: Any) -> int:
+        if len(said) == len(told):
+            return uses(storage)
+        said.append(told[len(said)])
+        return said[-1]
+
+    patch.setattr(outputs, "storage_uses", answer)
+    return said
+
+
 def watch_advice(patch: pytest.MonkeyPatch, advice: int) -> list[tuple[int, int, int]]:
     """A list that grows with each wish for huge pages: address, bytes and this advice."""
     from msgdrop_numba import outputs

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import warnings
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers import clusters
 from helpers.jobs import files, job, run
 from pyarrow import parquet
 
@@ -40,15 +40,8 @@ def rows_of(value):
 
 @pytest.fixture(scope="module")
 def ray():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import ray
-        import ray.data
-
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=40)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield ray
-    ray.shutdown()
+    with clusters.connected(num_cpus=2, include_dashboard=False) as started:
+        yield started
 
 
 def killed_once(drop, mark):
