@@ -229,10 +229,16 @@ def _library(x: Any) -> Any:
         from msgdrop_numba.tensors import device_arrays
 
         return device_arrays
+    advice = "stack them, or let MessageDropoutCollate(pad=True) make a batch of them" if _is_listed(x) else ""
     raise TypeError(
         f"x must be a NumPy array, a torch tensor or a CuPy or numba device array, but got {type(x).__name__}; "
-        "make it one first"
+        f"{advice or 'make it one first'}"
     )
+
+
+def _is_listed(x: Any) -> bool:
+    """Whether it is a list of samples."""
+    return isinstance(x, (list, tuple)) and bool(x) and all(getattr(sample, "ndim", 0) for sample in x)
 
 
 @overload

@@ -19,6 +19,7 @@ from msgdrop_numba.call.arguments import (
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import DEFAULTS, DropRule
 from msgdrop_numba.call.select import how
+from msgdrop_numba.call.shown import short
 from msgdrop_numba.functional import drop_messages, message_dropout
 from msgdrop_numba.select import select
 from msgdrop_numba.tensors.seeds import check_ranks
@@ -73,7 +74,7 @@ class _Layer(torch.nn.Module):
             value = getattr(self, name)
             if default is ALWAYS or hasattr(value, "shape") or value != default:
                 shown[name] = value
-        return ", ".join(f"{name}={_short(value)}" for name, value in shown.items())
+        return ", ".join(f"{name}={short(value, name)}" for name, value in shown.items())
 
 
 class MessageDropout(_Layer):
@@ -404,7 +405,3 @@ def _put_back(made: Tensor, x: Tensor, kept: Any, message_dims: Any) -> Tensor:
     order = message_order(x.ndim, message_dims)
     y: Tensor = kept.restore(made.permute(order), fill=x.permute(order))
     return y.permute([order.index(dim) for dim in range(x.ndim)])
-
-
-def _short(value: Any) -> str:
-    return f"{type(value).__name__}{tuple(value.shape)}" if hasattr(value, "shape") else repr(value)

@@ -116,6 +116,15 @@ def integers(name: str, values: Any, read: Callable[[str, Any], int] = check_key
     return array
 
 
+def check_keys_shape(given: tuple[int, ...], rows: tuple[int, ...]) -> None:
+    """Refuse keys that have neither the shape of the rows nor a leading part of it."""
+    if given != rows[: len(given)]:
+        more = len(given) > len(rows) and given[: len(rows)] == rows
+        alone = ", or make each message a row with x[:, None]" if not rows else ""
+        hint = f": keys name rows; number the messages of a row by positions{alone}" if more else ""
+        raise ValueError(f"keys must have shape {rows} or a leading part of it, but got {given}{hint}")
+
+
 def row_lengths(lengths: Any, row_shape: tuple[int, ...], size: int) -> np.ndarray | None:
     """One int64 count of valid messages a row, or None where all are."""
     if lengths is None:
@@ -229,7 +238,10 @@ def check_broadcast(of_p: tuple[int, ...], shape: tuple[int, ...]) -> None:
         fits = fits and (ours == 1 or ours == shape[missing + dim])
     if not fits:
         either = " or ".join(str(s) for s in dict.fromkeys((shape[-1:], shape)))
-        raise ValueError(f"p must be a number or have shape {either}, or broadcast to the latter, but got {of_p}")
+        raise ValueError(
+            f"p must be a number or have shape {either}, or broadcast to the latter, but got {of_p}: give one a row as "
+            "p[..., None], and expand what has other dims to the latter shape first"
+        )
 
 
 def position_p(p: Any) -> tuple[P, np.ndarray | None]:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call import select
-from msgdrop_numba.call.arguments import ZERO, address, check_is_number, check_key, check_seed
+from msgdrop_numba.call.arguments import ZERO, check_is_number, check_key, check_seed
 from msgdrop_numba.call.keys import hash64, row_key
-from msgdrop_numba.call.request import Options, Request
+from msgdrop_numba.call.request import Options
 from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.call.threads import load
-from msgdrop_numba.functional import drop_messages, fold_in
+from msgdrop_numba.functional import fold_in
 from msgdrop_numba.pipelines.datasets import Keyed
+from msgdrop_numba.pipelines.explain import Explanation, explained
 from msgdrop_numba.pipelines.fields import (
     Field,
     Path,
@@ -32,7 +33,9 @@ from msgdrop_numba.pipelines.fields import (
     source,
 )
 from msgdrop_numba.pipelines.removal import Removal
+from msgdrop_numba.pipelines.returned import drop_in, request_in
 from msgdrop_numba.pipelines.rows import Each, Own, check_removal, read_each, read_p, sources
+from msgdrop_numba.pipelines.shown import of_collate
 from msgdrop_numba.pipelines.stack import Padding, Stack, called, padded
 from msgdrop_numba.tensors.seeds import fresh_seed
 
@@ -45,7 +48,8 @@ class MessageDropoutCollate:
     Samples are arrays or tensors `(messages, *features)`, or tuples, lists or dicts with such fields; all other
     leaves go through torch's `default_collate`. Without `seed` each batch draws from torch's default generator, which a
     DataLoader seeds in every worker. With `seed` a sample's mask depends on seed, epoch and its id alone, whatever the
-    workers, batches and ranks are; ids come from a `KeyedDataset`.
+    workers, batches and ranks are; ids come from a `KeyedDataset`. There is no eval mode: for validation make another
+    collate with p=0 and the same options, which drops and draws nothing, and whose batches have the same parts.
 
     Args:
         p: probability that a message is **dropped**, in [0, 1]; or a range, a tuple `(lo, hi)`, of which each sample
@@ -115,11 +119,12 @@ class MessageDropoutCollate:
 
         Nested samples, two of whose fields share a mask:
 
+        >>> import operator
         >>> samples = [{"id": f"clip-{n}", "in": {"audio": torch.ones(n, 40), "video": torch.ones(n, 3, 8, 8)},
         ...             "text": torch.ones(9, 16)} for n in (120, 80)]
         >>> fields = {("in", "audio"): "av", ("in", "video"): "av", "text": "text"}  # each with the name of its mask
         >>> collate = MessageDropoutCollate(0.3, fields=fields, pad=True, seed=1)
-        >>> dataset = KeyedDataset(samples, key=lambda sample: sample["id"])
+        >>> dataset = KeyedDataset(samples, key=operator.itemgetter("id"))  # workers that are spawned take no lambda
         >>> batch = next(iter(DataLoader(dataset, batch_size=2, collate_fn=collate)))
         >>> batch["in"]["video"].shape, batch["lengths"], batch["id"]
         (torch.Size([2, 120, 3, 8, 8]), {'av': tensor([120,  80]), 'text': tensor([9, 9])}, ['clip-120', 'clip-80'])
@@ -201,6 +206,48 @@ class MessageDropoutCollate:
         bits = check_key("epoch", epoch)
         self._epoch.fill_(bits if bits < 2**63 else bits - 2**64)
 
+    def explain(self, sample: Any) -> Any:
+        """Why messages of a sample drop in this epoch.
+
+        Args:
+            sample: what the `KeyedDataset` gives, `dataset[17]` say.
+
+        Returns:
+            An object that prints it: the sample's key, the epoch's seed, which messages drop and by which rule. Its
+            fields, `keep`, `draws`, `p`, `takes_part` and so on, hold the same as numbers. Where masks have names, a
+            dict of such by name.
+
+        Raises:
+            TypeError, ValueError: there is no seed, so that each batch draws anew; or as at a call.
+
+        Example:
+            >>> dataset = KeyedDataset([torch.ones(9, 4)])
+            >>> MessageDropoutCollate(0.3, seed=1).explain(dataset[0])
+            sample 0, row key 0; seed 1, epoch 0: draws from 5061141740306754273
+            2 of 9 messages drop: 2-3
+            because a message drops where its draw lies below p = 0.3
+        """
+        if self.seed is None:
+            raise ValueError("explain needs a collate with a seed: without one each batch draws anew")
+        ids, keys, samples = _split_keys([sample])
+        seed, given = self._seed(ids is not None), (self.seed, int(self._epoch))
+        assert ids is not None  # else it has been refused
+        assert keys is not None
+        own = self._read_own(samples, ids)[0] if self._own or self._offset else None
+        batch = samples[0] if self.collate_fn is None else self.collate_fn(samples)
+        found: dict[str | None, Explanation] = {}
+        for path, (label, mask) in self._find(batch).items():
+            x, of_mask = at(batch, path), _mask_seed(seed, mask)
+            if self.collate_fn is None:
+                request, size = Stack(self._options, self._padding, of_mask, ids, keys, own).request(label, x)
+            else:
+                request, size = request_in(self._options, {label: x}, of_mask, keys, own), x.shape[1]
+            found[mask] = explained(ids[0], given, request, size)
+        return found.get(None, found)
+
+    def __repr__(self) -> str:
+        return of_collate(self)
+
     def __getstate__(self) -> dict[str, Any]:
         """The same as plain tuples: a pickle names no inner class."""
         masks = None if self._masks is None else {path: tuple(field) for path, field in self._masks.items()}
@@ -231,7 +278,7 @@ class MessageDropoutCollate:
         own, brought = self._read_own(samples, ids) if self._own or self._offset else (None, {})
         extras: dict[str, dict[str | None, Any]] = {}
         if self.collate_fn is None:
-            fields = find(self._masks, samples[0], "a sample")
+            fields = self._find(samples[0])
             kind = Removal if self.remove else Stack
             stacks: dict[str | None, Any] = {
                 mask: kind(self._options, self._padding, _mask_seed(seed, mask), ids, keys, own)
@@ -249,14 +296,20 @@ class MessageDropoutCollate:
         else:
             batch, sharing = self.collate_fn(samples), {}
             keys = np.arange(len(samples), dtype=np.uint64) if keys is None else keys
-            fields = find(self._masks, batch, "what collate_fn returned")
+            fields = self._find(batch)
             for mask in dict.fromkeys(field.mask for field in fields.values()):
                 found = {field.label: at(batch, path) for path, field in fields.items() if field.mask == mask}
-                sharing[mask] = found, self._request(found, _mask_seed(seed, mask), keys, own)
-            keep = {mask: self._drop_in(*told) for mask, told in sharing.items()}
+                sharing[mask] = found, request_in(self._options, found, _mask_seed(seed, mask), keys, own)
+            keep = {mask: drop_in(*told) for mask, told in sharing.items()}
             if self.return_mask:
                 extras["keep_mask"] = keep
         return extend(batch, {name: by_mask.get(None, by_mask) for name, by_mask in extras.items()})
+
+    def _find(self, sample: Any) -> dict[Path, Field]:
+        """The fields in a sample, or in what collate_fn returned."""
+        if self.collate_fn is None:
+            return find(self._masks, sample, "a sample", even=not self._padding.wanted)
+        return find(self._masks, sample, "what collate_fn returned", dims=3, even=False)
 
     def _beside(
         self, samples: list[Any], fields: dict[Path, Field], brought: dict[Path, Each], stacks: dict[str | None, Any]
@@ -310,39 +363,6 @@ class MessageDropoutCollate:
             if path is not None:
                 found[path] = read[argument]
         return Own(name, **read), found
-
-    def _request(self, fields: dict[str, Any], seed: int, keys: np.ndarray, own: Own | None) -> Request:
-        """What is asked for in what collate_fn returned, in the fields of one mask, by their labels."""
-        sizes = set()
-        for field, x in fields.items():
-            if not isinstance(x, (Tensor, np.ndarray)) or x.ndim < 3 or len(x) != len(keys):
-                shape = tuple(x.shape) if isinstance(x, (Tensor, np.ndarray)) else type(x).__name__
-                raise ValueError(
-                    f"collate_fn must return (samples, messages, features) with {len(keys)} rows"
-                    f"{' in ' if field else ''}{field}, but got {shape}"
-                )
-            sizes.add(x.shape[1])
-        if len(sizes) > 1:
-            raise ValueError(
-                f"{', '.join(fields)} must have as many messages each, but got {sorted(sizes)}: they share one mask; "
-                "give them their own with fields={name: mask name, ...}"
-            )
-        (size,) = sizes
-        request = Request(*self._options.of_rows(size), inplace=True, seed=seed, keys=keys, return_mask=True)
-        return request if own is None else own.requested(request, None, size, f" of {', '.join(fields)}")
-
-    def _drop_in(self, fields: dict[str, Any], request: Request) -> Any:
-        """Drop in those fields; their keep mask."""
-        fill = self._options.fill
-        once = {_memory(x): x for x in fields.values()}  # memory that has two names is dropped in once
-        for x in once.values():
-            like_x = fill.numpy() if isinstance(fill, Tensor) and isinstance(x, np.ndarray) else fill
-            _, mask = drop_messages(x, request._replace(fill=like_x))
-        return mask
-
-
-def _memory(x: Any) -> tuple[Any, ...]:
-    return address(x), tuple(x.shape), x.stride() if isinstance(x, Tensor) else x.strides, x.dtype
 
 
 def _mask_seed(seed: int, mask: str | None) -> int:

@@ -101,6 +101,17 @@ def _check_inference(name: str, target: Tensor) -> None:
         raise ValueError(f"{name} is an inference tensor, which can only be written under torch.inference_mode()")
 
 
+def check_device(device: Any) -> torch.device:
+    """A torch device that tensors can be made on."""
+    try:
+        found = torch.device(device)
+        if found.type != "cpu" and not torch.compiler.is_compiling():
+            torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as error:  # a torch that is built without a device asserts
+        raise ValueError(f"device must be one that torch has here, but got {device!r}: {error}") from error
+    return found
+
+
 def split_p_of_device(p: Any) -> tuple[P, Any]:
     """`arguments.split_p`; a tensor on a device is an array, as its value isn't looked at."""
     return (None, p) if isinstance(p, Tensor) and not p.is_cpu else arguments.split_p(p)
@@ -139,8 +150,7 @@ def keys_on(keys: Any, rows: tuple[int, ...], device: torch.device) -> Tensor | 
         assert host is not None
         return move("keys", torch.from_numpy(host.view("int64")).reshape(rows), device)
     _check_integers("keys", keys)
-    if keys.shape != rows[: keys.ndim]:
-        raise ValueError(f"keys must have shape {rows} or a leading part of it, but got {tuple(keys.shape)}")
+    arguments.check_keys_shape(tuple(keys.shape), tuple(rows))
     keys = move("keys", keys, device)
     return keys.view(torch.int64) if keys.dtype == torch.uint64 else keys.to(torch.int64)  # type: ignore[no-any-return]
 

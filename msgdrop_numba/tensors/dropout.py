@@ -12,7 +12,7 @@ from msgdrop_numba.call.plan import PLAIN, Plan, make_plan
 from msgdrop_numba.call.request import Request, ShortDoor, perform, prepare_mask, turned
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import nested, traced, ways
-from msgdrop_numba.tensors.arguments import WITHOUT_ZERO, scaled_kind
+from msgdrop_numba.tensors.arguments import WITHOUT_ZERO, check_device, scaled_kind
 from msgdrop_numba.tensors.autograd import run_job
 from msgdrop_numba.tensors.seeds import fresh_seed
 from msgdrop_numba.tensors.write import draw_mask, write_new
@@ -53,7 +53,7 @@ def _perform(x: Tensor, request: Request) -> Any:
 
 def keep_mask(shape: tuple[int, ...], request: Request, device: Any) -> Tensor:
     """`functional.keep_mask` on a device."""
-    device = torch.device(device)
+    device = check_device(device)
     library = ways.mask_library(device, request)
     job = prepare_mask(library, shape, request, device)
     return traced.draw_mask(job) if library is traced.TRACED else draw_mask(job)

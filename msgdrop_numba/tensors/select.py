@@ -30,7 +30,7 @@ from msgdrop_numba.call.select import (
 )
 from msgdrop_numba.kernels.records import COPY, OTHER
 from msgdrop_numba.tensors import cuda, nested, operations, traced, ways
-from msgdrop_numba.tensors.arguments import fill_message, scaled_kind
+from msgdrop_numba.tensors.arguments import check_device, fill_message, scaled_kind
 from msgdrop_numba.tensors.library import ON_HOST
 from msgdrop_numba.tensors.traced import TRACED
 from msgdrop_numba.tensors.write import draw_mask
@@ -81,7 +81,7 @@ def _select(how: How, x: Tensor, request: Request) -> tuple[Tensor, Selection | 
 
 def select_messages(shape: tuple[int, ...], request: Request, how: How, device: Any) -> Selection:
     """`select.select_messages` on a device."""
-    device = torch.device(device)
+    device = check_device(device)
     library = ways.mask_library(device, request)
     lay = partial(laid_out, how, request)
     job = prepare_mask(library, shape, request, device, lay)

@@ -21,11 +21,9 @@ def serial(tasks):
     return ((task, shards.run(task)) for task in tasks)
 
 
-def settings(
-    p=0.5, seed=7, columns=None, key=None, ids=None, protect=None, positions=None, remove=False, companions=None, **rule
-):
-    rule = tuple({**DEFAULTS, **rule}.values())
-    return shards.Settings(p, seed, rule, columns, key, ids, protect, positions, remove, companions)
+def settings(p=0.5, seed=7, columns=None, key=None, ids=None, **told):
+    rule = tuple({name: told.pop(name, default) for name, default in DEFAULTS.items()}.values())
+    return shards.Settings(p, seed, rule, columns, key, ids, **told)
 
 
 def job(source, output, epochs=1, engine=serial, **options):

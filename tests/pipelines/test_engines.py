@@ -88,9 +88,13 @@ class TestRay:
         (tmp_path / "in").mkdir()
         for i in range(4):
             np.save(tmp_path / f"in/{i}.npy", X[6 * i : 6 * i + 6])
-        job(tmp_path / "in", tmp_path / "here", epochs=2)
+        np.save(tmp_path / "in/n.npy", np.arange(24) % len(X[0]))
+        told = {"lengths": "n.npy", "scale": True, "fill": -2, "mask": True}
+        job(tmp_path / "in", tmp_path / "here", epochs=2, **told)
+        job(tmp_path / "in", tmp_path / "there", epochs=1, **told)  # begun here, and gone on with there
         done = run(
             "apply", tmp_path / "in", tmp_path / "there", "--p", 0.5, "--seed", 7, "--epochs", 2, "--engine", "ray",
+            "--lengths", "n.npy", "--scale", "--fill", -2, "--mask",
             "--ray-address", ray.get_runtime_context().gcs_address, warnings="ignore",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
