@@ -13,7 +13,7 @@ from helpers.oracle import dropout
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from msgdrop_numba import MessageDropout, keep_mask, message_dropout
+from msgdrop_numba import MessageDropout, fold_in, keep_mask, message_dropout
 
 ROWS, MESSAGES, SEED = 3, 24, 11
 LENGTHS = torch.tensor([24, 9, 14])
@@ -223,8 +223,6 @@ def test_what_is_drawn_inside_of_a_fork_differs_between_ranks():
 
 def test_a_step_and_the_number_of_a_layer_need_no_generator():
     """In another stage, in another micro-batch, recomputed: what is given stays the same."""
-    from msgdrop_numba import fold_in
-
     seed, x = fold_in(SEED, 1000), batch()
     blocks = nn.ModuleList(MessageDropout(0.3) for _ in range(4))
 

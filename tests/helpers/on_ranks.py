@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from benchmarks import tensor_parallel
+from benchmarks.ranks import TOLERANCE
 from helpers.recomputing import Block, Stack, equals_the_masks_seen
 from helpers.world import Report
 from msgdrop_numba import (
@@ -245,3 +247,24 @@ def pipelines(report: Report) -> None:
             for got, want in zip(stage.block.parameters(), whole.blocks[rank].parameters(), strict=True):
                 report.expect(f"{label}: gradients", torch.equal(got.grad, want.grad) and bool(want.grad.any()))
             report.expect(f"{label}: microbatches differ", not torch.equal(*masks[rank].chunk(parts)[:2]))
+
+
+# ---- a model, trained on all ranks as on one
+
+
+def trained(report: Report) -> None:
+    """Masks are those of one rank bit for bit, whatever ranks draw; losses, but for the order of sums."""
+    ranks, rank = distributed.get_world_size(), distributed.get_rank()
+    mesh = DeviceMesh("cpu", list(range(ranks)))
+    alone = [DeviceMesh("cpu", [each]) for each in range(ranks)][rank]
+    drop, mistake = (partial(kind, 0.1) for kind in (MessageDropout, torch.nn.Dropout1d))
+    for name, make, local, seed in (("drop", drop, False, 1 + rank), ("torch's, on local tensors", mistake, True, 1)):
+        torch.manual_seed(1)
+        want = tensor_parallel.train(make, alone, 3, local, torch.float32)
+        torch.manual_seed(seed)
+        got = tensor_parallel.train(make, mesh, 3, local, torch.float32)
+        difference = max(abs(loss - other) for loss, other in zip(got.losses, want.losses, strict=True))
+        same = sum(map(str.__eq__, got.masks, want.masks))
+        report.expect(f"{name}: {len(got.masks)} masks", len(got.masks) == len(want.masks) == 3 * 9)
+        report.expect(f"{name}: {same} masks are the same", same == (0 if local else 3 * 9))
+        report.expect(f"{name}: losses differ by {difference}", (difference <= TOLERANCE["float32"]) != local)

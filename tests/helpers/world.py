@@ -1,4 +1,4 @@
-"""Ranks of a gloo world on this machine: `run` starts them and tells what failed where; forked, to import torch once."""
+"""Ranks of a gloo world on this machine: `held` starts them and tells what failed where; forked, to import torch once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Report:
     """What a rank's checks came to."""
 
     def __init__(self) -> None:
-        self.checked, self.failed = 0, [""][:0]
+        self.checked = 0
+        self.failed: list[str] = []
 
     def expect(self, label: Any, held: bool) -> None:
         """One check; the next ones go on, so that no rank waits for another."""
@@ -48,32 +49,19 @@ class Report:
             self.expect(f"{said!r}: nothing was raised", False)
 
 
-def run(module: str, names: list[str], ranks: int = RANKS, limit: int = 150, **environment: str) -> dict[str, Any]:
-    """Call functions of a module of the tests, `name(report)`, on all ranks of a world.
+def held(*names: str, ranks: int = RANKS, limit: int = 150) -> None:
+    """That functions beside this module, "module.name", hold on all ranks of one world, and that each checks something.
 
-    Returns:
-        For each name how many checks were made on all ranks together, or a list of what failed.
+    By their names: what they import takes a second, which is the ranks' alone.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-W",
-            "error",
-            "-X",
-            "faulthandler",
-            "-m",
-            "helpers.world",
-            module,
-            ",".join(names),
-            str(ranks),
-            folder,
-        ]
         # One thread each: idle OpenMP or BLAS threads wouldn't survive the fork.
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
         started = subprocess.Popen(
-            command, env={**os.environ, **threads, "PYTHONPATH": path, **environment}, cwd=folder,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            [sys.executable, "-W", "error", "-X", "faulthandler", "-m", "helpers.world", str(ranks), folder, *names],
+            env={**os.environ, **threads, "PYTHONPATH": path}, cwd=folder, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
         try:
             said, _ = started.communicate(timeout=limit)
@@ -82,47 +70,58 @@ def run(module: str, names: list[str], ranks: int = RANKS, limit: int = 150, **e
             raise
         assert started.returncode == 0, said
         told = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
-    found: dict[str, Any] = {}
-    for name in names:
-        failed = [f"rank {rank}: {said}" for rank in range(ranks) for said in told[rank][name][1]]
-        found[name] = failed or sum(each[name][0] for each in told)
-    return found
+    failed = [f"{name}, rank {rank}: {said}" for name in names for rank in range(ranks) for said in told[rank][name][1]]
+    assert failed == []
+    assert all(sum(of_rank[name][0] for of_rank in told) for name in names)
 
 
-def _rank(rank: int, module: str, names: list[str], ranks: int, folder: str) -> None:
-    import torch
+def _rank(rank: int, ranks: int, folder: str, checks: dict[str, Callable[[Report], None]]) -> None:
+    from torch import distributed
 
-    store, limit = torch.distributed.FileStore(f"{folder}/store", ranks), timedelta(seconds=60)
+    store, limit = distributed.FileStore(f"{folder}/store", ranks), timedelta(seconds=60)
     store.set_timeout(limit)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
-    told, checks = {}, importlib.import_module(module)
-    for name in names:
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
+    told = {}
+    for name, check in checks.items():
         report = Report()
         try:
-            getattr(checks, name)(report)
+            check(report)
         except Exception:
             report.failed.append(traceback.format_exc())
         told[name] = report.checked, report.failed
     Path(folder, f"{rank}.json").write_text(json.dumps(told))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
-def _main(module: str, names: str, ranks: str, folder: str) -> int:
-    importlib.import_module(module)
-    children = []
-    for rank in range(int(ranks)):
+def _ready() -> None:
+    """What every rank would import, and load or compile, for itself."""
+    import torch._dynamo
+
+    from msgdrop_numba import message_dropout, message_select
+
+    message_select(message_dropout(torch.ones(1, 1, 1), return_mask=True)[0])
+
+
+def _main(count: str, folder: str, *names: str) -> int:
+    ranks, checks, children = int(count), {}, []
+    for name in names:
+        module, _, check = name.partition(".")
+        checks[name] = getattr(importlib.import_module(f"helpers.{module}"), check)
+    _ready()
+    for rank in range(ranks):
         child = os.fork()
         if child == 0:
             try:
-                _rank(rank, module, names.split(","), int(ranks), folder)
+                _rank(rank, ranks, folder, checks)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
         children.append(child)
     ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    print("ranks ended with", ended)
+    if any(ended):
+        print("ranks ended with", ended)
     return int(any(ended))
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import internals, world
+from helpers import internals
+from helpers.world import held
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from msgdrop_numba import MessageDropout, MessageSelect, MessageSubset, fold_in, message_dropout
 
-CHECKS = "helpers.on_ranks"
 X = torch.randn(4, 9, 3)
 LAYERS = {
     "drop": lambda **told: MessageDropout(0.5, **told),
@@ -84,6 +85,13 @@ def test_the_rank_is_folded_in_by_compiled_code(alone, layer):
     f = torch.compile(made, backend="aot_eager", fullgraph=layer != "subset")
     seed = folded()
     assert torch.equal(f(X), made(X, seed=seed))
+
+
+def test_the_rank_is_folded_in_on_dtensors(alone):
+    layer = MessageDropout(0.5, per_rank=True)
+    x = distribute_tensor(X, DeviceMesh("cpu", [0]), [Shard(1)])
+    seed = folded()
+    assert torch.equal(layer(x).full_tensor(), message_dropout(X, 0.5, seed=seed))
 
 
 def test_there_must_be_a_rank():
@@ -157,25 +165,23 @@ def test_layers_of_before_have_no_ranks(layer):
 # ---- worlds of several processes
 
 
-def all_held(names: list[str], ranks: int) -> None:
-    found = world.run(CHECKS, names, ranks)
-    assert {name: told for name, told in found.items() if not isinstance(told, int) or told == 0} == {}
-
-
 @pytest.mark.processes
 def test_two_ranks():
     """In one world, since to start one takes seconds."""
-    all_held(["own_masks", "strangers", "global_batches", "checkpoints", "fully_sharded", "named_dims", "pipelines"], 2)
+    held(
+        "on_ranks.own_masks", "on_ranks.strangers", "on_ranks.global_batches", "on_ranks.checkpoints", "on_ranks.fully_sharded",
+        "on_ranks.named_dims", "on_ranks.pipelines", "on_ranks.trained", ranks=2,
+    )  # fmt: skip
 
 
 @pytest.mark.long
 @pytest.mark.processes
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_global_batches_of_any_number_of_ranks(ranks):
-    all_held(["global_batches"], ranks)
+    held("on_ranks.global_batches", ranks=ranks)
 
 
 @pytest.mark.long
 @pytest.mark.processes
 def test_compiled_code_on_two_ranks():
-    all_held(["compiled_checkpoints"], 2)
+    held("on_ranks.compiled_checkpoints", ranks=2)
