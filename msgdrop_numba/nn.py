@@ -103,7 +103,8 @@ class MessageDropout(_Layer):
         - Output: the input's shape and dtype.
 
     Raises:
-        TypeError, ValueError: p is no probability, or as `message_dropout` at the call.
+        TypeError, ValueError: p is no probability, per_rank nothing that has ranks; or, at the call, as
+            `message_dropout`, and where a seed is to be drawn and this process has no rank.
 
     Example:
         >>> import torch
@@ -117,13 +118,8 @@ class MessageDropout(_Layer):
 
     __module__ = "msgdrop_numba"
     _shown: ClassVar = {
-        "inplace": ALWAYS,
-        "scale": False,
-        **DEFAULTS,
-        "fill": 0.0,
-        "message_dims": None,
-        "per_rank": False,
-    }
+        "inplace": ALWAYS, "scale": False, **DEFAULTS, "fill": 0.0, "message_dims": None, "per_rank": False,
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -330,19 +326,10 @@ class MessageSubset(_Layer):
     _shown: ClassVar = {**DEFAULTS, "message_dims": None, "per": "message", "pass_kept": False, "per_rank": False}
 
     def __init__(
-        self,
-        module: torch.nn.Module,
-        p: Any = 0.5,
-        *,
-        exact: bool = False,
-        span: int = 1,
-        min_keep: int = 0,
-        prefix: int = 0,
-        message_dims: int | tuple[int, ...] | None = None,
-        per: str = "message",
-        pass_kept: bool = False,
-        per_rank: Any = False,
-    ) -> None:
+        self, module: torch.nn.Module, p: Any = 0.5, *, exact: bool = False, span: int = 1, min_keep: int = 0,
+        prefix: int = 0, message_dims: int | tuple[int, ...] | None = None, per: str = "message",
+        pass_kept: bool = False, per_rank: Any = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         if not callable(module):
             raise TypeError(f"module must be an nn.Module, but got {module!r}")

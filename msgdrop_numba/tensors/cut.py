@@ -125,15 +125,19 @@ def _placed_as_x(here: Here, name: str, value: DTensor, first: int) -> Tensor:
         raise ValueError(f"{name} must have shape {shared}, as x's dims that it goes along, but got {given}")
     wanted = [Replicate() if p.is_shard() and given[p.dim] != shared[p.dim] else p for p in piece.turned(first, dims)]
     if list(placements_of(name, value)) != wanted:
-        raise ValueError(
-            f"{name} must be placed as x is along the dims that they share, {tuple(wanted)}, or be replicated, "
-            f"but got {tuple(value.placements)}: redistribute it"
-        )
+        raise _misplaced(name, value, wanted)
     if here.counted:  # rows are needed whole
         last = here.dims - 1 - first
         wanted = [Replicate() if p.is_shard(last) else p for p in wanted]
         value = value.redistribute(placements=wanted)
     return waited(value.to_local())
+
+
+def _misplaced(name: str, value: DTensor, wanted: list[Any]) -> ValueError:
+    return ValueError(
+        f"{name} must be placed as x is along the dims that they share, {tuple(wanted)}, or be replicated, "
+        f"but got {tuple(value.placements)}: redistribute it"
+    )
 
 
 def _lengths(here: Here, device: Any) -> Any:
@@ -198,10 +202,7 @@ def local_part(name: str, value: Any, first: int, piece: Piece) -> Any:
     placements = list(placements_of(name, value))
     if placements != wanted:
         if any(p.is_shard() for p in placements):
-            raise ValueError(
-                f"{name} must be placed as x is along the dims that they share, {tuple(wanted)}, or be replicated, "
-                f"but got {tuple(placements)}: redistribute it"
-            )
+            raise _misplaced(name, value, wanted)
         value = value.redistribute(placements=wanted)  # by cutting alone
     of_gradient = [
         Partial() if p.is_shard() and p.dim < first else w for p, w in zip(piece.placements, wanted, strict=True)

@@ -146,7 +146,7 @@ def check_agreed(seed: Any, mesh: Any) -> None:
         return
     seeds = [bits & _U64 for bits in _gathered(seed, mesh).tolist()]
     if len(set(seeds)) > 1:
-        raise ValueError(f"seed must be the same on all ranks of x's mesh, but they were given {seeds}: give one")
+        raise ValueError(f"seed must be the same on all ranks of x's mesh, but they were given {seeds}: give all one")
 
 
 def _gathered(seed: Any, mesh: Any) -> Tensor:

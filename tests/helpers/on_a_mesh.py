@@ -80,11 +80,8 @@ def different_seeds(report: Report) -> None:
         message_dropout(x, seed=SEED)
         message_dropout(x, training=False, seed=rank)
         for seed in (2**63 + rank, torch.tensor(rank - 2**63)):
-            report.refuses(
-                ValueError,
-                f"they were given {[2**63 + r for r in range(RANKS)]}",
-                lambda s=seed: message_dropout(x, seed=s),
-            )
+            seeds = [2**63 + r for r in range(RANKS)]
+            report.refuses(ValueError, f"they were given {seeds}", lambda s=seed: message_dropout(x, seed=s))
     finally:
         distributed.set_debug_level(distributed.DebugLevel.OFF)
 
@@ -105,56 +102,37 @@ def refusals(report: Report) -> None:
         wrong(ValueError, "redistribute it first", partial)
         strided = DTensor.from_local(torch.ones(1, 7, 4), square, [_StridedShard(0, split_factor=2), Shard(0)])
         wrong(ValueError, "x must be placed by Replicate() and Shard(dim)", strided)
-        wrong(
-            ValueError,
-            "x must lie where its mesh does, on cpu, but it is on meta",
-            DTensor.from_local(torch.ones(SHAPE, device="meta"), mesh, [Replicate()]),
-        )
+        on_meta = DTensor.from_local(torch.ones(SHAPE, device="meta"), mesh, [Replicate()])
+        wrong(ValueError, "x must lie where its mesh does, on cpu, but it is on meta", on_meta)
         uneven = DTensor.from_local(torch.ones(2, 7, 4), mesh, [Shard(0)], shape=torch.Size(SHAPE), stride=(28, 4, 1))
         wrong(ValueError, "x must be cut as torch.chunk cuts", uneven)
+        along = here(whole, mesh, [Shard(1)])
         wrong(ValueError, "lengths must have shape (3,), one a row, but got (1,)", lengths=torch.tensor([7]))
         wrong(ValueError, "lengths must have shape (3,), as x's dims", lengths=spread(torch.ones(4).long(), Shard(0)))
-        wrong(ValueError, "lengths must be from 0 to 7", here(whole, mesh, [Shard(1)]), lengths=[3, 8, 1])
-        wrong(
-            ValueError,
-            "keys must be placed as x is",
-            here(whole, mesh, [Shard(1)]),
-            keys=spread(torch.arange(3), Shard(0)),
-        )
+        wrong(ValueError, "lengths must be from 0 to 7", along, lengths=[3, 8, 1])
+        wrong(ValueError, "keys must be placed as x is", along, keys=spread(torch.arange(3), Shard(0)))
         wrong(ValueError, "keys must be on x's mesh", keys=spread(torch.arange(3), Replicate(), Replicate(), on=square))
         wrong(ValueError, "protect must be placed as x is", protect=spread(torch.ones(7) > 0, Shard(0)))
         wrong(ValueError, "positions must be placed as x is", positions=spread(torch.arange(7), Shard(0)))
         wrong(ValueError, "p must be placed as x is", p=spread(torch.full((3, 7), 0.5), Shard(1)))
-        wrong(
-            ValueError,
-            "p must be placed by Replicate() and Shard(dim)",
-            p=DTensor.from_local(torch.tensor(0.5), mesh, [Partial()]),
-        )
+        half = DTensor.from_local(torch.tensor(0.5), mesh, [Partial()])
+        wrong(ValueError, "p must be placed by Replicate() and Shard(dim)", p=half)
         wrong(ValueError, "fill must be placed as x is", fill=spread(FEATURES, Shard(0)))
         wrong(ValueError, "fill must be a number or a tensor like one message of x", fill=torch.ones(1))
         wrong(ValueError, "seed must be replicated", seed=spread(torch.arange(4), Shard(0)))
         wrong(ValueError, "p must be a probability", p=1.5)
         wrong(ValueError, "give seed or generator", seed=1, generator=torch.Generator())
         wrong(TypeError, "out must be a DTensor", out=torch.empty(SHAPE))
-        wrong(ValueError, "out must be placed as x is", out=here(whole, mesh, [Shard(1)]))
+        wrong(ValueError, "out must be placed as x is", out=along)
         wrong(ValueError, "out must be like x", out=here(whole.double(), mesh, [Shard(0)]))
         wrong(ValueError, "not both", out=x, inplace=True)
-        wrong(ValueError, "leaf that requires grad", here(whole, mesh, [Shard(0)]).requires_grad_(), inplace=True)
-        wrong(
-            ValueError,
-            "out can't be used where a gradient is needed",
-            here(whole, mesh, [Shard(0)]).requires_grad_(),
-            out=x,
-        )
-        wrong(
-            TypeError,
-            "scale=True needs a floating or complex dtype",
-            here(whole.int(), mesh, [Shard(1)]),
-            scale=True,
-            exact=True,
-        )
+        leaf = here(whole, mesh, [Shard(0)]).requires_grad_()
+        wrong(ValueError, "leaf that requires grad", leaf, inplace=True)
+        wrong(ValueError, "out can't be used where a gradient is needed", leaf, out=x)
+        integers = here(whole.int(), mesh, [Shard(1)])
+        wrong(TypeError, "scale=True needs a floating or complex dtype", integers, scale=True, exact=True)
     report.expect("nothing was sent", counted.get_total_counts() == 0)
-    wrong(ValueError, "prefix", here(whole, mesh, [Shard(1)]), prefix=8)  # unchecked where a mode is active
+    wrong(ValueError, "prefix", along, prefix=8)  # unchecked where a mode is active
 
 
 def targets(report: Report) -> None:
@@ -238,11 +216,9 @@ def selected(report: Report) -> None:
         (mesh_of(), [Shard(0)]), (mesh_of(), [Shard(2)]), (mesh_of(SQUARE), [Shard(0), Shard(2)]), (mesh_of(SQUARE), [Shard(0), Shard(0)]),
     ):  # fmt: skip
         for options in (
-            {"exact": True},
-            {"exact": True, "scale": True, "prefix": 1},
-            {"capacity": 7, "lengths": [7, 0, 3]},
+            {"exact": True}, {"exact": True, "scale": True, "prefix": 1}, {"capacity": 7, "lengths": [7, 0, 3]},
             {"training": False},
-        ):
+        ):  # fmt: skip
             report.attempt(select_case, mesh, placed, options)
 
 
@@ -266,20 +242,12 @@ def select_case(report: Report, mesh: DeviceMesh, placed: Any, options: dict[str
     gathered = ours.grad.full_tensor()
     report.expect(f"shared: {label}", same(shared, known.detach(), rows))
     report.expect(f"gradient of what is shared: {label}", gathered.equal(table.grad))
-    for fill in (
-        -1.0,
-        FEATURES.clone().requires_grad_(),
-        here(FEATURES, mesh, [Replicate()] * mesh.ndim),
-        -data(),
-        here(-data(), mesh, placed),
-    ):
+    learned, everywhere = FEATURES.clone().requires_grad_(), here(FEATURES, mesh, [Replicate()] * mesh.ndim)
+    for fill in (-1.0, learned, everywhere, -data(), here(-data(), mesh, placed)):
         plain = fill.full_tensor() if isinstance(fill, DTensor) else fill
-        back, known = (
-            kept.restore(y, fill=fill),
-            wanted.restore(
-                want, fill=plain.clone().detach().requires_grad_() if isinstance(plain, torch.Tensor) else plain
-            ),
-        )
+        if isinstance(plain, torch.Tensor):
+            plain = plain.detach().clone().requires_grad_()
+        back, known = kept.restore(y, fill=fill), wanted.restore(want, fill=plain)
         report.expect(f"back: {label}", same(back, known.detach(), placed))
     back.backward(here(data(), mesh, placed))
     known.backward(data())
@@ -316,11 +284,9 @@ def select_more(report: Report) -> None:
         ("a fill of all messages must be", lambda: kept.restore(y, fill=here(whole[:, :6], mesh, [Shard(0)]))),
     ):  # fmt: skip
         report.refuses(ValueError, said, call)
-    first = DeviceMesh("cpu", torch.arange(2))
-    if first.get_coordinate() is None:
-        report.refuses(
-            ValueError, "outside of x's mesh", lambda: message_select(here(whole, first, [Shard(0)]), exact=True)
-        )
+    first = here(whole, DeviceMesh("cpu", torch.arange(2)), [Shard(0)])
+    if first.device_mesh.get_coordinate() is None:
+        report.refuses(ValueError, "outside of x's mesh", lambda: message_select(first, exact=True))
 
 
 def compiled(report: Report) -> None:

@@ -45,13 +45,7 @@ CASES: list[dict[str, Any]] = [
 
 def meshes() -> Iterator[DeviceMesh]:
     """Of one to four ranks, flat and square; torch itself gathers in a wrong order where ranks aren't sorted."""
-    for ranks in (
-        torch.arange(1),
-        torch.arange(2),
-        torch.tensor([0, 2, 3]),
-        torch.arange(4),
-        torch.arange(4).reshape(2, 2),
-    ):
+    for ranks in ([0], [0, 1], [0, 2, 3], [0, 1, 2, 3], [[0, 1], [2, 3]]):
         yield DeviceMesh("cpu", ranks)
 
 

@@ -32,7 +32,7 @@ from msgdrop_numba import (
     fold_in,
     message_dropout,
     message_select,
-)
+)  # fmt: skip
 
 X = torch.ones(4, 9, 8, dtype=torch.float64)
 
@@ -72,9 +72,8 @@ def own_masks(report: Report) -> None:
         y, keep = model(X)
         report.expect(f"{name}: in a model", torch.equal(keep, (want != 0).any(-1)))
         y.sum().backward()
-        report.expect(
-            f"{name}: equal", torch.equal(*gathered(keep)) == (name in ("none", "group of one", "mesh of one"))
-        )
+        alike = name in ("none", "group of one", "mesh of one")
+        report.expect(f"{name}: equal", torch.equal(*gathered(keep)) == alike)
         report.expect(f"{name}: given", torch.equal(layer(X, seed=5), message_dropout(X, 0.5, seed=5)))
         for other in (MessageSelect(0.5, per_rank=per_rank), MessageSubset(torch.nn.Tanh(), 0.5, per_rank=per_rank)):
             torch.manual_seed(3)
@@ -232,12 +231,8 @@ def pipelines(report: Report) -> None:
         for schedule, again in ((ScheduleGPipe, False), (Schedule1F1B, True)):
             whole = Stack(layers()[name])
             stage = Stage(copy.deepcopy(whole.blocks[rank]), again)
-            run = schedule(
-                PipelineStage(stage, rank, 2, torch.device("cpu")),
-                parts,
-                loss_fn=lambda y, _: y.sum(),
-                scale_grads=False,
-            )
+            placed = PipelineStage(stage, rank, 2, torch.device("cpu"))
+            run = schedule(placed, parts, loss_fn=lambda y, _: y.sum(), scale_grads=False)
             torch.manual_seed(3 + rank)
             x = torch.randint(-2, 3, (8, 9, 8), generator=torch.Generator().manual_seed(2)).double()
             run.step(*([x] if rank == 0 else []), target=torch.zeros(8))
