@@ -297,7 +297,8 @@ def message_select(
 
     Args:
         x: NumPy array or tensor of numbers or bools, `(*message dims, *features)` with at least one feature dim. A
-            jagged nested tensor is taken for a padded one with `lengths`; `kept.to_nested(y)` makes one again.
+            jagged nested tensor is taken for a padded one with `lengths`; `kept.to_nested(y)` makes one again. Of a
+            DTensor each rank must hold whole rows (RANKS.md).
         p, training, scale, exact, span, min_keep, prefix, lengths, message_dims, seed, keys, protect, positions,
             generator: as for `message_dropout`.
         layout: "dense" `(*rows, K, *features)`, where each row is known to keep as many, with `exact` and without

@@ -72,26 +72,31 @@ def test_there_is_code_to_run(name):
     )
 
 
-def marked(block):
-    """What starts Ray, and what trains on it, which takes half a minute."""
-    if "import ray" not in block:
-        return block
-    return pytest.param(block, marks=[pytest.mark.ray, *([pytest.mark.long] if "ray.train" in block else [])])
+def scripts():
+    """The code of each document: what starts Ray has a process of its own, all else one, a block after the other."""
+    for name in CODE:
+        own = {label: block for label, block in BLOCKS.items() if label.startswith(f"{name}, ")}
+        on_ray = {label: block for label, block in own.items() if "import ray" in block}
+        if len(own) > len(on_ray):
+            yield pytest.param([own[label] for label in own if label not in on_ray], id=name)
+        for label, block in on_ray.items():
+            yield pytest.param([block], id=label, marks=pytest.mark.ray)
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("block", [*map(marked, BLOCKS.values())], ids=BLOCKS)
-def test_code(block, tmp_path):
-    script = tmp_path / "block.py"
-    script.write_text(block)
-    on_ray = "import ray" in block  # which warns and logs on its own
+@pytest.mark.parametrize("blocks", [*scripts()])
+def test_code(blocks, tmp_path):
+    for number, block in enumerate(blocks):
+        (tmp_path / f"block{number}.py").write_text(block)
+    script = tmp_path / "script.py"
+    script.write_text("import runpy\n" + "".join(
+        f"runpy.run_path({str(tmp_path / f'block{number}.py')!r}, run_name='__main__')\n" for number in range(len(blocks))
+    ))  # fmt: skip
+    on_ray = "import ray" in blocks[0]  # which warns and logs on its own
     done = subprocess.run(
         [sys.executable, *([] if on_ray else ["-W", "error", *TORCHS_OWN]), str(script)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert on_ray or done.stderr == ""
 
