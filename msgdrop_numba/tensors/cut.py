@@ -123,7 +123,7 @@ def _placed_as_x(here: Here, name: str, value: DTensor, first: int) -> Tensor:
     fits = [size == full or (size == 1 and name == "p") for size, full in zip(given, shared, strict=False)]
     if len(given) != len(shared) or not all(fits):
         raise ValueError(f"{name} must have shape {shared}, as x's dims that it goes along, but got {given}")
-    wanted = [Replicate() if p.is_shard() and given[p.dim] != shared[p.dim] else p for p in piece.turned(first, dims)]
+    wanted = [Replicate() if p.is_shard() and given[p.dim] != shared[p.dim] else p for p in piece.along(first, dims)]
     if list(placements_of(name, value)) != wanted:
         raise _misplaced(name, value, wanted)
     if here.counted:  # rows are needed whole
@@ -195,7 +195,7 @@ def local_part(name: str, value: Any, first: int, piece: Piece) -> Any:
     """
     if not isinstance(value, Tensor):
         return value
-    wanted = piece.turned(first, len(piece.shape) - first)
+    wanted = piece.along(first, len(piece.shape) - first)
     if not isinstance(value, DTensor):
         value = DTensor.from_local(value, piece.mesh, [Replicate()] * piece.mesh.ndim, run_check=False)
     _check_mesh(name, value, piece)

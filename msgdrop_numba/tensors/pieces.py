@@ -32,7 +32,7 @@ class Piece(NamedTuple):
         """Whether ranks hold different parts of a dim."""
         return any(p.is_shard(dim) and self.mesh.size(i) > 1 for i, p in enumerate(self.placements))
 
-    def turned(self, first: int, dims: int) -> list[Any]:
+    def along(self, first: int, dims: int) -> list[Any]:
         """How a tensor is placed whose dims are `dims` of the whole, from `first` on: like it, other shards whole."""
         inside = range(first, first + dims)
         return [Shard(p.dim - first) if p.is_shard() and p.dim in inside else Replicate() for p in self.placements]
@@ -110,7 +110,7 @@ def whole(local: Tensor, piece: Piece, dims: int, behind: tuple[Any, ...] = (), 
     """
     shape = torch.Size((*piece.shape[:dims], *behind))
     strides = _strides(local, shape) if like is None else like
-    placements = piece.turned(0, dims)
+    placements = piece.along(0, dims)
     return DTensor.from_local(local, piece.mesh, placements, run_check=False, shape=shape, stride=strides)
 
 

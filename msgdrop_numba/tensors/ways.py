@@ -21,9 +21,20 @@ _NUMBERS = {int, float}
 def library(x: Tensor, request: Request) -> Library:
     """The library of a call: that of the first kernels that reach x and all its tensors, else torch's operations."""
     if is_plain(x):
-        return ON_HOST if _all_on_host(request) else TRACED
+        return ON_HOST if _all_on_host(request) else _by_operations(request)
     if is_plain_cuda(x) and all(is_plain(t) or is_plain_cuda(t) for _, t in _tensors(request)):
         return ON_DEVICE if cuda.usable(x.device) else TRACED
+    return TRACED
+
+
+def _by_operations(request: Request) -> Library:
+    """Torch's operations, which follow no DTensor beside an ordinary x."""
+    for name, tensor in _tensors(request):
+        if hasattr(tensor, "device_mesh"):
+            raise ValueError(
+                f"{name} is a DTensor, but x is a plain tensor: make x a DTensor, or give {name}.full_tensor(), "
+                "or what of it belongs to x"
+            )
     return TRACED
 
 

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils.checkpoint import checkpoint
 
 from helpers.cases import SHAPE
 from helpers.on_meshes import FEATURES, SEED, data, here, same
@@ -168,7 +169,7 @@ def targets(report: Report) -> None:
 
 
 def gradients(report: Report) -> None:
-    """Twice, from a tensor that is still on its way, and through torch's own sums of what is sharded otherwise."""
+    """Twice, from a tensor that is still on its way, recomputed, and through torch's own sums of what is sharded otherwise."""
     mesh, whole = mesh_of(), data()
     ones, plain = torch.ones(SHAPE), whole.clone().requires_grad_()
     (first,) = torch.autograd.grad(message_dropout(plain, seed=3, scale=True) ** 3, plain, ones, create_graph=True)
@@ -185,6 +186,15 @@ def gradients(report: Report) -> None:
         want, mask = message_dropout(whole, seed=3, exact=exact, return_mask=True)
         report.expect(
             "on its way", same(y, want, [Shard(1)]) and same(x.grad, mask[..., None].expand(SHAPE).float(), [Shard(0)])
+        )
+        torch.manual_seed(distributed.get_rank())  # drawn in forward, and agreed on again in backward
+        x = here(whole, mesh, [Shard(1)]).requires_grad_()
+        y = checkpoint(lambda x, exact=exact: message_dropout(x * x, exact=exact), x, use_reentrant=False)
+        torch.manual_seed(99)
+        y.backward(here(ones, mesh, [Shard(1)]))
+        kept = y.full_tensor() != 0
+        report.expect(
+            f"recomputed {exact}", same(x.grad, torch.where(kept, 2 * whole, 0), [Shard(1)]) and 0 < kept.sum() < 84
         )
     apart = here(whole.transpose(0, 1).contiguous().transpose(0, 1), mesh, [Shard(2)])
     y = message_dropout(apart, seed=3)

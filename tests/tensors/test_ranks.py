@@ -13,9 +13,9 @@ from helpers import internals
 from helpers.world import held
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from msgdrop_numba import MessageDropout, MessageSelect, MessageSubset, fold_in, message_dropout
+from msgdrop_numba import MessageDropout, MessageSelect, MessageSubset, fold_in, message_dropout, message_select
 
 X = torch.randn(4, 9, 3)
 LAYERS = {
@@ -92,6 +92,21 @@ def test_the_rank_is_folded_in_on_dtensors(alone):
     x = distribute_tensor(X, DeviceMesh("cpu", [0]), [Shard(1)])
     seed = folded()
     assert torch.equal(layer(x).full_tensor(), message_dropout(X, 0.5, seed=seed))
+
+
+@pytest.mark.parametrize("name", ["p", "fill", "lengths", "seed", "keys", "protect", "positions", "out"])
+def test_a_dtensor_beside_a_plain_tensor_is_refused(name, alone):
+    """As where a layer before, by torch's default, gives what lies on the rank."""
+    told = {
+        "p": torch.full((9,), 0.5), "fill": torch.ones(3), "lengths": torch.full((4,), 9), "seed": torch.tensor(1),
+        "keys": torch.arange(4), "protect": torch.arange(9) < 2, "positions": torch.arange(9), "out": torch.zeros(4, 9, 3),
+    }  # fmt: skip
+    value = distribute_tensor(told[name], DeviceMesh("cpu", [0]), [Replicate()])
+    with pytest.raises(ValueError, match=f"{name} is a DTensor, but x is a plain tensor: make x a DTensor"):
+        message_dropout(X, **{name: value})
+    if name not in ("fill", "out"):
+        with pytest.raises(ValueError, match=f"{name} is a DTensor, but x is a plain tensor"):
+            message_select(X, **{name: value})
 
 
 def test_there_must_be_a_rank():
