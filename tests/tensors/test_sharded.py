@@ -16,15 +16,10 @@ def held(module: object, *checks: object, limit: int = 150) -> None:
 
 @pytest.mark.processes
 def test_pieces_have_the_masks_of_the_whole():
-    held(on_meshes, on_meshes.some_cases)
-
-
-@pytest.mark.processes
-def test_calls_on_a_mesh():
-    held(
-        on_a_mesh, on_a_mesh.seeds, on_a_mesh.communication, on_a_mesh.different_seeds, on_a_mesh.refusals,
-        on_a_mesh.targets, on_a_mesh.gradients, on_a_mesh.layers, on_a_mesh.selected, on_a_mesh.select_more,
-        on_a_mesh.compiled, on_a_mesh.without_a_group,
+    held(  # one world for all, which takes seconds to start
+        on_a_mesh, on_a_mesh.some_cases, on_a_mesh.seeds, on_a_mesh.communication, on_a_mesh.different_seeds,
+        on_a_mesh.refusals, on_a_mesh.targets, on_a_mesh.gradients, on_a_mesh.layers, on_a_mesh.selected,
+        on_a_mesh.select_more, on_a_mesh.compiled, on_a_mesh.without_a_group,
     )  # fmt: skip
 
 
