@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers import on_a_mesh, on_meshes, world
+from helpers import in_a_model, on_a_mesh, on_meshes, world
 
 
 def held(module: object, *checks: object, limit: int = 150) -> None:
@@ -33,3 +33,9 @@ def test_every_piece_has_the_masks_of_the_whole():
 @pytest.mark.processes
 def test_compiled_calls_on_a_mesh():
     held(on_a_mesh, on_a_mesh.compiled_more, limit=500)
+
+
+@pytest.mark.long
+@pytest.mark.processes
+def test_tensor_parallelism():
+    held(in_a_model, in_a_model.in_a_model, in_a_model.inference)
