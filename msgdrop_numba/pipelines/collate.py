@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.call.threads import load
 from msgdrop_numba.functional import drop_messages, fold_in
 from msgdrop_numba.pipelines.datasets import Keyed
+from msgdrop_numba.pipelines.epochs import EpochMemory, check_epoch
 from msgdrop_numba.pipelines.fields import (
     Field,
     Path,
@@ -45,7 +47,7 @@ class MessageDropoutCollate:
     Samples are arrays or tensors `(messages, *features)`, or tuples, lists or dicts with such fields; all other
     leaves go through torch's `default_collate`. Without `seed` each batch draws from torch's default generator, which a
     DataLoader seeds in every worker. With `seed` a sample's mask depends on seed, epoch and its id alone, whatever the
-    workers, batches and ranks are; ids come from a `KeyedDataset`.
+    workers, batches and ranks are; ids and epochs come from a `KeyedDataset`.
 
     Args:
         p: probability that a message is **dropped**, in [0, 1]; or a range, a tuple `(lo, hi)`, of which each sample
@@ -173,24 +175,26 @@ class MessageDropoutCollate:
         rule = DropRule(number, exact, span, min_keep, prefix)
         fill = fill.detach() if isinstance(fill, Tensor) else fill
         self._options = Options(rule.p if array is None else array, rule.rest, scale, fill, message_dims=2)
+        self._draws = not isinstance(self._options.p, float) or self._options.p > 0
         # Not by what the samples of one batch are: all batches have the same parts.
         even = exact and not rule.ranged and "protect" not in self._own
         self._padding = Padding(pad or (remove and not even), pad_value)
         load()  # workers made by fork inherit the compiled kernels
         if remove:
             select.load()
-        # Shared memory: persistent workers keep the collate that they were started with, and must see a new epoch.
-        with torch.inference_mode(False):
-            self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
+        self._epoch = EpochMemory()
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other masks from the next batch on: call before each epoch, as with `DistributedSampler`.
 
-        A running persistent worker sees it too: the workers of a DataLoader, however they are started, follow their
-        collate. Copies made by deepcopy or pickle keep the epoch that they had, and have one of their own from then on.
+        Where the dataset's own `set_epoch` is called, this one isn't needed: samples that bring their epoch have it
+        counted, and what is set here must be the same. A running persistent worker sees it too: the workers of a
+        DataLoader, however they are started, follow their collate. Copies made by deepcopy or pickle keep the epoch
+        that they had, and have one of their own from then on.
 
         Args:
-            epoch: integer in [-2**63, 2**64); 0 until it is set. No loader saves it: set it again in a resumed run.
+            epoch: integer in [-2**63, 2**64); 0 until it is set. No loader saves it, as a `StatefulDataLoader` does the
+                dataset's: set it again in a resumed run.
 
         Raises:
             TypeError, ValueError: it is no integer, or out of range.
@@ -198,8 +202,7 @@ class MessageDropoutCollate:
         Example:
             >>> MessageDropoutCollate(0.3, seed=1).set_epoch(5)
         """
-        bits = check_key("epoch", epoch)
-        self._epoch.fill_(bits if bits < 2**63 else bits - 2**64)
+        self._epoch.set(check_key("epoch", epoch))
 
     def __getstate__(self) -> dict[str, Any]:
         """The same as plain tuples: a pickle names no inner class."""
@@ -207,7 +210,7 @@ class MessageDropoutCollate:
         companions = {path: tuple(field) for path, field in self._companions.items()}
         plain = {
             "_masks": masks, "_companions": companions, "_options": tuple(self._options),
-            "_padding": tuple(self._padding),
+            "_padding": tuple(self._padding), "_epoch": self._epoch.numbers,
         }  # fmt: skip
         return {**self.__dict__, **plain}
 
@@ -217,8 +220,7 @@ class MessageDropoutCollate:
         if self._masks is not None:
             self._masks = {path: Field(*field) for path, field in self._masks.items()}
         self._companions = {path: Field(*field) for path, field in self._companions.items()}
-        if not self._epoch.is_shared():  # a copy's epoch must reach that copy's workers; one sent to a worker is shared
-            self._epoch.share_memory_()
+        self._epoch = EpochMemory(state["_epoch"])
 
     def __call__(self, samples: list[Any]) -> Any:
         if not isinstance(samples, list):
@@ -226,8 +228,9 @@ class MessageDropoutCollate:
                 f"samples must be a list, the samples of a batch, but got {type(samples).__name__}; "
                 "a DataLoader with batch_size=None has no batches to drop in"
             )
-        ids, keys, samples = _split_keys(samples)
-        seed = self._seed(ids is not None)
+        ids, row_keys, epochs, samples = _split_keys(samples)
+        seed = self._seed(row_keys, ids, epochs)
+        keys = None if row_keys is None else np.array(row_keys, np.uint64)
         own, brought = self._read_own(samples, ids) if self._own or self._offset else (None, {})
         extras: dict[str, dict[str | None, Any]] = {}
         if self.collate_fn is None:
@@ -282,16 +285,31 @@ class MessageDropoutCollate:
         left = brought if self._padding.wanted else {}
         return {path: partial(build, path) for path in {**left, **masks}}
 
-    def _seed(self, keyed: bool) -> int:
+    def _seed(self, keys: list[int] | None, ids: list[Any] | None, epochs: list[Any]) -> int:
         if self.seed is None:
-            p = self._options.p
-            return 0 if isinstance(p, float) and p == 0 else fresh_seed(None)  # p = 0 draws nothing, as elsewhere
-        if not keyed:
+            return fresh_seed(None) if self._draws else 0
+        if keys is None or ids is None:
             raise ValueError(
                 f"seed={self.seed} needs the samples' ids, or every batch would repeat the masks of the one before: "
                 "wrap the dataset in KeyedDataset, or leave seed out"
             )
-        return fold_in(self.seed, int(self._epoch))
+        own, epoch = self._epoch.get(), epochs[0]
+        if epochs.count(epoch) < len(epochs):
+            raise ValueError(
+                f"samples of one batch must be of one epoch, but have {epochs}, with the keys {ids}: call the "
+                "dataset's set_epoch between two passes, or give its loader sampler=EpochSampler(dataset)"
+            )
+        if epoch is None:
+            again = self._epoch.comes_again(keys) if own is None and self._draws else None
+            if again is not None:
+                warnings.warn(f"the sample with the key {ids[again]!r} {_REPEATED}", stacklevel=3)
+            return fold_in(self.seed, own or 0)
+        if check_epoch(epoch) != own is not None:
+            raise ValueError(
+                f"epoch must be said once, but the samples bring {epoch} and set_epoch of the collate said {own}: call "
+                "the dataset's set_epoch alone"
+            )
+        return fold_in(self.seed, epoch)
 
     def _read_own(self, samples: list[Any], ids: list[Any] | None) -> tuple[Own, dict[Path, Each]]:
         """What the samples bring, and the leaves of it that have a value for each message, by their paths."""
@@ -350,19 +368,26 @@ def _mask_seed(seed: int, mask: str | None) -> int:
     return seed if mask is None else fold_in(seed, hash64(mask.encode()))
 
 
-def _split_keys(samples: list[Any]) -> tuple[list[Any] | None, np.ndarray | None, list[Any]]:
-    """The samples' ids, their keys, and the samples without them."""
+_REPEATED = (
+    "comes again, though no epoch was ever set, and loses the same messages as before: call dataset.set_epoch(epoch) "
+    "before each epoch, or give the DataLoader sampler=EpochSampler(dataset). Where it is meant, as in sampling with "
+    "replacement, call set_epoch(0) once"
+)
+
+
+def _split_keys(samples: list[Any]) -> tuple[list[Any] | None, list[int] | None, list[Any], list[Any]]:
+    """The samples' ids, their keys, their epochs, and the samples without them."""
     if not samples:
         raise ValueError("samples must hold at least one sample, but got an empty list")
     types = list(map(type, samples))
     keyed = types.count(Keyed)
     if keyed == 0:
-        return None, None, samples
+        return None, None, [], samples
     if keyed < len(samples):
         raise TypeError(f"samples must all be Keyed or none, but {keyed} of {len(samples)} are")
-    ids = [sample.key for sample in samples]
+    ids, bare = map(list, zip(*samples, strict=True))
     try:
         keys = [row_key(sample_id) for sample_id in ids]
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error}, in a batch of samples with the keys {ids}") from None
-    return ids, np.array(keys, np.uint64), [sample.sample for sample in samples]
+    return ids, keys, [sample.epoch for sample in samples], bare
