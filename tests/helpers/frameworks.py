@@ -5,6 +5,7 @@ Three epochs, the second of which is left in its middle and resumed with a new d
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from functools import partial
@@ -75,7 +76,7 @@ def accelerate(folder: Path, ranks: int, sampler: bool, seedable: bool) -> Batch
     return batches
 
 
-def transformers(folder: Path, ranks: int, callback: bool) -> Batches:
+def transformers(folder: Path, ranks: int, callback: bool, resumes: bool = True) -> Batches:
     mend_vision()
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -89,7 +90,7 @@ def transformers(folder: Path, ranks: int, callback: bool) -> Batches:
             control.should_training_stop = state.global_step == left
 
     seen = []
-    for stop in (True, False):
+    for stop in (True, False) if resumes else (False,):
         model = Tiny()
         arguments = TrainingArguments(
             str(folder), num_train_epochs=3, per_device_train_batch_size=BATCH, save_strategy="steps", save_steps=left,
@@ -98,7 +99,7 @@ def transformers(folder: Path, ranks: int, callback: bool) -> Batches:
         )  # fmt: skip
         callbacks = [Stop()] * stop + [EpochCallback()] * callback
         trainer = Trainer(model, arguments, train_dataset=dataset(), data_collator=collate(), callbacks=callbacks)
-        trainer.train(resume_from_checkpoint=None if stop else str(folder / f"checkpoint-{left}"))
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{left}") if resumes and not stop else None)
         seen += model.seen
     return seen
 
@@ -169,7 +170,5 @@ def fabric(folder: Path, ranks: int, sampler: bool) -> Batches:
 
 def mend_vision() -> None:
     """Both frameworks import torchvision where it is there, which doesn't load without CUDA's libraries."""
-    try:
+    with contextlib.suppress(ModuleNotFoundError):
         timm()
-    except ModuleNotFoundError:
-        pass
