@@ -20,7 +20,7 @@ def main(questions: tuple[str, ...], rounds: int) -> None:
     """Benchmarks of msgdrop_numba, each a ratio in one run; all of them by default. Run them on a quiet machine.
 
     `readme` measures nothing: it draws the charts of the results that are there, and fills the tables of README.md,
-    benchmarks/README.md and msgdrop_numba/LIMITS.md.
+    benchmarks/README.md, msgdrop_numba/LIMITS.md and msgdrop_numba/RANKS.md.
     """
     for name in questions or [name for name in QUESTIONS if name != "gpu" or torch.cuda.is_available()]:
         if name == "readme":

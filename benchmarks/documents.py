@@ -18,11 +18,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 # stand in benchmarks/README.md, the table between its marks.
 QUESTIONS = (
     "cpu", "curve", "overhead", "rules", "select", "removal", "train_step", "loader", "gil", "cold_start", "apply",
-    "ray_data", "gpu",
+    "ray_data", "ranks", "edges", "gpu",
 )  # fmt: skip
 
 # The documents with such marks.
-FILLED = ("README.md", "benchmarks/README.md", "msgdrop_numba/LIMITS.md")
+FILLED = ("README.md", "benchmarks/README.md", "msgdrop_numba/LIMITS.md", "msgdrop_numba/RANKS.md")
 
 
 def results(name: str) -> Any:
@@ -33,7 +33,7 @@ def results(name: str) -> Any:
 
 def with_tables(text: str) -> str:
     """A document with everything between its marks made anew, but for what was never measured."""
-    made = {"summary": summary(), "ways": ways()}
+    made = {"summary": summary(), "ways": ways(), "trained": trained()}
     for name in QUESTIONS:
         if (found := results(name)) is not None:
             made[name] = importlib.import_module(f"benchmarks.{name}").table(found)
@@ -92,6 +92,11 @@ def summary() -> str:
 def ways() -> str:
     """The table of LIMITS.md: which way each kind of array takes, as `msgdrop info` says it."""
     return measure.markdown(["array", "path", "why"], [list(row) for row in WAYS])
+
+
+def trained() -> str:
+    """The table of RANKS.md: a model trained on several ranks, beside one."""
+    return importlib.import_module("benchmarks.ranks").trained_table(results("ranks"))  # type: ignore[no-any-return]
 
 
 def draw(name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from msgdrop_numba.functional import fold_in, keep_mask, message_dropout, row_key
+from msgdrop_numba.functional import fold_in, keep_mask, key_padding_mask, message_dropout, row_key
 from msgdrop_numba.pipelines.batches import MessageDropoutBatch
 from msgdrop_numba.select import Kept, message_select, select_messages
 from msgdrop_numba.version import __version__ as __version__
@@ -39,6 +39,7 @@ __all__ = [
     "MessageSubset",
     "fold_in",
     "keep_mask",
+    "key_padding_mask",
     "message_dropout",
     "message_select",
     "row_key",

@@ -22,7 +22,7 @@ from msgdrop_numba.call.plan import (
     mask_plan,
     row_arguments,
 )
-from msgdrop_numba.call.request import Job, Request, ShortDoor, perform, prepare, prepare_mask
+from msgdrop_numba.call.request import Job, Request, ShortDoor, perform, prepare, prepare_mask, turned
 from msgdrop_numba.call.select import (
     PACKED,
     How,
@@ -138,7 +138,9 @@ class _NumPy:
     def draw(self, plan: Plan, p: Any, fill: Any, request: Request, device: Any) -> Draw:
         return row_arguments(plan, p, fill, request)
 
-    def seed(self, given: int | None, generator: np.random.Generator | None, device: Any) -> int:
+    def seed(
+        self, given: int | None, generator: np.random.Generator | None, device: Any, ranks: Any = False
+    ) -> int:  # fmt: skip
         if given is not None:
             return given
         if generator is None:
@@ -173,7 +175,11 @@ class _NumPy:
 
 
 NUMPY = _NumPy()
-message_dropout = partial(perform, NUMPY)  # `functional.message_dropout` for an array
+
+
+def message_dropout(x: np.ndarray, request: Request) -> Any:
+    """`functional.message_dropout` for an array."""
+    return turned(partial(perform, NUMPY), np.ndarray, np.transpose, x, request)
 
 
 def _address(x: np.ndarray) -> int:
@@ -184,6 +190,8 @@ def _address(x: np.ndarray) -> int:
 def _usual_plan(
     shape: tuple[int, ...], dtype: np.dtype[Any], scale: bool, message_dims: Any, *rule: Any
 ) -> Plan | None:
+    if isinstance(message_dims, tuple):
+        return None
     plan = make_plan(shape, dtype.itemsize, _kind(dtype, scale), message_dims, rule)
     return plan if plan.messages and not obstacle(plan, dtype) else None
 
@@ -220,6 +228,10 @@ def _write(job: Job, plan: Plan, x: np.ndarray, result: np.ndarray, mask: np.nda
 
 def message_select(x: np.ndarray, request: Request, how: How) -> tuple[np.ndarray, Selection | None]:
     """`select.message_select` for an array."""
+    return turned(partial(_select, how), np.ndarray, np.transpose, x, request)  # type: ignore[no-any-return]
+
+
+def _select(how: How, x: np.ndarray, request: Request) -> tuple[np.ndarray, Selection | None]:
     lay = partial(laid_out, how, request)
     job = prepare(NUMPY, x, request, lay)
     plan, draw, seed, *_ = job

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 import numpy as np
 
 from msgdrop_numba import arrays
-from msgdrop_numba.call.arguments import ZERO, check_key, check_seed, is_zero
+from msgdrop_numba.call.arguments import ZERO, check_key, check_seed, is_zero, row_lengths
 from msgdrop_numba.call.keys import row_key as row_key
 from msgdrop_numba.call.plan import mask_shape
 from msgdrop_numba.call.request import Request, ShortDoor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Element = TypeVar("Element", bound=np.generic)
+Mask = TypeVar("Mask")
 
 
 class _Rule(TypedDict, total=False):
@@ -41,7 +42,7 @@ class SelectKeywords(_Rule, total=False):
     """The same of all of `message_select`'s."""
 
     scale: bool
-    message_dims: int | None
+    message_dims: int | tuple[int, ...] | None
     seed: Any
     generator: Any
     layout: str | None
@@ -53,7 +54,7 @@ class _Keywords(_Rule, total=False):
 
     scale: bool
     fill: Any
-    message_dims: int | None
+    message_dims: int | tuple[int, ...] | None
     seed: Any
     generator: Any
     out: Any
@@ -97,7 +98,7 @@ def message_dropout(
     prefix: int = 0,
     lengths: Any = None,
     fill: Any = ZERO,
-    message_dims: int | None = None,
+    message_dims: int | tuple[int, ...] | None = None,
     seed: Any = None,
     keys: Any = None,
     protect: Any = None,
@@ -113,7 +114,7 @@ def message_dropout(
 
     Args:
         x: NumPy array, tensor, or CuPy or numba device array of numbers or bools, `(*message dims, *features)` with at
-            least one feature dim.
+            least one feature dim. Of a DTensor all below is meant of the whole, however it is sharded.
         p: probability that a message is **dropped**, in [0, 1]; or a range, a tuple `(lo, hi)` with lo <= hi, of which
             each row draws its own; or an array that broadcasts to the message dims from the right: one a position, one
             a message, `(N, N)` where the message dims are `(B, N, N)`. `exact` takes no array; for tensors on other
@@ -130,8 +131,9 @@ def message_dropout(
         lengths: valid messages in each row, integers of the shape of the message dims without the last. What lies
             behind is padding: left as it is, kept in the mask.
         fill: what a dropped message becomes: a number, or an array over the features, of x's kind and dtype.
-        message_dims: how many leading dims index messages; None: 2 where x has 3 or more dims, else 1. The last of
-            them is the position in a row, the others index rows.
+        message_dims: how many leading dims index messages; None: 2 where x has 3 or more dims, else 1. Or a tuple that
+            names them wherever they are: (0, 2) for channels first, (B, D, T); (1, 0) for time first, (T, B, D). The
+            last of them is the position in a row, the others index rows; all other dims are features.
         seed: integer in [0, 2**64), or a 0-d int64 tensor of the same bits. None: drawn from `generator`, else from
             torch's default generator of x's device (tensors) or the system's entropy (arrays).
         keys: what names each row, of the shape of the message dims without the last or a leading part of it: integers
@@ -181,7 +183,7 @@ def message_dropout(
             return door.run(plan, x, address)
     told = (
         p, (exact, span, min_keep, prefix), scale, fill, message_dims, training, inplace, lengths, seed, keys, protect,
-        positions, generator, out, return_mask,
+        positions, generator, out, return_mask, False,
     )  # fmt: skip
     request = tuple.__new__(Request, told)  # twice as fast as the constructor
     return library_of(x).message_dropout(x, request)
@@ -207,7 +209,12 @@ _short_doors: dict[type, ShortDoor] = {np.ndarray: arrays.SHORT_DOOR}
 
 
 def _library(x: Any) -> Any:
-    torch = sys.modules.get("torch")
+    torch, spread = sys.modules.get("torch"), sys.modules.get("torch.distributed.tensor")
+    if spread is not None and isinstance(x, spread.DTensor):
+        from msgdrop_numba.tensors import sharded
+
+        _libraries[type(x)] = sharded
+        return sharded
     if torch is not None and isinstance(x, torch.Tensor):
         from msgdrop_numba.tensors import dropout
 
@@ -222,10 +229,16 @@ def _library(x: Any) -> Any:
         from msgdrop_numba.tensors import device_arrays
 
         return device_arrays
+    advice = "stack them, or let MessageDropoutCollate(pad=True) make a batch of them" if _is_listed(x) else ""
     raise TypeError(
         f"x must be a NumPy array, a torch tensor or a CuPy or numba device array, but got {type(x).__name__}; "
-        "make it one first"
+        f"{advice or 'make it one first'}"
     )
+
+
+def _is_listed(x: Any) -> bool:
+    """Whether it is a list of samples."""
+    return isinstance(x, (list, tuple)) and bool(x) and all(getattr(sample, "ndim", 0) for sample in x)
 
 
 @overload
@@ -277,7 +290,7 @@ def keep_mask(
     dims = mask_shape(shape)
     told = (
         p, (exact, span, min_keep, prefix), False, ZERO, None, True, False, lengths, seed, keys, protect, positions,
-        None, None, True,
+        None, None, True, False,
     )  # fmt: skip
     request = tuple.__new__(Request, told)
     if device is None:
@@ -285,6 +298,45 @@ def keep_mask(
     from msgdrop_numba.tensors import dropout
 
     return dropout.keep_mask(dims, request, device)
+
+
+def key_padding_mask(keep: Mask, lengths: Any = None) -> Mask:
+    """What attention must ignore: padding, and what dropped. As torch's `src_key_padding_mask`, True = ignored.
+
+    `~keep` alone would attend to padding, which is kept. Give the dropout `min_keep=1`: a row of which everything is
+    ignored gives NaN in attention.
+
+    Args:
+        keep: a keep mask, bool array or tensor `(*rows, messages)`: of `message_dropout`, `keep_mask` or a collate.
+        lengths: valid messages in each row, integers of the shape of the rows; None: there is no padding.
+
+    Returns:
+        bool like `keep`.
+
+    Raises:
+        TypeError, ValueError: `keep` isn't bool, or `lengths` have another shape or are out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> keep = np.array([[True, False, True, True]])  # of a row with two messages and padding
+        >>> key_padding_mask(keep, [2])
+        array([[False,  True,  True,  True]])
+    """
+    mask: Any = keep
+    if str(getattr(keep, "dtype", "")) not in ("bool", "torch.bool"):
+        raise TypeError(f"keep must be a bool array or tensor, but got {getattr(keep, 'dtype', type(keep).__name__)}")
+    if lengths is None:
+        return ~mask  # type: ignore[no-any-return]
+    shape = tuple(mask.shape)
+    if isinstance(keep, np.ndarray):
+        valid: Any = row_lengths(lengths, shape[:-1], shape[-1])
+        return ~mask | (np.arange(shape[-1]) >= valid.reshape(*shape[:-1], 1))  # type: ignore[no-any-return]
+    import torch
+
+    from msgdrop_numba.tensors.arguments import lengths_on
+
+    there: Any = lengths_on(lengths, shape, mask.device)
+    return ~mask | (torch.arange(shape[-1], device=mask.device) >= there.unsqueeze(-1))  # type: ignore[no-any-return]
 
 
 def fold_in(seed: Any, data: Any) -> int:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.arguments import ZERO, check_is_number, check_message_dims, probabilities, split_p
+from msgdrop_numba.call.arguments import (
+    ZERO,
+    check_is_number,
+    check_message_dims,
+    message_order,
+    probabilities,
+    split_p,
+)
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import DEFAULTS, DropRule
 from msgdrop_numba.call.select import how
-from msgdrop_numba.functional import message_dropout
+from msgdrop_numba.call.shown import short
+from msgdrop_numba.functional import drop_messages, message_dropout
 from msgdrop_numba.select import select
+from msgdrop_numba.tensors.seeds import check_ranks
 
 ALWAYS = object()  # of what is always printed
 
@@ -21,22 +31,29 @@ class _Layer(torch.nn.Module):
     """What the layers share: the rule, a p that goes along to devices, and what is printed of both."""
 
     __module__ = "msgdrop_numba"  # where a pickle looks for a layer, wherever it stands
-    prefix = 0  # of layers that were pickled before there was one
+    prefix, per_rank = 0, False  # of layers that were pickled before there were such
     _shown: ClassVar[dict[str, Any]]  # what is printed where it isn't this
 
-    def _remember(self, p: Any, message_dims: Any, *rule: Any) -> None:
+    def _remember(self, p: Any, message_dims: Any, per_rank: Any, *rule: Any) -> None:
         number, array = split_p(p)
         checked = DropRule(number, *rule)
         if message_dims is not None:
             check_message_dims(message_dims)
         # An array is kept as float64 and no buffer: the mask's bits must not depend on the layer's dtype. See _apply.
         self.p: Any = checked.p if array is None else torch.from_numpy(probabilities(array, tuple(array.shape)))
-        self.message_dims = message_dims
+        self.message_dims, self.per_rank = message_dims, check_ranks(per_rank)
         self.exact, self.span, self.min_keep, self.prefix = checked.rest
 
     @property
     def _rule(self) -> tuple[Any, ...]:
         return self.exact, self.span, self.min_keep, self.prefix
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """With the same group of processes, which can't be copied."""
+        memo[id(self.per_rank)] = self.per_rank
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        return made
 
     def _p(self, x: Tensor) -> Any:
         if isinstance(self.p, Tensor) and not self.p.is_cpu:
@@ -57,7 +74,7 @@ class _Layer(torch.nn.Module):
             value = getattr(self, name)
             if default is ALWAYS or hasattr(value, "shape") or value != default:
                 shown[name] = value
-        return ", ".join(f"{name}={_short(value)}" for name, value in shown.items())
+        return ", ".join(f"{name}={short(value, name)}" for name, value in shown.items())
 
 
 class MessageDropout(_Layer):
@@ -73,10 +90,16 @@ class MessageDropout(_Layer):
         inplace: write into the input.
         scale, exact, span, min_keep, prefix: as for `message_dropout`.
         fill: what a dropped message becomes: a number, or a tensor over the features, an `nn.Parameter` to learn it.
-        message_dims: how many leading dims index messages; None: 2 where the input has 3 or more dims, else 1.
+        message_dims: how many leading dims index messages; None: 2 where the input has 3 or more dims, else 1. Or a
+            tuple that names them, (0, 2) for channels first, (B, D, T).
+        per_rank: whether ranks that are seeded alike drop each their own. False: they drop the same, as with torch's
+            dropout. True: this process's rank is folded (`fold_in`) into each seed that is drawn, so that rank 0 has
+            other masks than without, too. A `torch.distributed.ProcessGroup` or a `DeviceMesh` of one dim: its rank
+            in there, so that masks differ along data parallel ranks, say, and are the same along all others. A seed
+            that is given stays as it is.
 
     Shape:
-        - Input: `(*message dims, *features)`, by default `(N, S, *)` or `(S, F)`.
+        - Input: `(*message dims, *features)`, by default `(N, S, *)` or `(S, F)`; or as `message_dims` names them.
         - Output: the input's shape and dtype.
 
     Raises:
@@ -93,7 +116,14 @@ class MessageDropout(_Layer):
     """
 
     __module__ = "msgdrop_numba"
-    _shown: ClassVar = {"inplace": ALWAYS, "scale": False, **DEFAULTS, "fill": 0.0, "message_dims": None}
+    _shown: ClassVar = {
+        "inplace": ALWAYS,
+        "scale": False,
+        **DEFAULTS,
+        "fill": 0.0,
+        "message_dims": None,
+        "per_rank": False,
+    }
 
     def __init__(
         self,
@@ -106,10 +136,11 @@ class MessageDropout(_Layer):
         min_keep: int = 0,
         prefix: int = 0,
         fill: Any = ZERO,
-        message_dims: int | None = None,
+        message_dims: int | tuple[int, ...] | None = None,
+        per_rank: Any = False,
     ) -> None:
         super().__init__()
-        self._remember(p, message_dims, exact, span, min_keep, prefix)
+        self._remember(p, message_dims, per_rank, exact, span, min_keep, prefix)
         self.inplace, self.scale = inplace, scale
         if isinstance(fill, Tensor) and not isinstance(fill, torch.nn.Parameter):
             self.register_buffer("fill", fill)
@@ -144,6 +175,12 @@ class MessageDropout(_Layer):
         p, fill = self._p(x), self.fill
         if isinstance(fill, Tensor) and torch.is_autocast_enabled(x.device.type):
             fill = fill.to(x.dtype)
+        if self.per_rank is not False:
+            request = Request(
+                p, self._rule, self.scale, fill, self.message_dims, self.training, self.inplace, lengths, seed, keys,
+                protect, positions, return_mask=return_mask, ranks=self.per_rank,
+            )  # fmt: skip
+            return drop_messages(x, request)
         return message_dropout(
             x, p, self.training, self.inplace, scale=self.scale, exact=self.exact, span=self.span,
             min_keep=self.min_keep, prefix=self.prefix, lengths=lengths, fill=fill, message_dims=self.message_dims,
@@ -164,6 +201,7 @@ class MessageSelect(_Layer):
         p: probability that a message is **removed**, in [0, 1]; a range `(lo, hi)`, of which each row draws its own; or
             an array or tensor of them, one a position.
         scale, exact, span, min_keep, prefix, message_dims, layout, capacity: as for `message_select`.
+        per_rank: as for `MessageDropout`.
         return_kept: whether `(y, kept)` comes back, or y alone. "indices", with `exact`, for where timm has
             `PatchDropoutWithIndices`: `(y, indices)` of what remains behind the prefix, counted from there, None where
             nothing drops.
@@ -187,7 +225,8 @@ class MessageSelect(_Layer):
 
     __module__ = "msgdrop_numba"
     _shown: ClassVar = {
-        "scale": False, **DEFAULTS, "message_dims": None, "layout": None, "capacity": None, "return_kept": True,
+        "scale": False, **DEFAULTS, "message_dims": None, "layout": None, "capacity": None, "per_rank": False,
+        "return_kept": True,
     }  # fmt: skip
 
     def __init__(
@@ -199,13 +238,14 @@ class MessageSelect(_Layer):
         span: int = 1,
         min_keep: int = 0,
         prefix: int = 0,
-        message_dims: int | None = None,
+        message_dims: int | tuple[int, ...] | None = None,
         layout: str | None = None,
         capacity: int | None = None,
+        per_rank: Any = False,
         return_kept: Any = True,
     ) -> None:
         super().__init__()
-        self._remember(p, message_dims, exact, span, min_keep, prefix)
+        self._remember(p, message_dims, per_rank, exact, span, min_keep, prefix)
         if return_kept not in (True, False, "indices"):
             raise ValueError(f"return_kept must be True, False or 'indices', but got {return_kept!r}")
         if return_kept == "indices":
@@ -233,7 +273,7 @@ class MessageSelect(_Layer):
         """
         request = Request(
             self._p(x), self._rule, self.scale, message_dims=self.message_dims, training=self.training,
-            lengths=lengths, keys=keys, seed=seed, protect=protect, positions=positions,
+            lengths=lengths, keys=keys, seed=seed, protect=protect, positions=positions, ranks=self.per_rank,
         )  # fmt: skip
         y, kept = select(x, request, how(self.layout, self.capacity, self.return_kept is not False))
         if self.return_kept == "indices":
@@ -266,6 +306,7 @@ class MessageSubset(_Layer):
             then get no gradient, as `DistributedDataParallel` must be told by `find_unused_parameters`.
         per: "message" or "sample".
         pass_kept: call `module(y, ..., kept=kept)`, whose `key_padding_mask` tells what is padding.
+        per_rank: as for `MessageDropout`.
 
     Shape:
         - Input: `(*message dims, *features)`, by default `(N, S, *)` or `(S, F)`; with `per="sample"` `(B, *)`.
@@ -286,7 +327,7 @@ class MessageSubset(_Layer):
     """
 
     __module__ = "msgdrop_numba"
-    _shown: ClassVar = {**DEFAULTS, "message_dims": None, "per": "message", "pass_kept": False}
+    _shown: ClassVar = {**DEFAULTS, "message_dims": None, "per": "message", "pass_kept": False, "per_rank": False}
 
     def __init__(
         self,
@@ -297,9 +338,10 @@ class MessageSubset(_Layer):
         span: int = 1,
         min_keep: int = 0,
         prefix: int = 0,
-        message_dims: int | None = None,
+        message_dims: int | tuple[int, ...] | None = None,
         per: str = "message",
         pass_kept: bool = False,
+        per_rank: Any = False,
     ) -> None:
         super().__init__()
         if not callable(module):
@@ -308,7 +350,7 @@ class MessageSubset(_Layer):
             raise ValueError(f"per must be 'message' or 'sample', but got {per!r}")
         if per == "sample" and message_dims is not None:
             raise ValueError(f"message_dims goes with per='message', but got {message_dims} with per='sample'")
-        self._remember(p, message_dims, exact, span, min_keep, prefix)
+        self._remember(p, message_dims, per_rank, exact, span, min_keep, prefix)
         self.module, self.per, self.pass_kept = module, per, pass_kept
 
     def forward(
@@ -331,7 +373,7 @@ class MessageSubset(_Layer):
         whole = self.per == "sample"
         request = Request(
             self._p(x), self._rule, message_dims=1 if whole else self.message_dims, training=self.training,
-            lengths=lengths, keys=keys, seed=seed, protect=protect, positions=positions,
+            lengths=lengths, keys=keys, seed=seed, protect=protect, positions=positions, ranks=self.per_rank,
         )  # fmt: skip
         y, kept = select(x, request, how(None, None))
         if y is not x:
@@ -344,7 +386,7 @@ class MessageSubset(_Layer):
                 f"module must give back the shape {tuple(y.shape)} that it got, but got {tuple(made.shape)}"
             )
         if not whole:
-            return made if y is x else _put_back(made, x, kept)
+            return made if y is x else _put_back(made, x, kept, self.message_dims)
         if y is x:
             return x + made  # type: ignore[no-any-return]
         made = made.to(x.dtype)
@@ -354,11 +396,12 @@ class MessageSubset(_Layer):
         __call__ = forward
 
 
-def _put_back(made: Tensor, x: Tensor, kept: Any) -> Tensor:
+def _put_back(made: Tensor, x: Tensor, kept: Any, message_dims: Any) -> Tensor:
     """Among the messages of x, in the wider of both types: autocast may have changed what the module made."""
     dtype = torch.promote_types(made.dtype, x.dtype)
-    return kept.restore(made.to(dtype), fill=x.to(dtype))  # type: ignore[no-any-return]
-
-
-def _short(value: Any) -> str:
-    return f"{type(value).__name__}{tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
+    made, x = made.to(dtype), x.to(dtype)
+    if not isinstance(message_dims, tuple):
+        return kept.restore(made, fill=x)  # type: ignore[no-any-return]
+    order = message_order(x.ndim, message_dims)
+    y: Tensor = kept.restore(made.permute(order), fill=x.permute(order))
+    return y.permute([order.index(dim) for dim in range(x.ndim)])

@@ -62,6 +62,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return tensor
 
 
+def like(x: Tensor) -> Tensor:
+    """An uninitialised CPU tensor in the order of memory of `torch.empty_like(x)`."""
+    if x.numel() * x.element_size() < HUGE_BYTES:
+        return torch.empty_like(x)
+    strides = torch.empty_like(x, device="meta").stride()
+    return over(empty((x.numel(),), x.dtype).untyped_storage(), x.shape, x.dtype, strides)
+
+
 def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor in C order, in memory that other processes can map."""
     return over(shared_storage(math.prod(shape) * dtype.itemsize), shape, dtype)
@@ -100,8 +108,11 @@ def _unused(nbytes: int) -> Any:
             return None
         if storage.is_shared() or not storage.resizable() or storage.nbytes() < REUSED_BYTES:
             continue  # changed since, by somebody who used it
-        # The one use is this Python object.
-        if storage.nbytes() == nbytes and storage_uses(storage) == 1 and sys.getrefcount(storage) == _ALONE:
+        # The one use is this Python object. Asked again behind the references: another thread may have made one a use.
+        if (
+            storage.nbytes() == nbytes and storage_uses(storage) == 1
+            and sys.getrefcount(storage) == _ALONE and storage_uses(storage) == 1
+        ):  # fmt: skip
             return storage
         _kept.append(storage)
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -233,6 +234,12 @@ _libraries: dict[type, Any] = {np.ndarray: arrays}  # of exact types, as in `fun
 def _library(x: Any) -> Any:
     if library_of(x) is arrays:
         return arrays
+    spread = sys.modules.get("torch.distributed.tensor")
+    if spread is not None and isinstance(x, spread.DTensor):
+        from msgdrop_numba.tensors import sharded_select
+
+        _libraries[type(x)] = sharded_select
+        return sharded_select
     import torch
 
     from msgdrop_numba.tensors import select
@@ -274,7 +281,7 @@ def message_select(
     min_keep: int = 0,
     prefix: int = 0,
     lengths: Any = None,
-    message_dims: int | None = None,
+    message_dims: int | tuple[int, ...] | None = None,
     seed: Any = None,
     keys: Any = None,
     protect: Any = None,
@@ -301,7 +308,8 @@ def message_select(
             device. Ignored where nothing drops.
 
     Returns:
-        `(y, kept)`, an array like x and a `Kept`. Where nothing drops, y is x itself, packed its messages without
+        `(y, kept)`, an array like x and a `Kept`. Where `message_dims` names dims, those of y are in x's order; packed,
+        messages come first if several are named. Where nothing drops, y is x itself, packed its messages without
         padding. Differentiable in x; in compiled code "dense" makes one graph.
 
     Raises:

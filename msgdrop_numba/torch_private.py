@@ -11,23 +11,30 @@ All of them are in torch 2.9 and 2.13, the oldest and the newest that are tested
 `compiler._is_exporting_flag`
     What `torch.compiler.is_exporting()` returns, which Dynamo before torch 2.12 takes to be true in all that it
     compiles: compiling Philox takes minutes. Without it: the function.
+`fx.traceback.get_current_meta`, its key "recompute", `_functorch.config.activation_memory_budget`
+    Tell the compiler that a seed drawn in forward isn't drawn again in backward. Without: a memory budget below 1 draws
+    another, and gradients are wrong.
 `_C._storage_Use_Count`, `UntypedStorage._cdata`
     Tell whether anybody still uses an output's memory. Without: large outputs are new memory each time, and slower.
 `_C._cuda_getCurrentRawStream`
     1 us a launch. Without: `torch.cuda.current_stream`.
 The base's `apply` of an `autograd.Function`
     1.2 us a call: no search for transforms, which no plain tensor is in. Without: `apply` itself.
-`UntypedStorage._new_shared`, `Tensor._is_view`, `NestedTensor._ragged_idx`
+`UntypedStorage._new_shared`, `Tensor._is_view`, `Tensor._base`, `NestedTensor._ragged_idx`
     What torch's own default collate, its in-place rules and its nested tensors go by. Without one, those calls raise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.fx import traceback
+from torch.utils.checkpoint import CheckpointPolicy
 
 try:
     _Key, _KeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
@@ -65,6 +72,32 @@ def is_exporting() -> bool:
 
 
 _HAS_EXPORTING_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
+
+
+@contextmanager
+def drawn_once() -> Iterator[None]:
+    """What is traced here and draws, backward takes from forward, whatever else the partitioner has it compute again.
+
+    Where it must compute all again, with a budget of 0, it draws by the state that the generator had in forward.
+    """
+    meta = _current_meta()
+    before = meta.get("recompute")
+    meta["recompute"] = CheckpointPolicy.MUST_SAVE if _memory_budget(meta) else CheckpointPolicy.PREFER_RECOMPUTE
+    try:
+        yield
+    finally:
+        meta.pop("recompute", None)
+        if before is not None:
+            meta["recompute"] = before
+
+
+def _memory_budget(meta: dict[str, Any]) -> float:
+    """The part of its activations that the graph being traced may keep for backward, of the whole graph or a region."""
+    region = (meta.get("custom") or {}).get(getattr(traceback, "MEMORY_BUDGET_ANNOTATION_KEY", ""))
+    return getattr(torch._functorch.config, "activation_memory_budget", 1.0) if region is None else region
+
+
+_current_meta: Any = getattr(traceback, "get_current_meta", dict)
 
 
 def is_eager() -> bool:
@@ -193,6 +226,11 @@ def shared_storage(nbytes: int) -> Any:
 def is_view(tensor: torch.Tensor) -> bool:
     """Whether autograd takes it for a view."""
     return tensor._is_view()
+
+
+def base_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that it is a view of; itself, if it is none."""
+    return tensor._base if tensor._base is not None else tensor
 
 
 def ragged_dim(tensor: torch.Tensor) -> int:

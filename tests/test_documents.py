@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from benchmarks import (
     cpu,
     curve,
     documents,
+    edges,
     gil,
     gpu,
     loader,
@@ -32,17 +34,19 @@ from benchmarks import (
     train_step,
 )
 from benchmarks.documents import FILLED, QUESTIONS, with_tables
+from benchmarks.ranks import TOLERANCE
 from msgdrop_numba import __version__
 
 ROOT = Path(__file__).parents[1]
 # Each document, and how many blocks of code it has.
 CODE = {
     "README.md": 5, "benchmarks/README.md": 0, "msgdrop_numba/ARCHITECTURE.md": 0, "msgdrop_numba/CONTRACT.md": 3,
-    "msgdrop_numba/INTEGRATIONS.md": 1, "msgdrop_numba/LIMITS.md": 2,
+    "msgdrop_numba/LIMITS.md": 2, "msgdrop_numba/RANKS.md": 4,
 }  # fmt: skip
 TEXTS = {name: (ROOT / name).read_text() for name in CODE}
-README, MEASUREMENTS, LIMITS = (
-    TEXTS[name] for name in ("README.md", "benchmarks/README.md", "msgdrop_numba/LIMITS.md")
+INTEGRATIONS = "msgdrop_numba/INTEGRATIONS.md"  # whose code runs in tests/integrations/test_recipes.py
+README, MEASUREMENTS, LIMITS, RANKS = (
+    TEXTS[name] for name in ("README.md", "benchmarks/README.md", "msgdrop_numba/LIMITS.md", "msgdrop_numba/RANKS.md")
 )
 MEASURED = {path.stem for path in (ROOT / "benchmarks" / "results").glob("*.json")}
 # what torch 2.13 says of its own code on the first torch.compile
@@ -56,7 +60,7 @@ BLOCKS = {
 
 def test_no_document_is_forgotten():
     there = [path for folder in (".", "benchmarks", "msgdrop_numba") for path in (ROOT / folder).glob("*.md")]
-    assert {path.relative_to(ROOT).as_posix() for path in there} == {*CODE, "CHANGELOG.md"}
+    assert {path.relative_to(ROOT).as_posix() for path in there} == {*CODE, INTEGRATIONS, "CHANGELOG.md"}
 
 
 @pytest.mark.parametrize("name", CODE)
@@ -69,7 +73,10 @@ def test_there_is_code_to_run(name):
 
 
 def marked(block):
-    return pytest.param(block, marks=pytest.mark.ray) if "import ray" in block else block
+    """What starts Ray, and what trains on it, which takes half a minute."""
+    if "import ray" not in block:
+        return block
+    return pytest.param(block, marks=[pytest.mark.ray, *([pytest.mark.long] if "ray.train" in block else [])])
 
 
 @pytest.mark.processes
@@ -123,7 +130,9 @@ def test_the_demo_table_is_that_of_the_committed_run():
 
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_the_tables_are_those_of_the_committed_runs(name):
-    assert name in MEASURED or name == "gpu"
+    if name not in MEASURED and name != "gpu":
+        assert f"<!-- {name}: " not in MEASUREMENTS  # nothing is said that wasn't measured
+        return
     if name not in MEASURED:
         assert "<!-- gpu: python -m benchmarks gpu -->\nNothing has been measured on a GPU yet" in MEASUREMENTS
         assert "Nothing ran on a GPU yet" in README
@@ -155,6 +164,19 @@ def test_the_summary_is_that_of_the_committed_runs():
 def test_the_ways_are_those_that_info_names():
     check_table(LIMITS, "ways", r"<!-- ways: from msgdrop info -->\n\|.*?\|\n<!-- end ways -->")
     assert f"<!-- ways: from msgdrop info -->\n{documents.ways()}\n<!-- end ways -->" in LIMITS
+
+
+def test_the_training_on_ranks_is_that_of_the_committed_run():
+    check_table(
+        RANKS, "trained", r"<!-- trained: from benchmarks/results/ranks\.json -->\n\|.*?\|\n<!-- end trained -->"
+    )
+    for case in documents.results("ranks")["trained"]:  # and shows what the text says of it
+        masks = {found["same_masks"] for found in case["sizes"].values()}
+        if case["layer"] in ("none", "MessageDropout"):
+            assert masks == {case["masks"]}
+            assert max(found["difference"] for found in case["sizes"].values()) <= TOLERANCE[case["dtype"]]
+        elif (case["layer"], case["seeded"]) != ("nn.Dropout1d", "alike"):
+            assert masks == {case["masks"], 0}
 
 
 def test_one_command_makes_them_all(monkeypatch, tmp_path):
@@ -207,7 +229,16 @@ def test_the_other_benchmarks_run(monkeypatch, tmp_path):
     monkeypatch.setattr(train_step, "BATCH", (2, 3, 64))
     monkeypatch.setattr(cold_start, "CASES", {"import numba": cold_start.CASES["import numba"]})
     monkeypatch.setattr(cold_start, "COMPILED", {})
-    for question in (curve, overhead, rules, train_step, cold_start):
+    monkeypatch.setattr(edges, "EDGES", [100])
+    monkeypatch.setattr(edges, "CHANNELS_FIRST", [(2, 3, 4)])
+    for question in (
+        curve,
+        overhead,
+        rules,
+        train_step,
+        cold_start,
+        *([edges] if find_spec("torch_geometric") else []),
+    ):
         results = question.run(rounds=1)
         assert question.table(results).count("\n") >= 2
         measure.draw(tmp_path / "chart.png", question, results)
@@ -253,10 +284,10 @@ def test_the_two_commands_are_there():
     ]
 
 
-@pytest.mark.parametrize("name", CODE)
+@pytest.mark.parametrize("name", [*CODE, INTEGRATIONS])
 def test_links_lead_somewhere(name):
     folder = (ROOT / name).parent
-    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", TEXTS[name]):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", (ROOT / name).read_text()):
         file = (folder / target).resolve() if target else ROOT / name
         assert file.is_file()
         if name.startswith("msgdrop_numba/"):  # in the wheel there is nothing else

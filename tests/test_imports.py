@@ -47,6 +47,15 @@ def test_numpy_use_imports_no_torch():
 
 
 @pytest.mark.processes
+def test_plain_tensors_import_no_dtensor():
+    done = run(
+        "import sys, torch, msgdrop_numba as m\nm.message_select(m.MessageDropout()(torch.ones(2, 3, 4)), exact=True)\n"
+        "print('torch.distributed.tensor' in sys.modules)"
+    )
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+@pytest.mark.processes
 def test_the_proof_can_fail():
     done = run(USE_NUMPY + "msgdrop_numba.MessageDropout\n" + CHECK)
     assert (done.stdout, done.stderr) == ("True\n", "")

@@ -62,8 +62,8 @@ def test_rules_and_fills_reach_the_function():
         assert torch.equal(layer(x, seed=1), message_dropout(x, seed=1, **{"p": 0.6, **options}))
     assert set(MessageDropout(torch.rand(9), fill=token).state_dict()) == {"fill"}
     assert (
-        repr(MessageDropout(torch.rand(9), fill=token))
-        == "MessageDropout(p=Tensor(9,), inplace=False, fill=Tensor(2,))"
+        repr(MessageDropout(torch.arange(1, 10) / 10, fill=token))
+        == "MessageDropout(p=Tensor(9,) of 0.1 to 0.9, inplace=False, fill=Tensor(2,))"
     )
 
 

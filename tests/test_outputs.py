@@ -77,6 +77,18 @@ def test_memory_in_use_is_not_used_again(hold):
     del held
 
 
+@pytest.mark.parametrize("told", [[1, 2], [2]])
+def test_memory_that_gets_a_use_between_the_questions_is_not_used_again(monkeypatch, told):
+    """Another thread may make a use of a reference, behind the first question and before that for references."""
+    y = fresh()
+    place = y.data_ptr()
+    del y
+    asked = internals.told_uses(monkeypatch, told)
+    assert fresh().data_ptr() != place
+    assert asked == told
+    assert fresh().data_ptr() == place
+
+
 def test_memory_that_an_array_has_fixed_is_given_up():
     y = fresh()
     y.numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ BELOW = {
     "select": {"arrays", "call", "functional", "tensors"},
     "nn": {"call", "functional", "select", "tensors"},
     "pipelines": {"call", "functional", "kernels", "outputs", "select", "tensors", "torch_private"},
-    "integrations": {"pipelines"},
     "__init__": {"functional", "nn", "pipelines", "select", "version"},
+    "integrations": {"__init__", "call", "functional", "nn", "outputs", "pipelines", "select", "tensors", "torch_private"},
     "command": {"__init__", "arrays", "call", "functional", "nn", "outputs", "pipelines", "select", "tensors",
                 "torch_private", "version"},
     "__main__": {"command"},
@@ -33,7 +34,7 @@ BELOW = {
 WITHOUT_TORCH = {"kernels", "call", "arrays", "version"}
 PRIVATE_FILE = "torch_private"
 PRIVATE = {
-    "_C", "_storage_Use_Count", "_functorch", "_cdata", "_new_shared", "_is_view", "_ragged_idx", "_current_level",
+    "_C", "_storage_Use_Count", "_functorch", "_cdata", "_new_shared", "_is_view", "_base", "_ragged_idx", "_current_level",
     "_dispatch_keys", "_subclasses", "_is_exporting_flag",
 }  # fmt: skip
 
@@ -44,9 +45,15 @@ def sources() -> dict[str, str]:
     return {name.removesuffix(".__init__") if "." in name else name: p.read_text() for name, p in files.items()}
 
 
+@cache
+def nodes(text: str) -> list[ast.AST]:
+    """All nodes of a module; most texts are the same in every test."""
+    return list(ast.walk(ast.parse(text)))
+
+
 def imported(text: str, modules: set[str]) -> Iterator[tuple[str, bool]]:
     """Each name that a module imports, ours below the package, and whether it is one of ours."""
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -79,7 +86,7 @@ def wrong(modules: dict[str, str]) -> list[str]:
             elif target == "torch" and room in WITHOUT_TORCH:
                 found.append(f"{module} imports {name}: {room} does without torch")
         if module != PRIVATE_FILE:
-            for node in ast.walk(ast.parse(text)):
+            for node in nodes(text):
                 told = node.attr if isinstance(node, ast.Attribute) else node.value if _is_text(node) else None
                 if told in PRIVATE:
                     found.append(f"{module}, line {node.lineno}: {told} belongs into {PRIVATE_FILE}")  # type: ignore[attr-defined]

@@ -16,24 +16,39 @@ _U64 = 2**64 - 1
 _MAX_WORK: Any = 100_000  # steps of the exact search for shared memory; past them it counts as shared
 
 
-def message_dims(shape: tuple[int, ...], dims: int | None) -> int:
+def message_dims(shape: tuple[int, ...], dims: Any) -> int:
     """How many leading dims of `shape` index messages: `dims`, by default 2 of 3 or more, else 1."""
-    dims = (2 if len(shape) >= 3 else 1) if dims is None else check_message_dims(dims)
-    if len(shape) <= dims:
+    if isinstance(dims, tuple):
+        raise TypeError(f"message_dims must be an integer or None here, but got {dims}: permute x first")
+    count: int = (2 if len(shape) >= 3 else 1) if dims is None else check_message_dims(dims)
+    if len(shape) <= count:
         raise ValueError(
-            f"x must have {dims} message dims and at least one feature dim, but got shape {tuple(shape)}; "
+            f"x must have {count} message dims and at least one feature dim, but got shape {tuple(shape)}; "
             "add one with x[..., None], or set message_dims"
         )
-    return dims
+    return count
 
 
-def check_message_dims(dims: Any) -> int:
-    """message_dims as an int of at least 1."""
-    if isinstance(dims, bool) or not isinstance(dims, numbers.Integral):
-        raise TypeError(f"message_dims must be an integer or None, but got {dims!r}")
+def check_message_dims(dims: Any) -> Any:
+    """message_dims as an int of at least 1, or a tuple of one int or more, none of them twice."""
+    each = dims if isinstance(dims, tuple) else (dims,)
+    if any(isinstance(dim, bool) or not isinstance(dim, numbers.Integral) for dim in each):
+        raise TypeError(f"message_dims must be an integer, a tuple of dims or None, but got {dims!r}")
+    if each is dims:
+        if not dims or len(set(dims)) < len(dims):
+            raise ValueError(f"message_dims must name one dim or more, none of them twice, but got {dims}")
+        return tuple(map(int, dims))
     if dims < 1:
         raise ValueError(f"message_dims must be at least 1, but got {dims}")
     return int(dims)
+
+
+def message_order(ndim: int, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """How to permute the dims of an array so that those named come first, in their order."""
+    named = tuple(dim + ndim if dim < 0 else dim for dim in check_message_dims(dims))
+    if len(set(named)) < len(named) or not all(0 <= dim < ndim for dim in named):
+        raise ValueError(f"message_dims must name dims of x, which has {ndim}, each once, but got {dims}")
+    return (*named, *(dim for dim in range(ndim) if dim not in named))
 
 
 def check_seed(seed: Any) -> int:
@@ -99,6 +114,15 @@ def integers(name: str, values: Any, read: Callable[[str, Any], int] = check_key
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, but got dtype {array.dtype}")
     return array
+
+
+def check_keys_shape(given: tuple[int, ...], rows: tuple[int, ...]) -> None:
+    """Refuse keys that have neither the shape of the rows nor a leading part of it."""
+    if given != rows[: len(given)]:
+        more = len(given) > len(rows) and given[: len(rows)] == rows
+        alone = ", or make each message a row with x[:, None]" if not rows else ""
+        hint = f": keys name rows; number the messages of a row by positions{alone}" if more else ""
+        raise ValueError(f"keys must have shape {rows} or a leading part of it, but got {given}{hint}")
 
 
 def row_lengths(lengths: Any, row_shape: tuple[int, ...], size: int) -> np.ndarray | None:
@@ -173,7 +197,9 @@ def message_positions(positions: Any, shape: tuple[int, ...]) -> np.ndarray:
     if array.size and not (array.min() >= 0 and array.max() < MAX_ROW):
         wrong = array[(array < 0) | (array >= MAX_ROW)].flat[0]
         raise ValueError(f"positions must be from 0 to 2**34 - 1, but got {wrong}")
-    return np.array(array, dtype=np.int64, order="C")  # the user's own memory may be what is written
+    torch = sys.modules.get("torch")
+    copied = torch is not None and isinstance(positions, torch.Tensor)  # the user's own memory may be what is written
+    return array.astype(np.int64, order="C", copy=not copied)
 
 
 def split_p(p: Any) -> tuple[P, Any]:
@@ -212,7 +238,10 @@ def check_broadcast(of_p: tuple[int, ...], shape: tuple[int, ...]) -> None:
         fits = fits and (ours == 1 or ours == shape[missing + dim])
     if not fits:
         either = " or ".join(str(s) for s in dict.fromkeys((shape[-1:], shape)))
-        raise ValueError(f"p must be a number or have shape {either}, or broadcast to the latter, but got {of_p}")
+        raise ValueError(
+            f"p must be a number or have shape {either}, or broadcast to the latter, but got {of_p}: give one a row as "
+            "p[..., None], and expand what has other dims to the latter shape first"
+        )
 
 
 def position_p(p: Any) -> tuple[P, np.ndarray | None]:

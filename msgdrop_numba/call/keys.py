@@ -10,7 +10,7 @@ from uuid import UUID
 
 import numpy as np
 
-from msgdrop_numba.call.arguments import check_key, integers
+from msgdrop_numba.call.arguments import check_key, check_keys_shape, integers
 from msgdrop_numba.kernels.rules import fold_rows
 
 
@@ -63,8 +63,7 @@ def row_keys(keys: Any, row_shape: tuple[int, ...]) -> np.ndarray | None:
     if keys is None:
         return None
     array = integers("keys", keys, _read)
-    if array.shape != row_shape[: array.ndim]:
-        raise ValueError(f"keys must have shape {row_shape} or a leading part of it, but got {array.shape}")
+    check_keys_shape(array.shape, row_shape)
     flat = np.ascontiguousarray(array, dtype=np.uint64 if array.dtype.kind == "u" else np.int64).ravel()
     flat = flat.view(np.uint64)
     if array.ndim == len(row_shape):

@@ -23,7 +23,8 @@ PARALLEL_BYTES = 256 * 1024
 STREAM_BYTES = 32 * 2**20  # the last-level cache of a usual server core complex
 
 # Why the kernels can't follow an array.
-FAR_APART = "its features aren't contiguous, or its rows don't lie evenly"
+FAR_APART = "its rows, or its features, don't lie evenly"
+IN_PIECES = "its features aren't contiguous"  # what a device can't follow
 UNKNOWN_SCALE = "the kernels can't scale its dtype"
 
 
@@ -169,23 +170,25 @@ def _make(
     if shape[dims - 1] > MAX_ROW:
         raise ValueError(f"a row has at most 2**34 messages, but x has shape {tuple(shape)}")
     check_prefix(rule, shape[dims - 1])
-    laid = [steps(shape, itemsize, dims, s) for s in (strides, out_strides)]
-    obstacle = UNKNOWN_SCALE if kind == OTHER else "" if None not in laid else FAR_APART
-    width = math.prod(shape[dims:]) * itemsize
-    messages = math.prod(shape[:dims])
-    beside = laid[0] == laid[1] == (width * shape[dims - 1], width)
-    words = beside and width in (1, 2, 4, 8, 16, 32, 64)
+    laid = layout(shape, itemsize, dims, strides, out_strides)
+    obstacle = UNKNOWN_SCALE if kind == OTHER else "" if laid is not None else FAR_APART
+    messages, message = math.prod(shape[:dims]), math.prod(shape[dims:]) * itemsize
+    width, (x_row, x_step, x_piece), (out_row, out_step, out_piece) = laid or (message, (0, 0, 0), (0, 0, 0))
+    beside = x_step == out_step == width
+    aligned = (x_row | x_piece | out_row | out_piece) % max(1, min(width, 8)) == 0
+    words = beside and aligned and width in (1, 2, 4, 8, 16, 32, 64)
     # Past the cache only what the cache can't hold: reading it soon after would cost more than was saved.
-    stream = beside and width % LINE == 0 and messages * width >= STREAM_BYTES
-    x_steps, out_steps = (found or (0, 0) for found in laid)
+    whole = beside and width == message and x_row == out_row == width * shape[dims - 1]
+    stream = whole and width % LINE == 0 and messages * width >= STREAM_BYTES
     values = {
         "size": shape[dims - 1], "width": width, "kind": kind, "scale": rule.scale, "words": words, "stream": stream,
-        "x_row": x_steps[0], "x_step": x_steps[1], "out_row": out_steps[0], "out_step": out_steps[1],
+        "x_row": x_row, "x_step": x_step, "out_row": out_row, "out_step": out_step,
+        "pieces": message // width if width else 1, "x_piece": x_piece, "out_piece": out_piece,
         **{name: getattr(rule, name) for name, _ in RULE},
     }  # fmt: skip
     record = np.zeros(1, PLAN)
     record[0] = tuple(values[name] for name in PLAN.names or ())
-    nbytes = messages * (width or 1)
+    nbytes = messages * (message or 1)
     return Plan(
         tuple(shape[:dims]), messages, shape[dims - 1], nbytes, kind, obstacle, not obstacle,
         not obstacle and 0 < nbytes < PARALLEL_BYTES, rule, (shape, itemsize, kind, message_dims, told), record,
@@ -278,21 +281,47 @@ def mask_shape(shape: Any) -> tuple[int, ...]:
     return tuple(map(int, dims))
 
 
-def steps(shape: tuple[int, ...], itemsize: int, dims: int, strides: tuple[int, ...] | None) -> tuple[int, int] | None:
+def steps(shape: tuple[int, ...], itemsize: int, dims: int, strides: tuple[int, ...]) -> tuple[int, int] | None:
     """Bytes from row to row and from position to position; None where rows or features don't lie so."""
-    if strides is None:
-        step = math.prod(shape[dims:]) * itemsize
-        return step * shape[dims - 1], step
-    width = itemsize
-    for dim in reversed(range(dims, len(shape))):
-        if shape[dim] > 1 and strides[dim] != width:
-            return None
-        width *= shape[dim]
-    row, above = None, 0
-    for dim in reversed(range(dims - 1)):
+    laid = layout(shape, itemsize, dims, strides, strides)
+    if laid is None or laid[0] != math.prod(shape[dims:]) * itemsize:
+        return None
+    row, step, _ = laid[1]
+    return row, step
+
+
+def layout(shape: tuple[int, ...], itemsize: int, dims: int, *strides: tuple[int, ...] | None) -> Any:
+    """How messages lie in several arrays of one shape: bytes in a piece, and for each array (row, step, piece).
+
+    Those are bytes from row to row, from position to position and from piece to piece. A piece is as much of a message
+    as is contiguous in all of them. None: what isn't, or the rows, lie unevenly. Strides None: C order.
+    """
+    message = math.prod(shape[dims:]) * itemsize
+    if strides == (None,) * len(strides):
+        return message, *((message * shape[dims - 1], message, 0),) * len(strides)
+    each = [c_order(shape, itemsize) if s is None else s for s in strides]
+    width, within = itemsize, len(shape)
+    while within > dims and all(shape[within - 1] == 1 or s[within - 1] == width for s in each):
+        within -= 1
+        width *= shape[within]
+    if message == 0:
+        width, within = 0, dims
+    laid = [(_evenly(shape, s, 0, dims - 1), s[dims - 1], _evenly(shape, s, dims, within)) for s in each]
+    return None if any(None in one for one in laid) else (width, *laid)
+
+
+def c_order(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The strides of an array in C order, in bytes."""
+    return tuple(math.prod(shape[dim + 1 :]) * itemsize for dim in range(len(shape)))
+
+
+def _evenly(shape: tuple[int, ...], strides: tuple[int, ...], first: int, last: int) -> int | None:
+    """Bytes from one index to the next, counted over the dims first..last - 1 in C order; None: they differ."""
+    step, above = None, 0
+    for dim in reversed(range(first, last)):
         if shape[dim] > 1:
-            if row is not None and strides[dim] != above:
+            if step is not None and strides[dim] != above:
                 return None
-            row = strides[dim] if row is None else row
+            step = strides[dim] if step is None else step
             above = strides[dim] * shape[dim]
-    return row or 0, strides[dims - 1]
+    return step or 0

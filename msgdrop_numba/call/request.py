@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import ZERO
 from msgdrop_numba.call.rule import P, for_rows
 
@@ -38,7 +39,11 @@ class Options(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What one call asks for: the fields of `Options`, and its own arguments, as for `message_dropout`."""
+    """What one call asks for: the fields of `Options`, and its own arguments, as for `message_dropout`.
+
+    Fields:
+        ranks: a layer's `per_rank`: whether, and among which processes, this one's rank is folded into a drawn seed.
+    """
 
     p: Any
     rule: tuple[Any, ...]
@@ -55,6 +60,7 @@ class Request(NamedTuple):
     generator: Any = None
     out: Any = None
     return_mask: Any = False
+    ranks: Any = False
 
 
 # What of a request may be an array, and so may lie elsewhere than x.
@@ -127,8 +133,8 @@ class Library(Protocol):
     def draw(self, plan: Any, p: Any, fill: Any, request: Request, device: Any) -> Any:
         """The arrays over rows or messages, laid out; p None: a number."""
 
-    def seed(self, given: Any, generator: Any, device: Any) -> Any:
-        """The seed given, where it is needed, or one drawn."""
+    def seed(self, given: Any, generator: Any, device: Any, ranks: Any = False) -> Any:
+        """The seed given, where it is needed, or one drawn, of this rank if layers of tensors ask for that."""
 
     def mask(self, shape: tuple[int, ...], device: Any) -> Any:
         """Memory for a keep mask."""
@@ -147,7 +153,7 @@ def prepare(library: Library, x: Any, request: Request, check: Any = None) -> Jo
     """The job of a call. Raises before anything is written or drawn; `check` too, which is shown the plan."""
     (
         p, rule, scale, fill, message_dims, training, inplace, lengths, seed, keys, protect, positions, generator, out,
-        return_mask,
+        return_mask, ranks,
     ) = request  # fmt: skip
     if training is not True and not isinstance(training, (bool, np.bool_)):
         raise TypeError(f"training must be True or False, but got {training!r}")
@@ -167,7 +173,7 @@ def prepare(library: Library, x: Any, request: Request, check: Any = None) -> Jo
     draw = library.draw(plan, array, fill, request, device) if told else library.nothing
     if not active:
         return Job(plan, draw, None, target)
-    seed = library.seed(seed, generator, device)
+    seed = library.seed(seed, generator, device, ranks)
     mask = library.mask(plan.shape, device) if return_mask else None
     return tuple.__new__(Job, (plan, draw, seed, target, mask, None))  # twice as fast as the constructor
 
@@ -187,9 +193,36 @@ def prepare_mask(
     return tuple.__new__(Job, (plan, draw, library.seed(seed, None, device), None, None, None))
 
 
+def turned(run: Any, kind: Any, permute: Any, x: Any, request: Request) -> Any:
+    """`run(x, request)`, where the request may name its message dims: then on a view of x that has them in front.
+
+    Args:
+        run: gives back an array, or a pair of it and something over the message dims.
+        kind, permute: the library's arrays, and how it permutes the dims of one, `(array, order)`.
+    """
+    dims, out = request.message_dims, request.out
+    if not isinstance(dims, tuple):
+        return run(x, request)
+    order = arguments.message_order(x.ndim, dims)
+    if out is not None and getattr(out, "shape", x.shape) != x.shape:
+        raise ValueError(f"out must have x's shape {tuple(x.shape)}, but got {tuple(out.shape)}")
+    view, into = permute(x, order), permute(out, order) if isinstance(out, kind) else out
+    result = run(view, request._replace(message_dims=len(dims), out=into))
+    y = result[0] if isinstance(result, tuple) else result
+    if y is view or y is into:
+        y = x if y is view else out
+    elif y.ndim == x.ndim:  # else it is packed
+        y = permute(y, tuple(map(order.index, range(x.ndim))))
+    return (y, *result[1:]) if isinstance(result, tuple) else y
+
+
 def perform(library: Library, x: Any, request: Request) -> Any:
-    """`functional.message_dropout` by a library's primitives."""
-    job = prepare(library, x, request)
+    """`functional.message_dropout` by a library's primitives, x having its message dims in front."""
+    return carry_out(library, x, prepare(library, x, request), request)
+
+
+def carry_out(library: Library, x: Any, job: Job, request: Request) -> Any:
+    """The same of a job that is prepared."""
     if job.seed is not None:
         return library.run(x, job, request)
     y = x if job.target is None or job.target is x else library.copy(x, job.target)

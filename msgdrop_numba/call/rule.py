@@ -123,9 +123,11 @@ def unpacked(values: Any) -> tuple[Any, ...]:
     return tuple(type(default)(value) for default, value in zip(DEFAULTS.values(), values, strict=True))
 
 
-def for_rows(rule: tuple[Any, ...], size: int) -> tuple[Any, ...]:
-    """The keywords of a rule for rows of `size` messages, which may be fewer than its prefix where rows differ."""
-    return rule if rule[_PREFIX] <= size else (*rule[:_PREFIX], size, *rule[_PREFIX + 1 :])
+def for_rows(rule: tuple[Any, ...], size: int, start: int = 0) -> tuple[Any, ...]:
+    """The keywords of a rule for `size` messages of a row, from `start` on, which may be fewer than its prefix."""
+    if not start and rule[_PREFIX] <= size:
+        return rule
+    return (*rule[:_PREFIX], min(max(rule[_PREFIX] - start, 0), size), *rule[_PREFIX + 1 :])
 
 
 def check_p(p: Any) -> float | tuple[float, float]:

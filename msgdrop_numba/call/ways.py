@@ -13,18 +13,23 @@ class Way(NamedTuple):
     why: str
 
 
-ARRAY = Way("NumPy array", "compiled kernel", "its features are contiguous and its rows lie evenly")
+ARRAY = Way("NumPy array", "compiled kernel", "its rows lie evenly, and so do its features")
 ARRAY_APART = Way(
     "NumPy array, other layouts", "compiled mask, NumPy's where", "the kernel can't follow its strides or byte order"
 )
-TENSOR = Way("CPU or CUDA tensor", "compiled kernel", "as for arrays; under autograd with a backward of ours")
+TENSOR = Way(
+    "CPU or CUDA tensor", "compiled kernel", "as for arrays, on a device with contiguous features; a backward of ours"
+)
 TENSOR_APART = Way(
-    "CPU or CUDA tensor, other layouts", "compiled kernel on a copy", "in place, or features apart: torch's where"
+    "CPU or CUDA tensor, other layouts",
+    "compiled kernel on a copy",
+    "in place, or where a new tensor lies so, too: torch's where",
 )
 COMPILED = Way("CPU or CUDA tensor, torch.compile", "compiled mask, torch's where", "one graph, fused by the compiler")
 IN_TRANSFORMS = Way(
     "export, vmap, jvp, fake tensors", "tensor operations", "nothing of this package may be called there"
 )
+SHARDED = Way("DTensor", "that of its local tensor", "rows and positions have their numbers in the whole")
 DEVICE_ARRAY = Way("CuPy or numba device array", "as a CUDA tensor", "on its own stream; needs torch")
 WITHOUT_KERNELS = Way(
     "CUDA tensor without numba-cuda", "tensor operations", "the same mask; a log line says what to install"
@@ -32,7 +37,8 @@ WITHOUT_KERNELS = Way(
 ELSEWHERE = Way("ROCm, MPS and XPU tensors", "tensor operations", "no kernels for them")
 
 WAYS = (
-    ARRAY, ARRAY_APART, TENSOR, TENSOR_APART, COMPILED, IN_TRANSFORMS, DEVICE_ARRAY, WITHOUT_KERNELS, ELSEWHERE,
+    ARRAY, ARRAY_APART, TENSOR, TENSOR_APART, COMPILED, IN_TRANSFORMS, SHARDED, DEVICE_ARRAY, WITHOUT_KERNELS,
+    ELSEWHERE,
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import filelock
 import xxhash
@@ -35,7 +35,7 @@ def make(
     Args:
         source: the input, whose files are `found`.
         output: a folder, new or of the same job.
-        epochs: how many, each in a folder of its own.
+        epochs: how many, each in a folder of its own; an output that has fewer goes on with the rest.
         engine: what runs the tasks.
         tick: called with the bytes of each input file that is done, those at the start too.
 
@@ -50,7 +50,7 @@ def make(
     tasks = {_task(file, output, settings, epoch): file.bytes for epoch in range(epochs) for file in found.files}
     header = {
         "job": "msgdrop apply", "contract": CONTRACT, "version": __version__, "input": found.digest,
-        "files": len(tasks), "parameters": {**settings.parameters(), "epochs": epochs},
+        "epochs": epochs, "files": len(tasks), "parameters": settings.parameters(),
     }  # fmt: skip
     with _locked(output):
         log = journal.Journal(output, header)
@@ -77,7 +77,8 @@ def make(
 
 def _task(file: File, output: Path, settings: Settings, epoch: int) -> Task:
     target = output / f"epoch-{epoch}" / file.name
-    return Task(str(file.path.absolute()), str(target), file.name, settings, epoch, file.ids)
+    is_mask = file.mask_of is not None
+    return Task(str(file.path.absolute()), str(target), file.mask_of or file.name, settings, epoch, file.first, is_mask)
 
 
 def _check_place(source: Path, output: Path) -> None:
@@ -126,8 +127,20 @@ def size(output: Path) -> int:
     return sum(written.bytes for written in journal.read(output)[1].values()) if output.is_dir() else 0
 
 
-def verify(output: Path, tick: Callable[[int], Any]) -> list[str]:
-    """What is wrong with an output, a line each: every byte of every file is looked at.
+class Verdict(NamedTuple):
+    """What `verify` found, a line each.
+
+    Fields:
+        unfinished: what the same `msgdrop apply` again makes whole, as a job leaves it that was killed.
+        wrong: what isn't as the journal says.
+    """
+
+    unfinished: list[str]
+    wrong: list[str]
+
+
+def verify(output: Path, tick: Callable[[int], Any]) -> Verdict:
+    """What is still to be made of an output, and what is wrong with it: every byte of every file is looked at.
 
     Raises:
         JobError: it has no journal.
@@ -135,11 +148,18 @@ def verify(output: Path, tick: Callable[[int], Any]) -> list[str]:
     header, files = journal.read(output)
     if not header:
         raise JobError(f"{output} has no {journal.NAME}: it is no output of msgdrop apply")
-    wrong = []
-    if len(files) != header["files"]:
-        wrong.append(f"{len(files)} of {header['files']} files are there: run the same msgdrop apply again to go on")
+    unfinished, wrong, missing = [], [], header["files"] - len(files)
+    if missing:
+        unfinished.append(f"{len(files)} of {header['files']} files are done")
     there = {p.relative_to(output).as_posix() for p in output.rglob("*") if not p.is_dir()} - {LOCK, journal.NAME}
-    wrong += [f"{name} is not in the journal" for name in sorted(there - files.keys())]
+    for name in sorted(there - files.keys()):
+        if name.endswith(PARTIAL):
+            unfinished.append(f"{name} was left when a job was stopped")
+        elif missing > 0 and name.startswith("epoch-"):  # stopped between the file and its line in the journal
+            missing -= 1
+            unfinished.append(f"{name} is not in the journal yet")
+        else:
+            wrong.append(f"{name} is not in the journal")
     for name, written in files.items():
         if name not in there:
             wrong.append(f"{name} is missing: run the same msgdrop apply again")
@@ -155,7 +175,7 @@ def verify(output: Path, tick: Callable[[int], Any]) -> list[str]:
                 f"{name} has changed ({found.bytes} bytes, xxh3 {found.xxh3}, not {written.bytes}, {written.xxh3}): "
                 "delete it, and run the same msgdrop apply again"
             )
-    return wrong
+    return Verdict(unfinished, wrong)
 
 
 def _hash(path: Path) -> Written:

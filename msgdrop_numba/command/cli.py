@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import errno
-import functools
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +23,10 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from msgdrop_numba.call.arguments import split_positions
-from msgdrop_numba.call.rule import KEYWORDS, DropRule, check_p
+from msgdrop_numba.call.rule import KEYWORDS
 from msgdrop_numba.command.errors import JobError, one_line
 from msgdrop_numba.command.install import install_line
+from msgdrop_numba.command.options import Names, Number, Numbers, of_rule, picture_path
 
 
 class _Group(click.Group):
@@ -48,99 +45,6 @@ class _Group(click.Group):
             raise click.ClickException(said) from error
 
 
-class _Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Integers with commas between them."""
-
-    name = "N,N"
-
-    def convert(self, value: Any, parameter: Any, context: Any) -> Any:
-        if isinstance(value, tuple):
-            return value
-        parts = value.split(",")
-        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"must be positive integers with commas between them, but got {value!r}", parameter, context)
-        return tuple(int(part) for part in parts)
-
-
-class _OrColumn(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Numbers with commas between them, and where there are columns anything else as the name of one."""
-
-    def __init__(self, name: str, columns: bool, kind: type, read: Callable[..., Any]) -> None:
-        self.name = f"{name}|COLUMN" if columns else name
-        self.columns, self.kind, self.read = columns, kind, read
-
-    def convert(self, value: Any, parameter: Any, context: Any) -> Any:
-        try:
-            numbers = [self.kind(part) for part in value.split(",")]
-        except ValueError:
-            if self.columns and value.strip():
-                return value
-            self.fail(f"must be {self.name}, but got {value!r}", parameter, context)
-        try:
-            return self.read(*numbers)
-        except (TypeError, ValueError) as error:
-            self.fail(str(error), parameter, context)
-
-
-def _p(*numbers: float) -> Any:
-    return check_p(numbers[0] if len(numbers) == 1 else numbers)
-
-
-def _offset(*numbers: int) -> Any:
-    if len(numbers) > 1:
-        raise TypeError(f"positions must be an integer, that of each row's first message, but got {numbers}")
-    return split_positions(numbers[0], 1)[0]
-
-
-def _rule(columns: bool) -> Callable[..., Any]:
-    """The options that say which messages drop; the command gets those of the rule behind p as one tuple, `rule`.
-
-    Args:
-        columns: whether p and positions may be columns.
-    """
-    return functools.partial(_with_rule, columns)
-
-
-def _with_rule(columns: bool, command: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(command)
-    def with_rule(p: Any, **told: Any) -> Any:
-        rule = tuple(told.pop(name) for name in KEYWORDS)
-        try:
-            DropRule(None if isinstance(p, str) else p, *rule)
-        except ValueError as error:
-            named = re.sub(rf"\b({'|'.join(KEYWORDS)})\b", lambda m: "--" + m[0].replace("_", "-"), str(error))
-            raise click.UsageError(named) from None
-        return command(p=p, rule=rule, **told)
-
-    for keyword in reversed(fields(DropRule)[1:]):
-        of_rule: dict[str, Any] = {"is_flag": True}
-        if "least" in keyword.metadata:
-            of_rule = {"type": click.IntRange(min=keyword.metadata["least"])}
-        flag = "--" + keyword.name.replace("_", "-")
-        with_rule = click.option(flag, default=keyword.default, help=keyword.metadata["help"], **of_rule)(with_rule)
-    in_parquet = " Parquet: or a column of {}." if columns else ""
-    positions = click.option(
-        "--positions", type=_OrColumn("OFFSET", columns, int, _offset),
-        help="Position of each row's first message in the draws; 0 by default."
-        + in_parquet.format("lists of integers, the position of each message"),
-    )  # fmt: skip
-    seed = click.option("--seed", required=True, type=click.IntRange(0, 2**64 - 1), help="Seed of the masks.")
-    p = click.option(
-        "--p", required=True, type=_OrColumn("P|LO,HI", columns, float, _p),
-        help="Probability of dropping a message, or a range of which each row draws its own."
-        + in_parquet.format("each row's own"),
-    )  # fmt: skip
-    return p(seed(positions(with_rule)))
-
-
-def _picture_path(context: Any, parameter: Any, path: Path | None) -> Path | None:
-    if path is not None and path.suffix.lower() != ".png":
-        raise click.BadParameter(f"must end in .png, but got {str(path)!r}")
-    if path is not None and not path.absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no folder {str(path.absolute().parent)!r}")
-    return path
-
-
 _PATH = click.Path(path_type=Path, readable=False)  # whether it can be read is found out by reading it
 _PNG = click.Path(dir_okay=False, path_type=Path)
 
@@ -155,12 +59,24 @@ def main(debug: bool) -> None:
 @main.command()
 @click.argument("source", metavar="INPUT", type=_PATH)
 @click.argument("output", type=_PATH)
-@_rule(columns=True)
+@of_rule(columns=True)
 @click.option(
-    "--epochs", default=1, show_default=True, type=click.IntRange(min=1), help="Folders to make, an epoch each."
-)
+    "--epochs", default=1, show_default=True, type=click.IntRange(min=1),
+    help="Folders to make, an epoch each. More than OUTPUT has: it goes on with the rest.",
+)  # fmt: skip
 @click.option("--columns", help="Parquet: the columns of messages, with commas between them. They share a mask.")
 @click.option("--key", help="Parquet: the column of sample ids, integers or strings. Equal ids get equal masks.")
+@click.option(
+    "--lengths", metavar="COLUMN|NAME.npy",
+    help="Each row's count of valid messages, behind which nothing drops: a column of Parquet; of .npy shards the file "
+    "in each folder that holds them, those of all its shards in a row, copied along.",
+)  # fmt: skip
+@click.option("--scale", is_flag=True, help="Multiply kept messages by 1/(1-p).")
+@click.option("--fill", type=Number(), help="What a dropped message becomes; 0 by default.")
+@click.option(
+    "--mask", is_flag=True,
+    help="Write the keep masks too, True where a message is kept: a column keep_mask; beside A.npy A.keep_mask.npy.",
+)  # fmt: skip
 @click.option(
     "--protect", metavar="COLUMN",
     help="Parquet: a column of lists of bools, True where a message is left alone.",
@@ -181,12 +97,14 @@ def main(debug: bool) -> None:
 @click.option("--ray-address", metavar="ADDRESS", help="A Ray cluster that sees INPUT and OUTPUT under the same paths.")
 def apply(
     source: Path, output: Path, p: Any, seed: int, rule: tuple[Any, ...], positions: Any, epochs: int,
-    columns: str | None, key: str | None, protect: str | None, remove: bool, companions: str | None, ids: str | None,
-    jobs: int | None, engine: str, ray_address: str | None,
+    columns: str | None, key: str | None, lengths: str | None, scale: bool, fill: float | None, mask: bool,
+    protect: str | None, remove: bool, companions: str | None, ids: str | None, jobs: int | None, engine: str,
+    ray_address: str | None,
 ) -> None:  # fmt: skip
-    """Drop messages in all shards of INPUT, into OUTPUT/epoch-0, OUTPUT/epoch-1 and so on.
+    """Drop messages in the files of a folder, into a folder an epoch.
 
-    With --remove they are left out: rows of Parquet become shorter, lists of a fixed size and tensors become lists.
+    What is in INPUT goes into OUTPUT/epoch-0, OUTPUT/epoch-1 and so on. With --remove dropped messages are left out:
+    rows of Parquet become shorter, lists of a fixed size and tensors become lists.
 
     INPUT is a folder of .npy shards (samples, messages, features), all alike, or of Parquet files with columns of
     tensors or lists of lists; or one such file. Files whose names begin with a dot or an underscore, and other kinds,
@@ -195,7 +113,8 @@ def apply(
     A row's mask depends on the seed, the epoch and the row's id alone. Without --ids a .npy row is named by its
     shard's path in INPUT (the file's name, where INPUT is one file) and its number.
 
-    Run the same command again to go on after an interruption: what is done stays. An OUTPUT holds one job.
+    Run the same command again to go on after an interruption, or with more --epochs: what is done stays. An OUTPUT
+    holds one job.
     """
     from msgdrop_numba.command import apply as job
     from msgdrop_numba.command import engines, inputs
@@ -203,11 +122,16 @@ def apply(
 
     if ray_address is not None and engine != "ray":
         raise click.UsageError("--ray-address needs --engine ray")
-    if ids is not None and (Path(ids).name != ids or not ids.endswith(".npy")):
+    if ids is not None and not inputs.is_file_name(ids):
         raise click.UsageError(f"--ids must be the name of .npy files that lie beside the shards, but got {ids!r}")
     if companions is not None and not remove:
         raise click.UsageError("--companions needs --remove")
-    settings = Settings(p, seed, rule, _listed(columns), key, ids, protect, positions, remove, _listed(companions))
+    if fill is not None and remove:
+        raise click.UsageError("--fill can't be used with --remove, which leaves no message to fill")
+    settings = Settings(
+        p, seed, rule, _listed(columns), key, ids, lengths, protect, positions, remove, _listed(companions), scale,
+        fill, mask,
+    )  # fmt: skip
     found = inputs.find(source, settings)
     run = engines.on_ray(jobs, ray_address) if engine == "ray" else engines.local(jobs or _cpus())
     with _bytes_bar("dropping", epochs * sum(file.bytes for file in found.files)) as tick:
@@ -227,15 +151,17 @@ def _cpus() -> int:
 @main.command()
 @click.argument("output", type=_PATH)
 def verify(output: Path) -> None:
-    """Check every byte of an OUTPUT of `msgdrop apply` against its journal."""
+    """Check every byte that `msgdrop apply` wrote against its journal."""
     from msgdrop_numba.command import apply as job
 
     with _bytes_bar("reading", job.size(output)) as tick:
-        wrong = job.verify(output, tick)
-    for line in wrong:
+        unfinished, wrong = job.verify(output, tick)
+    for line in (*wrong, *unfinished):
         click.echo(line, err=True)
     if wrong:
         raise JobError(f"{output} is not as its journal says: {len(wrong)} differences")
+    if unfinished:
+        raise JobError(f"{output} is unfinished: run the same msgdrop apply again to go on")
     click.echo(f"{output} is as its journal says")
 
 
@@ -252,43 +178,50 @@ def _bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @main.command()
+@click.option("--shape", type=Numbers(), metavar="ROWS,MESSAGES", help="Rows and messages.  [default: 8,64]")
+@of_rule(columns=False)
 @click.option(
-    "--shape", default=(8, 64), type=_Numbers(), metavar="ROWS,MESSAGES", help="Rows and messages.  [default: 8,64]"
-)
-@_rule(columns=False)
-@click.option("--output", type=_PNG, callback=_picture_path, help="Draw it into a PNG file too.")
+    "--ids", type=Names(), metavar="ID,ID",
+    help="The rows' ids, integers or strings, in place of 0, 1, 2, ...",
+)  # fmt: skip
+@click.option("--lengths", type=Numbers(least=0), metavar="N,N", help="Each row's count of valid messages.")
+@click.option(
+    "--epochs", type=click.IntRange(min=1),
+    help="Show the masks of a collate's or a batch's settings in so many epochs; else those of message_dropout's.",
+)  # fmt: skip
+@click.option("--output", type=_PNG, callback=picture_path, help="Draw it into a PNG file too.")
 def show(
-    shape: tuple[int, ...], p: Any, seed: int, rule: tuple[Any, ...], positions: int | None, output: Path | None
-) -> None:
-    """Show the mask of rows with the keys 0, 1, 2, ...: what is kept is full, what is dropped is empty."""
-    from msgdrop_numba import keep_mask
+    shape: tuple[int, ...] | None, p: Any, seed: int, rule: tuple[Any, ...], positions: int | None,
+    ids: tuple[Any, ...] | None, lengths: tuple[int, ...] | None, epochs: int | None, output: Path | None,
+) -> None:  # fmt: skip
+    """Show which messages of which rows drop, in which epoch.
 
+    What is kept is full, what is dropped is a dot, padding is blank.
+    """
+    from msgdrop_numba.command import show as masks
+
+    shape = shape or (len(ids or lengths or range(8)), max(lengths or (64,)))
     if len(shape) != 2:
         raise click.BadParameter(f"must be two numbers, rows and messages, but got {shape}", param_hint="--shape")
-    mask = keep_mask(shape, p, seed=seed, positions=positions, **dict(zip(KEYWORDS, rule, strict=True)))
+    for name, given in (("--ids", ids), ("--lengths", lengths)):
+        if given is not None and len(given) != shape[0]:
+            raise click.BadParameter(f"must be one for each of {shape[0]} rows, but got {len(given)}", param_hint=name)
+    told = dict(zip(KEYWORDS, rule, strict=True))
+    found = masks.draw(shape, p, seed, epochs, ids, lengths, positions=positions, **told)
     encoding = sys.stdout.encoding or "ascii"
-    kept, dropped = ("█", "·") if encoding.lower().startswith("utf") else ("#", ".")
-    for key, row in enumerate(mask):
-        click.echo(f"{key:>{len(str(len(mask) - 1))}} {''.join(kept if keep else dropped for keep in row)}")
-    click.echo(f"kept {mask.mean():.1%} of {mask.size} messages")
+    for line in masks.lines(found, ("█", "·") if encoding.lower().startswith("utf") else ("#", ".")):
+        click.echo(line)
     if output is not None:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, max(1.5, 8 * shape[0] / shape[1] + 1)), layout="constrained")
-        axes = figure.subplots()
-        axes.imshow(~mask, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        axes.set_xlabel("message (white: kept, black: dropped)")
-        axes.set_ylabel("key")
-        figure.savefig(output, dpi=150)
+        masks.picture(found, output)
         click.echo(f"Picture: {output}")
 
 
 @main.command()
-@click.option("--shape", type=_Numbers(), metavar="N,N,N", help="Of an array to ask about, message dims and features.")
+@click.option("--shape", type=Numbers(), metavar="N,N,N", help="Of an array to ask about, message dims and features.")
 @click.option("--dtype", default="float32", show_default=True, help="Of that array, by its name in NumPy or torch.")
 @click.option("--device", default="cpu", show_default=True, help="Where it lies, as torch names it.")
 def info(shape: tuple[int, ...] | None, dtype: str, device: str) -> None:
-    """Say what is installed, how kernels run here, and which path each kind of array takes.
+    """Say what is installed, and which path each kind of array takes.
 
     With --shape: which path arrays of that shape and dtype take on that device, and why.
     """
@@ -309,11 +242,14 @@ def info(shape: tuple[int, ...] | None, dtype: str, device: str) -> None:
 
 
 @main.command()
-@click.option("--shape", default=(64, 256, 512), type=_Numbers(), metavar="N,N,N", help="Of x.  [default: 64,256,512]")
+@click.option("--shape", default=(64, 256, 512), type=Numbers(), metavar="N,N,N", help="Of x.  [default: 64,256,512]")
 @click.option("--p", default=0.3, show_default=True, type=click.FloatRange(0, 1), help="Probability of dropping.")
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=1), help="Interleaved rounds.")
 def bench(shape: tuple[int, ...], p: float, rounds: int) -> None:
-    """Time `message_dropout` against F.dropout1d and masked_fill on this machine: float32 tensors, medians."""
+    """Time `message_dropout` beside what people write, on this machine.
+
+    F.dropout1d and masked_fill: float32 tensors, medians of interleaved rounds.
+    """
     from msgdrop_numba.command import bench as timing
 
     if len(shape) != 3:
@@ -337,11 +273,11 @@ def bench(shape: tuple[int, ...], p: float, rounds: int) -> None:
     "--seeds", default=5, show_default=True, type=click.IntRange(min=1), help="Networks trained for each arm."
 )
 @click.option(
-    "--output", default="msgdrop-demo.png", show_default=True, type=_PNG, callback=_picture_path,
+    "--output", default="msgdrop-demo.png", show_default=True, type=_PNG, callback=picture_path,
     help="Where the plot goes (PNG); the numbers go beside it, as JSON.",
 )  # fmt: skip
 def demo(epochs: int, p: float, seeds: int, output: Path) -> None:
-    """Train a speaker classifier on real speech and lose frames at test time.
+    """Train a classifier on speech, and lose frames at test time.
 
     Four arms on the Japanese Vowels utterances: without dropout, with nn.Dropout, and twice with message dropout (in
     the DataLoader's collate, with probability --p or with each utterance's own, drawn from 0 to 0.9; and as a layer

@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, redirect_stdout
 from itertools import islice
 from multiprocessing.connection import wait
 from typing import Any
@@ -75,7 +77,8 @@ def _knock(address: str) -> None:
 def on_ray(jobs: int | None, address: str | None) -> Engine:
     """Ray's tasks, on this machine or on the cluster at an address, where it connects to at once.
 
-    All machines see the same file system, under the same paths.
+    All machines see the same file system, under the same paths. A task whose node or process dies is run again as often
+    as Ray does by itself, 3 times: a task that kills its process must not run for ever.
     """
     import ray
 
@@ -89,19 +92,22 @@ def on_ray(jobs: int | None, address: str | None) -> Engine:
             raise JobError(f"no Ray answers at {address} ({one_line(error)})") from error
 
     def engine(tasks: list[Task]) -> Results:
-        try:
+        # Ray tells on standard output of nodes that it lost, some of it as it is shut down
+        with redirect_stdout(sys.stderr), ExitStack() as at_last:
+            at_last.callback(ray.shutdown)
             remote, waiting = ray.remote(run), iter(tasks)
             running: dict[Any, Task] = {}
-            while True:
-                for task in islice(waiting, (jobs or 1000) - len(running)):
-                    running[remote.remote(task)] = task
-                if not running:
-                    return
-                ready, _ = ray.wait(list(running))
-                yield running.pop(ready[0]), ray.get(ready[0])
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, JobError) else JobError(one_line(error)) from error
-        finally:
-            ray.shutdown()
+            try:
+                while True:
+                    for task in islice(waiting, (jobs or 1000) - len(running)):
+                        running[remote.remote(task)] = task
+                    if not running:
+                        return
+                    ready, _ = ray.wait(list(running))
+                    yield running.pop(ready[0]), ray.get(ready[0])
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause if isinstance(error.cause, JobError) else JobError(one_line(error)) from error
+            except ray.exceptions.RayError as error:
+                raise JobError(f"Ray gave a task up: run the same command again ({one_line(error)})") from error
 
     return engine

@@ -22,7 +22,8 @@ class File(NamedTuple):
     name: str  # relative POSIX path
     path: Path
     bytes: int
-    ids: tuple[str, int] | None = None  # as a task has them
+    first: int = 0  # as a task has it
+    mask_of: str | None = None  # of the keep mask that is made of a shard: the shard's name
 
 
 class Input(NamedTuple):
@@ -46,6 +47,8 @@ def find(source: Path, settings: Settings) -> Input:
     if kinds == {".npy"}:
         _refuse_columns(source, settings)
         files = _check_npy(files, settings)
+        if settings.mask:
+            files += _masks(files, settings)
     else:
         if not settings.columns or not settings.key or settings.ids:
             raise JobError(f"{source} holds Parquet files: give --columns and --key, and no --ids")
@@ -62,6 +65,18 @@ def _refuse_columns(source: Path, settings: Settings) -> None:
                 f"--{name} {column} would be a column, which is for Parquet, but {source} holds .npy files: "
                 f"{'leave it out' if name == 'protect' else 'give a number'}"
             )
+    if settings.lengths is not None and not is_file_name(settings.lengths):
+        raise JobError(
+            f"--lengths {settings.lengths} would be a column, which is for Parquet, but {source} holds .npy files: "
+            "give the name of .npy files that lie beside the shards"
+        )
+    if settings.lengths is not None and settings.lengths == settings.ids:
+        raise JobError(f"--ids and --lengths must name different files, but both name {settings.ids}")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether it names .npy files beside shards."""
+    return Path(name).name == name and name.endswith(".npy")
 
 
 def look(source: Path) -> tuple[list[File], str]:
@@ -96,9 +111,9 @@ def _raise(error: OSError) -> None:
 def _check_npy(files: list[File], settings: Settings) -> list[File]:
     """The files, with the ids of their rows."""
     headers = {file.name: _header(file) for file in files}
-    shards = [file for file in files if file.path.name != settings.ids]
+    shards = [file for file in files if file.path.name not in settings.beside]
     if not shards:
-        raise JobError(f"there are no .npy files beside those of ids, {settings.ids}")
+        raise JobError(f"there are no .npy files beside {' and '.join(settings.beside)}")
     first = headers[shards[0].name]
     for file in shards:
         header = headers[file.name]
@@ -111,7 +126,7 @@ def _check_npy(files: list[File], settings: Settings) -> list[File]:
         _check_rule(first, settings)
     except (TypeError, ValueError) as error:
         raise JobError(f"{shards[0].name}: {error}") from error
-    return files if settings.ids is None else _with_ids(files, headers, settings.ids)
+    return _with_firsts(files, headers, settings) if settings.beside else files
 
 
 def _header(file: File) -> Npy:
@@ -130,43 +145,77 @@ def _check_rule(header: Npy, settings: Settings) -> None:
         kept_shape(header, settings)
 
 
-def _with_ids(files: list[File], headers: dict[str, Npy], name: str) -> list[File]:
-    """The files with their rows of the ids beside them: a folder's shards in the order of their names."""
+def _with_firsts(files: list[File], headers: dict[str, Npy], settings: Settings) -> list[File]:
+    """The files with their rows of the files beside them: a folder's shards in the order of their names."""
     folders: dict[Path, list[File]] = defaultdict(list)
     for file in files:
         folders[file.path.parent].append(file)
     found = []
-    for folder, beside in folders.items():
-        named = [file for file in beside if file.path.name == name]
-        shards = [file for file in beside if file.path.name != name]
-        if not named:
-            raise JobError(f"{shards[0].name} has no {name} beside it, which --ids names")
-        ids = headers[named[0].name]
-        if ids.dtype.kind not in "iuUS" or len(ids.shape) != 1:
-            raise JobError(f"{named[0].name} must hold integers or strings, one a row, but is {ids.shape} {ids.dtype}")
+    for beside in folders.values():
+        shards = [file for file in beside if file.path.name not in settings.beside]
         rows = sum(headers[file.name].shape[0] for file in shards)
-        if rows != ids.shape[0]:
-            raise JobError(
-                f"{named[0].name} has {ids.shape[0]} ids, but the shards beside it have {rows} rows together"
-            )
+        for name in settings.beside:
+            named = [file for file in beside if file.path.name == name]
+            option = "ids" if name == settings.ids else "lengths"
+            if not named:
+                raise JobError(f"{beside[0].name} has no {name} beside it, which --{option} names")
+            _check_beside(named[0], headers, option, rows)
+            if option == "lengths" and shards:
+                _check_lengths(named[0], headers[shards[0].name].shape[1])
+            found += named
         first = 0
         for file in shards:
-            found.append(file._replace(ids=(str(folder.resolve() / name), first)))
+            found.append(file._replace(first=first))
             first += headers[file.name].shape[0]
-        found += named
-    return sorted(found)
+    return sorted(found, key=lambda file: file.name)
+
+
+def _check_beside(file: File, headers: dict[str, Npy], option: str, rows: int) -> None:
+    header = headers[file.name]
+    kinds, wanted = ("iuUS", "integers or strings") if option == "ids" else ("iu", "integers")
+    if header.dtype.kind not in kinds or len(header.shape) != 1:
+        raise JobError(f"{file.name} must hold {wanted}, one a row, but is {header.shape} {header.dtype}")
+    if rows != header.shape[0]:
+        raise JobError(
+            f"{file.name} has {header.shape[0]} {option}, but the shards beside it have {rows} rows together"
+        )
+
+
+def _check_lengths(file: File, size: int) -> None:
+    lengths = np.load(file.path, mmap_mode="r")
+    for row in np.flatnonzero((lengths < 0) | (lengths > size))[:1]:
+        raise JobError(
+            f"{file.name} must hold lengths from 0 to {size}, a row's messages, but row {row} has {lengths[row]}"
+        )
+
+
+def _masks(files: list[File], settings: Settings) -> list[File]:
+    """The keep masks that are made beside the shards."""
+    there, made = {file.name for file in files}, []
+    for file in files:
+        if file.path.name not in settings.beside:
+            name = f"{file.name.removesuffix('.npy')}.keep_mask.npy"
+            if name in there:
+                raise JobError(f"--mask would write {name}, but there is such a shard: rename it, or leave --mask out")
+            made.append(file._replace(name=name, bytes=0, mask_of=file.name))
+    return made
 
 
 def _check_parquet(files: list[File], settings: Settings) -> None:
     from pyarrow import parquet
 
     from msgdrop_numba.pipelines import arrow, columns
+    from msgdrop_numba.pipelines.batches import MASK
 
     drop, kinds = batch_of(settings, 0), []
     for file in files:
         try:
             schema = parquet.read_schema(file.path)
-            columns.check_names(schema.names, drop.needed)  # the table has no others, which its own refusal names
+            columns.check_names(schema.names, drop.needed, "the file")  # the table has no others
+            if settings.mask and MASK in schema.names:
+                raise ValueError(f"it has a column {MASK!r} already: rename it, or leave --mask out")
+            if settings.lengths is not None:
+                arrow.check_numbers(settings.lengths, schema.field(settings.lengths).type, integers=True)
             table = arrow.empty(schema, set(drop.needed))
             drop(table)
             kinds.append([(f.name, _kind(table, f, drop.columns)) for f in schema])

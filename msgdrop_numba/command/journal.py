@@ -18,10 +18,10 @@ class Journal:
 
     Args:
         folder: the OUTPUT.
-        header: what the job is. A journal of another job is refused.
+        header: what the job is. A journal of another job is refused; one of fewer epochs goes on.
 
     Raises:
-        JobError: the folder's journal is of another job, or can't be read.
+        JobError: the folder's journal is of another job or of more epochs, or can't be read.
     """
 
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
@@ -33,10 +33,18 @@ class Journal:
         self._rewrite()  # without what a killed job left of a line
 
     def _compare(self, found: dict[str, Any]) -> None:
-        for name, now in _flat(self.header).items():
-            if (before := _flat(found).get(name)) != now:
-                said = "its input has changed since" if name == "input" else f"its {name} is {before!r}, not {now!r}"
-                raise JobError(f"{self.path.parent} belongs to another job: {said}; give another OUTPUT")
+        output, (before, now) = self.path.parent, (_flat(found), _flat(self.header))
+        for name, value in now.items():
+            if json.dumps(before.get(name)) != json.dumps(value):  # a fill may be NaN, which is equal to nothing
+                said = f"its {name} is {before.get(name)!r}, not {value!r}"
+                said = "its input has changed since" if name == "input" else said
+                raise JobError(f"{output} belongs to another job: {said}; give another OUTPUT")
+        epochs, wanted = found["epochs"], self.header["epochs"]
+        if epochs > wanted:
+            raise JobError(
+                f"{output} is of {epochs} epochs, and can't become one of {wanted}: give --epochs {epochs} or more; "
+                f"what --epochs {wanted} makes are its folders epoch-0 to epoch-{wanted - 1}"
+            )
 
     def add(self, name: str, written: Written) -> None:
         """Note a file that is whole."""
@@ -74,7 +82,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Written]]:
     header, _, rest = (folder / NAME).read_text(encoding="utf-8", errors="replace").partition("\n")
     try:
         facts = json.loads(header)
-        int(facts["files"]), dict(facts["parameters"])
+        int(facts["files"]), int(facts["epochs"]), dict(facts["parameters"])
     except (ValueError, LookupError, TypeError) as error:
         raise JobError(f"{folder / NAME} can't be read as a journal: give another OUTPUT") from error
     written: dict[str, Written] = {}
@@ -92,5 +100,6 @@ def _line(name: str, written: Written) -> str:
 
 
 def _flat(header: dict[str, Any]) -> dict[str, Any]:
-    """The parameters first: they say best what differs."""
-    return {**header["parameters"], **{k: v for k, v in header.items() if k != "parameters"}}
+    """What may never differ, the parameters first: they say best what does."""
+    growing = ("parameters", "epochs", "files")
+    return {**header["parameters"], **{k: v for k, v in header.items() if k not in growing}}

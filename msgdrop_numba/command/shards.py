@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from msgdrop_numba.arrays import keep_mask
+from msgdrop_numba.call.arguments import ZERO
 from msgdrop_numba.call.keys import hash64, numbered_keys, sample_keys
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import KEYWORDS, rule_of
@@ -36,10 +38,19 @@ class Settings(NamedTuple):
     columns: tuple[str, ...] | None  # of Parquet
     key: str | None  # likewise
     ids: str | None  # of .npy: the name of the file of ids in each folder
+    lengths: str | None = None  # likewise of rows' lengths, or a column of Parquet
     protect: str | None = None  # a column of Parquet
     positions: int | str | None = None  # of a row's first message, or a column of Parquet
     remove: bool = False
     companions: tuple[str, ...] | None = None  # of Parquet
+    scale: bool = False
+    fill: float | None = None  # None: zeros
+    mask: bool = False  # whether keep masks are written
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The names of the .npy files that say something of the rows of those beside them."""
+        return tuple(name for name in (self.ids, self.lengths) if name is not None)
 
     def parameters(self) -> dict[str, Any]:
         """All by their names, as a journal holds them."""
@@ -56,11 +67,17 @@ class Task(NamedTuple):
     name: str  # of the source in INPUT, as a relative POSIX path: what its rows' keys are made from
     settings: Settings
     epoch: int
-    ids: tuple[str, int] | None = None  # a file of ids, and which row of it is the shard's first
+    first: int = 0  # which row of the files beside it is the shard's first
+    is_mask: bool = False  # whether it is the keep mask of a shard of .npy
 
     @property
-    def is_ids(self) -> bool:
-        return self.settings.ids == Path(self.name).name
+    def is_copy(self) -> bool:
+        return Path(self.name).name in self.settings.beside
+
+    def beside(self, name: str) -> np.ndarray:
+        """What a file beside the shard says of its rows, and of those behind."""
+        whole: np.ndarray = np.lib.format.open_memmap(Path(self.source).with_name(name), mode="r")
+        return whole[self.first :]
 
 
 class Written(NamedTuple):
@@ -84,6 +101,8 @@ def run(task: Task) -> Written:
         with _new_file(Path(task.target)) as file:
             if task.name.endswith(".parquet"):
                 _parquet(task, file)
+            elif task.is_mask:
+                _npy_mask(task, file)
             else:
                 _npy(task, file)
         return Written(file.bytes, file.hash.hexdigest())
@@ -161,7 +180,10 @@ class _Hashed:
 
 def npy_request(settings: Settings) -> Request:
     """What is asked for in the rows of .npy files."""
-    return Request(settings.p, settings.rule, message_dims=2, seed=settings.seed, positions=settings.positions)
+    return Request(
+        settings.p, settings.rule, settings.scale, ZERO if settings.fill is None else settings.fill, message_dims=2,
+        seed=settings.seed, positions=settings.positions,
+    )  # fmt: skip
 
 
 def kept_shape(header: Npy, settings: Settings) -> tuple[int, ...]:
@@ -171,10 +193,12 @@ def kept_shape(header: Npy, settings: Settings) -> tuple[int, ...]:
         ValueError: its rows may keep different counts.
     """
     rows, size, *features = header.shape
-    kept = kept_of_each(rule_of((settings.p, *settings.rule)), size, npy_request(settings))
+    told = npy_request(settings)._replace(lengths=settings.lengths)
+    kept = kept_of_each(rule_of((settings.p, *settings.rule)), size, told)
     if kept is None:
         raise ValueError(
-            "--remove of .npy shards needs rows that keep as many messages each: give --exact and one number as --p"
+            "--remove of .npy shards needs rows that keep as many messages each: give --exact and one number as --p, "
+            "and no --lengths"
         )
     return (rows, kept, *features)
 
@@ -185,28 +209,48 @@ def _npy(task: Task, out: _Hashed) -> None:
     with open(task.source, "rb", buffering=0) as source:
         head = bytearray(offset)
         _read(source, head)
-        if task.is_ids:
+        if task.is_copy:
             out.write(head)
             for piece in pieces(source):
                 out.write(piece)
             return
         rows, settings = shape[0], task.settings
         out.write(_new_head(kept_shape(header, settings), dtype) if settings.remove else head)
-        request = npy_request(settings)._replace(inplace=not settings.remove)
-        seed = fold_in(settings.seed, task.epoch)
-        count = max(1, CHUNK // max(1, dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))))
-        buffer, keys = np.empty((min(count, rows), *shape[1:]), dtype), _keys(task)
-        for first in range(0, rows, count):
-            block = buffer[: min(count, rows - first)]
+        width = dtype.itemsize * int(np.prod(header.shape[1:], dtype=np.int64))
+        buffer = np.empty((min(_rows_at_a_time(width), rows), *header.shape[1:]), dtype)
+        for told, count in _requests(task, rows, width):
+            block = buffer[:count]
             data: Any = block.reshape(-1).view(np.uint8)
             _read(source, data)
-            told = request._replace(seed=seed, keys=keys(first, len(block)))
             if settings.remove:
                 kept, _ = select(block, told, How(DENSE, None, told=False))
                 data = np.ascontiguousarray(kept).reshape(-1).view(np.uint8)
             else:
-                drop_messages(block, told)
+                drop_messages(block, told._replace(inplace=True))
             out.write(data)
+
+
+def _npy_mask(task: Task, out: _Hashed) -> None:
+    rows, size = read_header(task.source).shape[:2]
+    out.write(_new_head((rows, size), np.dtype(bool)))
+    for told, count in _requests(task, rows, size):
+        out.write(keep_mask((count, size), told).reshape(-1).view(np.uint8))
+
+
+def _rows_at_a_time(width: int) -> int:
+    return max(1, CHUNK // max(1, width))
+
+
+def _requests(task: Task, rows: int, width: int) -> Iterator[tuple[Request, int]]:
+    """What is asked for in the rows of a shard, of so many bytes each, piece by piece; and how many rows those are."""
+    request = npy_request(task.settings)._replace(seed=fold_in(task.settings.seed, task.epoch))
+    keys, lengths = _keys(task), task.settings.lengths
+    of_rows = None if lengths is None else task.beside(lengths)
+    at_a_time = _rows_at_a_time(width)
+    for first in range(0, rows, at_a_time):
+        count = min(at_a_time, rows - first)
+        here = None if of_rows is None else np.array(of_rows[first : first + count])
+        yield request._replace(keys=keys(first, count), lengths=here), count
 
 
 def _new_head(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
@@ -219,9 +263,8 @@ def _new_head(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
 
 def _keys(task: Task) -> Callable[[int, int], np.ndarray]:
     """The keys of so many rows of a .npy file from one on: their ids', or made from its name and their number."""
-    if task.ids is not None:
-        path, start = task.ids
-        ids = np.lib.format.open_memmap(path, mode="r")[start:]
+    if task.settings.ids is not None:
+        ids = task.beside(task.settings.ids)
         return lambda first, count: sample_keys(ids[first : first + count])
     name = hash64(os.fsencode(task.name))
     return lambda first, count: numbered_keys(name, first, count)
@@ -249,13 +292,15 @@ def _parquet(task: Task, out: _Hashed) -> None:
     from pyarrow import parquet
 
     from msgdrop_numba.pipelines import arrow
+    from msgdrop_numba.pipelines.batches import MASK
 
     drop = batch_of(task.settings, task.epoch)
 
     def schema_of(given: pyarrow.Schema) -> pyarrow.Schema:
         """What becomes of the columns' types."""
         short = drop(arrow.empty(given, set(drop.needed))).schema
-        return pyarrow.schema([short.field(f.name) if f.name in drop.needed else f for f in given], given.metadata)
+        fields = [short.field(f.name) if f.name in drop.needed else f for f in given]
+        return pyarrow.schema([*fields, *([short.field(MASK)] if drop.return_mask else [])], given.metadata)
 
     with parquet.ParquetFile(task.source, pre_buffer=False) as source:
         groups = [source.metadata.row_group(i) for i in range(source.metadata.num_row_groups)]
@@ -276,5 +321,7 @@ def batch_of(settings: Settings, epoch: int) -> Any:
     return MessageDropoutBatch(
         settings.p, columns=settings.columns or (), key=settings.key or "", seed=settings.seed, epoch=epoch,
         protect=settings.protect, positions=settings.positions, remove=settings.remove,
-        companions=settings.companions, **dict(zip(KEYWORDS, settings.rule, strict=True)),
+        companions=settings.companions, lengths=settings.lengths, scale=settings.scale,
+        fill=ZERO if settings.fill is None else settings.fill, return_mask=settings.mask,
+        **dict(zip(KEYWORDS, settings.rule, strict=True)),
     )  # fmt: skip

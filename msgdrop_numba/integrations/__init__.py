@@ -1,1 +1,1 @@
-"""Callbacks for frameworks that don't tell a dataset its epoch: import the module of yours, which needs it."""
+"""Adapters for frameworks where one line isn't enough; each framework is imported by its own file alone."""

@@ -110,7 +110,10 @@ def _write_each(target: int, source: int, keep: Array, plan: Any, how: Writing, 
 @inlined_jit
 def _write_padding(target: int, source: int, messages: int, plan: Any, draw: Any, stream: bool) -> None:
     """What lies behind a row's messages: the padding given where rows have sources, else as it is in x."""
-    for j in range(messages):
+    beside = plan["out_step"] == plan["x_step"] == plan["width"] and not draw["sources"]
+    if beside and target != source:
+        copy(target, source, messages * plan["width"], stream, 0)
+    for j in range(0 if beside else messages):
         to, from_ = target + j * plan["out_step"], source + j * plan["x_step"]
         if draw["sources"]:
             fill_message(to, draw["padding"], plan["width"], stream)
@@ -177,6 +180,13 @@ def _writing(plan: Any, draw: Any, x: int, out: int, messages: int, memory: int)
     return Writing(first[0], first[1], then[0], then[1], stream, foresee, memory, memory + 8 * BLOCK)
 
 
+@inlined_jit
+def _of_piece(how: Writing, at: int) -> Writing:
+    """The same for the piece of each message that begins at this byte of it."""
+    fill, then_fill = how.fill + at if how.fill else 0, how.then_fill + at if how.then_fill else 0
+    return Writing(how.kind, fill, how.then_kind, then_fill, how.stream, how.foresee, how.found, how.scratch)
+
+
 @inner_jit
 def _write_part(
     to: int, from_: int, keep: Array, plan: Any, how: Writing, as_words: bool, scale: float, scales: int
@@ -234,14 +244,15 @@ def drop_range(
                 if mask:
                     copy_bytes(there, drawn, count)
             if out:
-                to = out + index * plan["out_row"] + position * plan["out_step"]
-                from_ = source + position * plan["x_step"]
                 each = (
                     0 if how.kind == COPY else message_scales(drawn + BLOCK, plan, row, scale, scales, position, inside)
                 )
-                _write_part(to, from_, keep[:inside], plan, how, as_words, scale, each)
-                to, from_ = to + inside * plan["out_step"], from_ + inside * plan["x_step"]
-                _write_padding(to, from_, count - inside, plan, draw, how.stream)
+                for piece in range(plan["pieces"]):
+                    to = out + index * plan["out_row"] + position * plan["out_step"] + piece * plan["out_piece"]
+                    from_ = source + position * plan["x_step"] + piece * plan["x_piece"]
+                    _write_part(to, from_, keep[:inside], plan, _of_piece(how, piece * width), as_words, scale, each)
+                    to, from_ = to + inside * plan["out_step"], from_ + inside * plan["x_step"]
+                    _write_padding(to, from_, count - inside, plan, draw, how.stream)
     memory[0] = 0  # used until here: views don't keep it
 
 

@@ -18,13 +18,16 @@ LINE = 64  # bytes that a streaming store writes at once; a line of the cache
 PLAN = np.dtype(
     [
         ("size", np.int64),  # positions in a row
-        ("width", np.int64),  # bytes in a message
+        ("width", np.int64),  # bytes in a message, or in each piece of it
         ("kind", np.int64),  # what is done to the elements of a kept message
         ("scale", np.float64),  # what they are multiplied by, where kind says so
         ("x_row", np.int64),  # bytes from row to row, and from position to position
         ("x_step", np.int64),
         ("out_row", np.int64),
         ("out_step", np.int64),
+        ("pieces", np.int64),  # that a message lies in, 1: its features are contiguous; bytes from one to the next
+        ("x_piece", np.int64),
+        ("out_piece", np.int64),
         ("words", np.int64),  # whether messages are words, side by side
         ("stream", np.int64),  # whether to write past the cache
         *RULE,

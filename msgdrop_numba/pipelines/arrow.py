@@ -104,10 +104,10 @@ def lists(column: Any, bools: bool) -> list[np.ndarray]:
     return rows
 
 
-def check_numbers(name: str, kind: pa.DataType) -> None:
-    """Refuse the type of a column that holds no numbers, which an empty one wouldn't show."""
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        raise TypeError(f"column {name!r} must hold numbers, but has the type {kind}")
+def check_numbers(name: str, kind: pa.DataType, integers: bool = False) -> None:
+    """Refuse the type of a column that holds no numbers, or no integers, which an empty one wouldn't show."""
+    if not (pa.types.is_integer(kind) or (pa.types.is_floating(kind) and not integers)):
+        raise TypeError(f"column {name!r} must hold {'integers' if integers else 'numbers'}, but has the type {kind}")
 
 
 def with_numbers(array: pa.Array, values: np.ndarray) -> pa.Array:

@@ -13,8 +13,10 @@ from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.functional import fold_in
 from msgdrop_numba.pipelines import columns
 from msgdrop_numba.pipelines.columns import Field, Rows
+from msgdrop_numba.pipelines.explain import Explanation, explained
 from msgdrop_numba.pipelines.rows import Name, Own, check_removal, read_each, read_p, sources
 from msgdrop_numba.pipelines.shorter import Done, companion, drop, shorten
+from msgdrop_numba.pipelines.shown import of_batch
 
 MASK, INDICES = "keep_mask", "indices"
 
@@ -119,6 +121,7 @@ class MessageDropoutBatch:
                 f"{columns!r}, {', '.join(map(repr, self.needed[len(self.columns) :]))}"
             )
         self.seed = fold_in(check_seed(seed), check_key("epoch", epoch))
+        self.given = check_seed(seed), int(epoch)
         rule = DropRule(number, exact, span, min_keep, prefix)
         self.return_mask, self.passthrough = return_mask, passthrough
         self.even = exact and not rule.ranged and "protect" not in self.own and lengths is None
@@ -126,6 +129,46 @@ class MessageDropoutBatch:
             check_is_number("fill", fill)
         fill = fill.copy() if isinstance(fill, np.ndarray) else fill
         self.options = Options(rule.p if array is None else array, rule.rest, scale, fill, message_dims=2)
+
+    def explain(self, batch: Any, row: int = 0) -> Explanation:
+        """Why messages of a row of a batch drop.
+
+        Args:
+            batch: as at a call.
+            row: its number in the batch.
+
+        Returns:
+            An object that prints it, and holds it as numbers, as that of `MessageDropoutCollate.explain`.
+
+        Raises:
+            TypeError, ValueError: the batch has no such row; or as at a call.
+
+        Example:
+            >>> import numpy as np
+            >>> drop = MessageDropoutBatch(0.5, columns="frames", key="id", seed=7)
+            >>> drop.explain({"id": ["a", "b"], "frames": np.ones((2, 4, 3))}, row=1)
+            sample 'b', row key 8453121595177857668; seed 7, epoch 0: draws from 7430260224381777712
+            2 of 4 messages drop: 0, 3
+            because a message drops where its draw lies below p = 0.5
+        """
+        columns.check_names(columns.names(batch), self.needed)
+        fields = {name: columns.field(batch, name) for name in self.needed}
+        told, rows = self._read(fields), columns.read(*fields[self.columns[0]], copied=False)
+        first = 0
+        for block, request in zip(rows.blocks, self._requests(rows, told), strict=True):
+            if 0 <= (at := row - first) < len(block):
+                own: dict[str, Any] = {}
+                for name in ("p", "lengths", "keys", "protect", "positions"):
+                    value = getattr(request, name)
+                    if isinstance(value, np.ndarray) and (name in ("lengths", "keys") or value.ndim == 2):
+                        own[name] = value[at : at + 1]
+                key = columns.plain(self.key, fields[self.key].column).tolist()[row]
+                return explained(key, self.given, request._replace(**own), block.shape[1])
+            first += len(block)
+        raise ValueError(f"row must be from 0 to {first - 1}, a row of the batch, but got {row}")
+
+    def __repr__(self) -> str:
+        return of_batch(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """The options as a plain tuple: a pickle names no inner class."""

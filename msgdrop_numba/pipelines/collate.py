@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,14 +11,15 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call import select
-from msgdrop_numba.call.arguments import ZERO, address, check_is_number, check_key, check_seed
-from msgdrop_numba.call.keys import hash64, row_key
-from msgdrop_numba.call.request import Options, Request
+from msgdrop_numba.call.arguments import ZERO, check_is_number, check_key, check_seed
+from msgdrop_numba.call.keys import hash64
+from msgdrop_numba.call.request import Options
 from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.call.threads import load
-from msgdrop_numba.functional import drop_messages, fold_in
-from msgdrop_numba.pipelines.datasets import Keyed
-from msgdrop_numba.pipelines.epochs import EpochMemory, check_epoch
+from msgdrop_numba.functional import fold_in
+from msgdrop_numba.pipelines.datasets import split_keys
+from msgdrop_numba.pipelines.epochs import EpochMemory
+from msgdrop_numba.pipelines.explain import Explanation, explained
 from msgdrop_numba.pipelines.fields import (
     Field,
     Path,
@@ -34,7 +34,9 @@ from msgdrop_numba.pipelines.fields import (
     source,
 )
 from msgdrop_numba.pipelines.removal import Removal
+from msgdrop_numba.pipelines.returned import drop_in, request_in
 from msgdrop_numba.pipelines.rows import Each, Own, check_removal, read_each, read_p, sources
+from msgdrop_numba.pipelines.shown import of_collate
 from msgdrop_numba.pipelines.stack import Padding, Stack, called, padded
 from msgdrop_numba.tensors.seeds import fresh_seed
 
@@ -47,7 +49,9 @@ class MessageDropoutCollate:
     Samples are arrays or tensors `(messages, *features)`, or tuples, lists or dicts with such fields; all other
     leaves go through torch's `default_collate`. Without `seed` each batch draws from torch's default generator, which a
     DataLoader seeds in every worker. With `seed` a sample's mask depends on seed, epoch and its id alone, whatever the
-    workers, batches and ranks are; ids and epochs come from a `KeyedDataset`.
+    workers, batches and ranks are; ids and epochs come from a `KeyedDataset`. There is no eval mode: for validation
+    make another collate with p=0 and the same options, which drops and draws nothing, and whose batches have the same
+    parts.
 
     Args:
         p: probability that a message is **dropped**, in [0, 1]; or a range, a tuple `(lo, hi)`, of which each sample
@@ -117,11 +121,12 @@ class MessageDropoutCollate:
 
         Nested samples, two of whose fields share a mask:
 
+        >>> import operator
         >>> samples = [{"id": f"clip-{n}", "in": {"audio": torch.ones(n, 40), "video": torch.ones(n, 3, 8, 8)},
         ...             "text": torch.ones(9, 16)} for n in (120, 80)]
         >>> fields = {("in", "audio"): "av", ("in", "video"): "av", "text": "text"}  # each with the name of its mask
         >>> collate = MessageDropoutCollate(0.3, fields=fields, pad=True, seed=1)
-        >>> dataset = KeyedDataset(samples, key=lambda sample: sample["id"])
+        >>> dataset = KeyedDataset(samples, key=operator.itemgetter("id"))  # workers that are spawned take no lambda
         >>> batch = next(iter(DataLoader(dataset, batch_size=2, collate_fn=collate)))
         >>> batch["in"]["video"].shape, batch["lengths"], batch["id"]
         (torch.Size([2, 120, 3, 8, 8]), {'av': tensor([120,  80]), 'text': tensor([9, 9])}, ['clip-120', 'clip-80'])
@@ -204,6 +209,48 @@ class MessageDropoutCollate:
         """
         self._epoch.set(check_key("epoch", epoch))
 
+    def explain(self, sample: Any) -> Any:
+        """Why messages of a sample drop in this epoch.
+
+        Args:
+            sample: what the `KeyedDataset` gives, `dataset[17]` say.
+
+        Returns:
+            An object that prints it: the sample's key, the epoch's seed, which messages drop and by which rule. Its
+            fields, `keep`, `draws`, `p`, `takes_part` and so on, hold the same as numbers. Where masks have names, a
+            dict of such by name.
+
+        Raises:
+            TypeError, ValueError: there is no seed, so that each batch draws anew; or as at a call.
+
+        Example:
+            >>> dataset = KeyedDataset([torch.ones(9, 4)])
+            >>> MessageDropoutCollate(0.3, seed=1).explain(dataset[0])
+            sample 0, row key 0; seed 1, epoch 0: draws from 5061141740306754273
+            2 of 9 messages drop: 2-3
+            because a message drops where its draw lies below p = 0.3
+        """
+        if self.seed is None:
+            raise ValueError("explain needs a collate with a seed: without one each batch draws anew")
+        ids, row_keys, epochs, samples = split_keys([sample])
+        seed = self._seed(row_keys, ids, epochs, watched=False)
+        assert ids is not None  # else it has been refused
+        given, keys = (self.seed, self._epoch.of_batch(epochs, ids) or 0), np.array(row_keys, np.uint64)
+        own = self._read_own(samples, ids)[0] if self._own or self._offset else None
+        batch = samples[0] if self.collate_fn is None else self.collate_fn(samples)
+        found: dict[str | None, Explanation] = {}
+        for path, (label, mask) in self._find(batch).items():
+            x, of_mask = at(batch, path), _mask_seed(seed, mask)
+            if self.collate_fn is None:
+                request, size = Stack(self._options, self._padding, of_mask, ids, keys, own).request(label, x)
+            else:
+                request, size = request_in(self._options, {label: x}, of_mask, keys, own), x.shape[1]
+            found[mask] = explained(ids[0], given, request, size)
+        return found.get(None, found)
+
+    def __repr__(self) -> str:
+        return of_collate(self)
+
     def __getstate__(self) -> dict[str, Any]:
         """The same as plain tuples: a pickle names no inner class."""
         masks = None if self._masks is None else {path: tuple(field) for path, field in self._masks.items()}
@@ -228,13 +275,13 @@ class MessageDropoutCollate:
                 f"samples must be a list, the samples of a batch, but got {type(samples).__name__}; "
                 "a DataLoader with batch_size=None has no batches to drop in"
             )
-        ids, row_keys, epochs, samples = _split_keys(samples)
+        ids, row_keys, epochs, samples = split_keys(samples)
         seed = self._seed(row_keys, ids, epochs)
         keys = None if row_keys is None else np.array(row_keys, np.uint64)
         own, brought = self._read_own(samples, ids) if self._own or self._offset else (None, {})
         extras: dict[str, dict[str | None, Any]] = {}
         if self.collate_fn is None:
-            fields = find(self._masks, samples[0], "a sample")
+            fields = self._find(samples[0])
             kind = Removal if self.remove else Stack
             stacks: dict[str | None, Any] = {
                 mask: kind(self._options, self._padding, _mask_seed(seed, mask), ids, keys, own)
@@ -252,14 +299,20 @@ class MessageDropoutCollate:
         else:
             batch, sharing = self.collate_fn(samples), {}
             keys = np.arange(len(samples), dtype=np.uint64) if keys is None else keys
-            fields = find(self._masks, batch, "what collate_fn returned")
+            fields = self._find(batch)
             for mask in dict.fromkeys(field.mask for field in fields.values()):
                 found = {field.label: at(batch, path) for path, field in fields.items() if field.mask == mask}
-                sharing[mask] = found, self._request(found, _mask_seed(seed, mask), keys, own)
-            keep = {mask: self._drop_in(*told) for mask, told in sharing.items()}
+                sharing[mask] = found, request_in(self._options, found, _mask_seed(seed, mask), keys, own)
+            keep = {mask: drop_in(*told) for mask, told in sharing.items()}
             if self.return_mask:
                 extras["keep_mask"] = keep
         return extend(batch, {name: by_mask.get(None, by_mask) for name, by_mask in extras.items()})
+
+    def _find(self, sample: Any) -> dict[Path, Field]:
+        """The fields in a sample, or in what collate_fn returned."""
+        if self.collate_fn is None:
+            return find(self._masks, sample, "a sample", even=not self._padding.wanted)
+        return find(self._masks, sample, "what collate_fn returned", dims=3, even=False)
 
     def _beside(
         self, samples: list[Any], fields: dict[Path, Field], brought: dict[Path, Each], stacks: dict[str | None, Any]
@@ -285,7 +338,7 @@ class MessageDropoutCollate:
         left = brought if self._padding.wanted else {}
         return {path: partial(build, path) for path in {**left, **masks}}
 
-    def _seed(self, keys: list[int] | None, ids: list[Any] | None, epochs: list[Any]) -> int:
+    def _seed(self, keys: list[int] | None, ids: list[Any] | None, epochs: list[Any], watched: bool = True) -> int:
         if self.seed is None:
             return fresh_seed(None) if self._draws else 0
         if keys is None or ids is None:
@@ -293,23 +346,10 @@ class MessageDropoutCollate:
                 f"seed={self.seed} needs the samples' ids, or every batch would repeat the masks of the one before: "
                 "wrap the dataset in KeyedDataset, or leave seed out"
             )
-        own, epoch = self._epoch.get(), epochs[0]
-        if epochs.count(epoch) < len(epochs):
-            raise ValueError(
-                f"samples of one batch must be of one epoch, but have {epochs}, with the keys {ids}: call the "
-                "dataset's set_epoch between two passes, or give its loader sampler=EpochSampler(dataset)"
-            )
-        if epoch is None:
-            again = self._epoch.comes_again(keys) if own is None and self._draws else None
-            if again is not None:
-                warnings.warn(f"the sample with the key {ids[again]!r} {_REPEATED}", stacklevel=3)
-            return fold_in(self.seed, own or 0)
-        if check_epoch(epoch) != own is not None:
-            raise ValueError(
-                f"epoch must be said once, but the samples bring {epoch} and set_epoch of the collate said {own}: call "
-                "the dataset's set_epoch alone"
-            )
-        return fold_in(self.seed, epoch)
+        epoch = self._epoch.of_batch(epochs, ids)
+        if epoch is None and watched and self._draws:
+            self._epoch.warn_of_repeats(keys, ids)
+        return fold_in(self.seed, epoch or 0)
 
     def _read_own(self, samples: list[Any], ids: list[Any] | None) -> tuple[Own, dict[Path, Each]]:
         """What the samples bring, and the leaves of it that have a value for each message, by their paths."""
@@ -329,65 +369,7 @@ class MessageDropoutCollate:
                 found[path] = read[argument]
         return Own(name, **read), found
 
-    def _request(self, fields: dict[str, Any], seed: int, keys: np.ndarray, own: Own | None) -> Request:
-        """What is asked for in what collate_fn returned, in the fields of one mask, by their labels."""
-        sizes = set()
-        for field, x in fields.items():
-            if not isinstance(x, (Tensor, np.ndarray)) or x.ndim < 3 or len(x) != len(keys):
-                shape = tuple(x.shape) if isinstance(x, (Tensor, np.ndarray)) else type(x).__name__
-                raise ValueError(
-                    f"collate_fn must return (samples, messages, features) with {len(keys)} rows"
-                    f"{' in ' if field else ''}{field}, but got {shape}"
-                )
-            sizes.add(x.shape[1])
-        if len(sizes) > 1:
-            raise ValueError(
-                f"{', '.join(fields)} must have as many messages each, but got {sorted(sizes)}: they share one mask; "
-                "give them their own with fields={name: mask name, ...}"
-            )
-        (size,) = sizes
-        request = Request(*self._options.of_rows(size), inplace=True, seed=seed, keys=keys, return_mask=True)
-        return request if own is None else own.requested(request, None, size, f" of {', '.join(fields)}")
-
-    def _drop_in(self, fields: dict[str, Any], request: Request) -> Any:
-        """Drop in those fields; their keep mask."""
-        fill = self._options.fill
-        once = {_memory(x): x for x in fields.values()}  # memory that has two names is dropped in once
-        for x in once.values():
-            like_x = fill.numpy() if isinstance(fill, Tensor) and isinstance(x, np.ndarray) else fill
-            _, mask = drop_messages(x, request._replace(fill=like_x))
-        return mask
-
-
-def _memory(x: Any) -> tuple[Any, ...]:
-    return address(x), tuple(x.shape), x.stride() if isinstance(x, Tensor) else x.strides, x.dtype
-
 
 def _mask_seed(seed: int, mask: str | None) -> int:
     """The seed of the mask of this name, or of the one that has none."""
     return seed if mask is None else fold_in(seed, hash64(mask.encode()))
-
-
-_REPEATED = (
-    "comes again, though no epoch was ever set, and loses the same messages as before: call dataset.set_epoch(epoch) "
-    "before each epoch, or give the DataLoader sampler=EpochSampler(dataset). Where it is meant, as in sampling with "
-    "replacement, call set_epoch(0) once"
-)
-
-
-def _split_keys(samples: list[Any]) -> tuple[list[Any] | None, list[int] | None, list[Any], list[Any]]:
-    """The samples' ids, their keys, their epochs, and the samples without them."""
-    if not samples:
-        raise ValueError("samples must hold at least one sample, but got an empty list")
-    types = list(map(type, samples))
-    keyed = types.count(Keyed)
-    if keyed == 0:
-        return None, None, [], samples
-    if keyed < len(samples):
-        raise TypeError(f"samples must all be Keyed or none, but {keyed} of {len(samples)} are")
-    ids, bare = map(list, zip(*samples, strict=True))
-    try:
-        keys = [row_key(sample_id) for sample_id in ids]
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{error}, in a batch of samples with the keys {ids}") from None
-    return ids, keys, [sample.epoch for sample in samples], bare

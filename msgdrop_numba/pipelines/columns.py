@@ -39,12 +39,12 @@ class Rows(NamedTuple):
     one_array: bool = False
 
 
-def check_names(there: list[str], needed: list[str]) -> None:
-    """Refuse a batch of the columns `there` unless each that is needed is among them once."""
+def check_names(there: list[str], needed: list[str], noun: str = "the batch") -> None:
+    """Refuse a batch of the columns `there`, or what `noun` says, unless each that is needed is among them once."""
     for name in needed:
         if there.count(name) != 1:
             have = f"{there.count(name)} columns" if name in there else "no column"
-            raise ValueError(f"the batch has {have} {name!r}: it has {', '.join(map(repr, there))}")
+            raise ValueError(f"{noun} has {have} {name!r}: it has {', '.join(map(repr, there))}")
 
 
 def names(batch: Any) -> list[str]:

@@ -258,3 +258,21 @@ def _id_of(key: Callable[[Any], Any], sample: Any, which: str) -> Any:
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error}, for {which}") from None
     return sample_id
+
+
+def split_keys(samples: list[Any]) -> tuple[list[Any] | None, list[int] | None, list[Any], list[Any]]:
+    """The samples' ids, their keys, their epochs, and the samples without them."""
+    if not samples:
+        raise ValueError("samples must hold at least one sample, but got an empty list")
+    types = list(map(type, samples))
+    keyed = types.count(Keyed)
+    if keyed == 0:
+        return None, None, [], samples
+    if keyed < len(samples):
+        raise TypeError(f"samples must all be Keyed or none, but {keyed} of {len(samples)} are")
+    ids, bare = map(list, zip(*samples, strict=True))
+    try:
+        keys = [row_key(sample_id) for sample_id in ids]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}, in a batch of samples with the keys {ids}") from None
+    return ids, keys, [sample.epoch for sample in samples], bare

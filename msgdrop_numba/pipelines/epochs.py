@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor
 
 _TIMES, _EPOCH, _NOTED, _KEY = range(4)  # what the memory holds
 _SAID = 2  # noted, and said
+_REPEATED = (
+    "comes again, though no epoch was ever set, and loses the same messages as before: call dataset.set_epoch(epoch) "
+    "before each epoch, or give the DataLoader sampler=EpochSampler(dataset). Where it is meant, as in sampling with "
+    "replacement, call set_epoch(0) once"
+)
 
 
 def check_epoch(epoch: Any) -> int:
@@ -54,7 +60,30 @@ class EpochMemory:
         self.set(epoch)
         self._view[_TIMES] = max(1, times)
 
-    def comes_again(self, keys: list[int]) -> int | None:
+    def of_batch(self, epochs: list[Any], ids: list[Any]) -> int | None:
+        """The epoch that all samples of a batch bring, else the one that was set here, or None; checked."""
+        own, epoch = self.get(), epochs[0]
+        if epochs.count(epoch) < len(epochs):
+            raise ValueError(
+                f"samples of one batch must be of one epoch, but have {epochs}, with the keys {ids}: call the "
+                "dataset's set_epoch between two passes, or give its loader sampler=EpochSampler(dataset)"
+            )
+        if epoch is None:
+            return own
+        if check_epoch(epoch) != own is not None:
+            raise ValueError(
+                f"epoch must be said once, but the samples bring {epoch} and set_epoch of the collate said {own}: call "
+                "the dataset's set_epoch alone"
+            )
+        return int(epoch)
+
+    def warn_of_repeats(self, keys: list[int], ids: list[Any]) -> None:
+        """Say, once, that the sample that was noted first comes again, if it does: call where no epoch was ever set."""
+        again = self._again(keys)
+        if again is not None:
+            warnings.warn(f"the sample with the key {ids[again]!r} {_REPEATED}", stacklevel=4)
+
+    def _again(self, keys: list[int]) -> int | None:
         """Where among these keys the one is that was noted first, if it comes again; once, in one of all processes."""
         noted = self._view[_NOTED]
         if noted == 0:

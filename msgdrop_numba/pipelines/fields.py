@@ -112,8 +112,16 @@ def leaves(
     return path, place, values
 
 
-def find(fields: dict[Path, Field] | None, sample: Any, noun: str, argument: str = "fields") -> dict[Path, Field]:
-    """The fields where they lie in a sample, or in what `noun` says, attributes of named tuples as indices."""
+def find(
+    fields: dict[Path, Field] | None, sample: Any, noun: str, argument: str = "fields", dims: int = 2,
+    even: bool = True,
+) -> dict[Path, Field]:  # fmt: skip
+    """The fields where they lie in a sample, or in what `noun` says, attributes of named tuples as indices.
+
+    Args:
+        dims: how many dims an array of messages has at least, the messages along the last of them but one.
+        even: whether all samples have as many messages, so that a first element which has one always has.
+    """
     if isinstance(sample, (Tensor, np.ndarray)):
         if fields is not None:
             raise ValueError(f"{argument} must be None where {noun} is an array, but got {[*map(label, fields)]}")
@@ -123,6 +131,7 @@ def find(fields: dict[Path, Field] | None, sample: Any, noun: str, argument: str
     if fields is None:
         if isinstance(sample, Mapping):
             raise ValueError(f"fields must name the fields to drop in where {noun} is a dict: some of {list(sample)}")
+        _check_first(sample, noun, dims, even)
         fields = {(0,): Field("field 0", None)}
     found: dict[Path, Field] = {}
     for path, field in fields.items():
@@ -131,6 +140,27 @@ def find(fields: dict[Path, Field] | None, sample: Any, noun: str, argument: str
             raise ValueError(f"{argument} must name a place once, but {found[place].label} and {field.label} are one")
         found[place] = field
     return found
+
+
+def _check_first(sample: Any, noun: str, dims: int, even: bool) -> None:
+    """Refuse a tuple whose first element, where messages drop unless `fields` says so, is a label rather than those."""
+    shapes = [tuple(leaf.shape) if isinstance(leaf, (Tensor, np.ndarray)) else () for leaf in sample]
+    first = shapes[0] if shapes else ()
+    if len(first) >= dims and not (even and first[dims - 2] == 1):
+        return
+    for index, shape in enumerate(shapes):
+        if len(shape) < dims or shape[dims - 2] < 2:
+            continue
+        if len(first) < dims:
+            said = f"of shape {first}" if isinstance(sample[0], (Tensor, np.ndarray)) else type(sample[0]).__name__
+            raise ValueError(
+                f"field 0 of {noun} must hold messages where fields=None, but is {said}: set fields={index}, where "
+                f"they seem to be, of shape {shape}"
+            )
+        raise ValueError(
+            f"fields=None drops in field 0 of {noun}, which has one message alone, shape {first}, where field {index} "
+            f"has {shape[dims - 2]}, {shape}: set fields={index}, or fields=0 if it is meant"
+        )
 
 
 def _located(path: Path, sample: Any, noun: str, argument: str = "fields") -> Path:

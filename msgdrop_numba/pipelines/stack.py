@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from msgdrop_numba import outputs
 from msgdrop_numba.call.arguments import address, scales, split_positions, thresholds
 from msgdrop_numba.call.plan import USUAL, Draw, Plan, Rows, make_plan, row_places
-from msgdrop_numba.call.request import Job, Options
+from msgdrop_numba.call.request import Job, Options, Request
 from msgdrop_numba.call.rule import for_rows
 from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.records import COPY
@@ -80,6 +80,12 @@ class Stack:
         if first and self.own is not None:
             self.told = self.own.told(rows.lengths, max(rows.lengths), f" of {field}" if field else "")
         return rows
+
+    def request(self, field: str, sample: Any) -> tuple[Request, int]:
+        """What is asked for in one sample, and how many messages that has."""
+        (size,) = self.look(field, [sample]).lengths
+        request = Request(*self.options.of_rows(size), seed=self.seed, keys=self.keys)
+        return request if self.own is None else self.own.requested(request, [size], size), size
 
     def counts(self) -> list[int]:
         """How many messages each sample has in the batch."""

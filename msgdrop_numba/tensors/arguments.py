@@ -14,7 +14,7 @@ from msgdrop_numba.call.rule import MAX_ROW, P
 from msgdrop_numba.kernels.records import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, OTHER
 from msgdrop_numba.tensors.operations import Rows
 from msgdrop_numba.tensors.placement import move
-from msgdrop_numba.torch_private import is_plain
+from msgdrop_numba.torch_private import base_of, is_plain
 
 _SCALED = {
     torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float32: FLOAT32, torch.float64: FLOAT64,
@@ -66,9 +66,9 @@ def check_target(x: Tensor, inplace: bool, out: Any, active: bool, fill: Tensor 
     if inplace and out is not None:
         raise ValueError(f"give inplace=True or out, not both: got out={type(out).__name__}")
     if inplace and active:
-        if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+        if x.requires_grad and torch.is_grad_enabled() and _is_of_leaf(x):
             raise ValueError(
-                f"inplace=True can't change a leaf that requires grad, but x is one, of shape {tuple(x.shape)}: "
+                f"inplace=True can't change a leaf that requires grad, but x is of one, of shape {tuple(x.shape)}: "
                 "drop out of place, or under torch.no_grad()"
             )
         _check_inference("x", x)
@@ -89,11 +89,27 @@ def check_target(x: Tensor, inplace: bool, out: Any, active: bool, fill: Tensor 
     return out
 
 
+def _is_of_leaf(x: Tensor) -> bool:
+    base = x if torch.compiler.is_compiling() else base_of(x)
+    return base.requires_grad and base.is_leaf
+
+
 def _check_inference(name: str, target: Tensor) -> None:
     if torch.compiler.is_compiling():  # which can't ask, and has its own rules for them
         return
     if target.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{name} is an inference tensor, which can only be written under torch.inference_mode()")
+
+
+def check_device(device: Any) -> torch.device:
+    """A torch device that tensors can be made on."""
+    try:
+        found = torch.device(device)
+        if found.type != "cpu" and not torch.compiler.is_compiling():
+            torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as error:  # a torch that is built without a device asserts
+        raise ValueError(f"device must be one that torch has here, but got {device!r}: {error}") from error
+    return found
 
 
 def split_p_of_device(p: Any) -> tuple[P, Any]:
@@ -134,8 +150,7 @@ def keys_on(keys: Any, rows: tuple[int, ...], device: torch.device) -> Tensor | 
         assert host is not None
         return move("keys", torch.from_numpy(host.view("int64")).reshape(rows), device)
     _check_integers("keys", keys)
-    if keys.shape != rows[: keys.ndim]:
-        raise ValueError(f"keys must have shape {rows} or a leading part of it, but got {tuple(keys.shape)}")
+    arguments.check_keys_shape(tuple(keys.shape), tuple(rows))
     keys = move("keys", keys, device)
     return keys.view(torch.int64) if keys.dtype == torch.uint64 else keys.to(torch.int64)  # type: ignore[no-any-return]
 

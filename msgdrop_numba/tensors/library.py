@@ -14,7 +14,7 @@ from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import cuda
 from msgdrop_numba.tensors.arguments import check_target, fill_message, scaled_kind, split_p_of_device
 from msgdrop_numba.tensors.autograd import run_job
-from msgdrop_numba.tensors.seeds import check_device_seed, check_host_seed, device_seed, fresh_seed
+from msgdrop_numba.tensors.seeds import check_device_seed, check_host_seed, device_seed, folded, fresh_seed, rank_of
 from msgdrop_numba.tensors.write import draw_mask, where, write
 from msgdrop_numba.torch_private import is_view
 
@@ -78,8 +78,11 @@ class _OnHost(_Ordinary):
         fill = _own_fill(fill, request)
         return row_arguments(plan, p, fill, request)
 
-    def seed(self, given: int | None, generator: Any, device: torch.device) -> int:
-        return fresh_seed(generator) if given is None else given
+    def seed(self, given: int | None, generator: Any, device: torch.device, ranks: Any = False) -> int:
+        if given is not None:
+            return given
+        rank = rank_of(ranks)
+        return folded(fresh_seed(generator), rank)  # type: ignore[no-any-return]
 
 
 class _OnDevice(_Ordinary):

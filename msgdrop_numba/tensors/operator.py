@@ -1,12 +1,14 @@
-"""Operators of ours for compiled code, which can't follow a kernel: a mask from the kernels, and a seed.
+"""Operators of ours for compiled code, which can't follow a kernel: a mask from the kernels, and seeds.
 
 Compiling Philox in tensor arithmetic takes 10 s; of a seed that is a constant, minutes.
 """
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,9 +16,13 @@ from msgdrop_numba.call import arguments
 from msgdrop_numba.call.plan import mask_plan, row_arguments
 from msgdrop_numba.call.request import Job, Request
 from msgdrop_numba.call.rule import DropRule, for_rows, unpacked
-from msgdrop_numba.tensors import cuda
+from msgdrop_numba.kernels import philox
+from msgdrop_numba.tensors import cuda, operations
 from msgdrop_numba.tensors.operations import Rows
 from msgdrop_numba.tensors.write import draw_mask
+from msgdrop_numba.torch_private import drawn_once
+
+SEED_COUNT = 2**63 - 1  # how many seeds may be drawn
 
 
 def kernel_mask(shape: tuple[int, ...], rule: DropRule, seed: Tensor, rows: Rows, p: Tensor | None) -> Tensor:
@@ -27,6 +33,16 @@ def kernel_mask(shape: tuple[int, ...], rule: DropRule, seed: Tensor, rows: Rows
 def opaque_seed(bits: int, device: torch.device) -> Tensor:
     """A seed as a 0-d int64 tensor that the compiler can't see through."""
     return torch.ops.msgdrop_numba.seed(bits, device)  # type: ignore[no-any-return]
+
+
+def drawn_seed(device: torch.device) -> Tensor:
+    """A seed from the device's default generator, which backward doesn't draw again."""
+    return torch.ops.msgdrop_numba.draw(device)  # type: ignore[no-any-return]
+
+
+def folded_seed(seed: Tensor, data: int) -> Tensor:
+    """`fold_in` of a seed tensor."""
+    return torch.ops.msgdrop_numba.fold_in(seed, data)  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op(
@@ -61,3 +77,47 @@ def _seed(bits: Any, device: Any) -> Tensor:
 @_seed.register_fake
 def _(bits: Any, device: Any) -> Tensor:
     return torch.empty((), dtype=torch.int64, device=device)
+
+
+_library = torch.library.Library("msgdrop_numba", "FRAGMENT")
+_library.define("draw(Device device) -> Tensor")
+_numbers = count()
+
+
+@torch.library.impl(_library, "draw", "CompositeImplicitAutograd")
+def _draw(device: Any) -> Tensor:
+    """Runs while forward and backward are traced, which is when their partitioner can be told of it.
+
+    The number tells draws apart, which the compiler would else take for one.
+    """
+    with drawn_once():
+        return torch.ops.msgdrop_numba.draw_now(next(_numbers), device=device)  # type: ignore[no-any-return]
+
+
+# `device` by its name, and the tag: where backward computes all again, torch then restores that device's generator.
+@torch.library.custom_op(
+    "msgdrop_numba::draw_now",
+    mutates_args=(),
+    schema="(int number, *, Device device) -> Tensor",
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+def _draw_now(number: Any, *, device: Any) -> Tensor:
+    return torch.randint(0, SEED_COUNT, (), dtype=torch.int64, device=device)
+
+
+@_draw_now.register_fake
+def _(number: Any, *, device: Any) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
+@torch.library.custom_op("msgdrop_numba::fold_in", mutates_args=(), schema="(Tensor seed, SymInt data) -> Tensor")
+def _fold_in(seed: Any, data: Any) -> Tensor:
+    if seed.is_cpu:
+        folded = philox.fold_in(np.uint64(arguments.check_seed(seed)), np.uint64(data))
+        return torch.from_numpy(np.asarray(folded).view(np.int64))
+    return operations.fold_in(seed, torch.full_like(seed, data))
+
+
+@_fold_in.register_fake
+def _(seed: Any, data: Any) -> Tensor:
+    return torch.empty_like(seed)

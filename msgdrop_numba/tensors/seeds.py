@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
 
 from msgdrop_numba.call import arguments
-from msgdrop_numba.tensors.operator import opaque_seed
+from msgdrop_numba.kernels import philox
+from msgdrop_numba.tensors import operations
+from msgdrop_numba.tensors.operator import SEED_COUNT, drawn_seed, folded_seed, opaque_seed
 from msgdrop_numba.tensors.placement import check_generator, move
-from msgdrop_numba.torch_private import is_exporting
-
-_SEED_COUNT = 2**63 - 1
+from msgdrop_numba.torch_private import in_transform, is_exporting
 
 
 class _SeedBuffer(threading.local):
@@ -34,8 +36,8 @@ _buffer = _SeedBuffer()
 def fresh_seed(generator: Any) -> int:
     """A seed of 63 bits from `generator`, or from torch's default generator of the CPU."""
     if generator is None:
-        return _buffer.drawn.random_(_SEED_COUNT).item()  # type: ignore[return-value]
-    return _buffer.drawn.random_(_SEED_COUNT, generator=generator).item()  # type: ignore[return-value]
+        return _buffer.drawn.random_(SEED_COUNT).item()  # type: ignore[return-value]
+    return _buffer.drawn.random_(SEED_COUNT, generator=generator).item()  # type: ignore[return-value]
 
 
 def check_host_seed(seed: Any, generator: Any, device: torch.device) -> int | None:
@@ -56,13 +58,75 @@ def check_device_seed(seed: Any, generator: Any, device: torch.device) -> Any:
     return seed
 
 
-def device_seed(given: Any, generator: Any, device: torch.device) -> Tensor:
+def device_seed(given: Any, generator: Any, device: torch.device, ranks: Any = False) -> Tensor:
     """The seed as a 0-d int64 tensor on the device, drawn as torch draws where none was given."""
+    compiled = _is_compiled()
     if given is None:
-        return torch.randint(0, _SEED_COUNT, (), dtype=torch.int64, device=device, generator=generator)
+        rank = rank_of(ranks)
+        if compiled and generator is None and not in_transform():
+            drawn = drawn_seed(device)
+        else:
+            drawn = torch.randint(0, SEED_COUNT, (), dtype=torch.int64, device=device, generator=generator)
+        return folded(drawn, rank)  # type: ignore[no-any-return]
     if isinstance(given, Tensor):
         return move("seed", given, device)
     bits = given if given < 2**63 else given - 2**64
-    if torch.compiler.is_compiling() and not is_exporting():
+    if compiled:
         return opaque_seed(bits, device)
     return torch.full((), bits, dtype=torch.int64, device=device)
+
+
+def folded(seed: Any, data: int | None) -> Any:
+    """`fold_in(seed, data)` of a drawn seed, of its kind: an integer, or a tensor that stays on its device.
+
+    Where there is nothing to fold in, the seed.
+    """
+    if data is None:
+        return seed
+    if type(seed) is int:
+        return int(philox.fold_in(np.uint64(seed), np.uint64(data)))
+    if _is_compiled() and not in_transform():
+        return folded_seed(seed, data)
+    return operations.fold_in(seed, torch.full_like(seed, data))
+
+
+def check_ranks(per_rank: Any) -> Any:
+    """Refuse what has no rank; see `rank_of`."""
+    if isinstance(per_rank, bool):
+        return per_rank
+    if distributed.is_available():
+        if isinstance(per_rank, DeviceMesh):
+            if per_rank.ndim != 1:
+                raise ValueError(
+                    f"per_rank must be a mesh of one dim, but got {per_rank!r}: give one of its dims, mesh['name']"
+                )
+            return per_rank
+        if isinstance(per_rank, distributed.ProcessGroup):
+            return per_rank
+    raise TypeError(
+        "per_rank must be True, False, a torch.distributed.ProcessGroup or a DeviceMesh of one dim, "
+        f"but got {per_rank!r}"
+    )
+
+
+def rank_of(ranks: Any) -> int | None:
+    """This process's rank as a layer's `per_rank` asks for it; None: it doesn't. Asked before a seed is drawn."""
+    if ranks is False:
+        return None
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise ValueError(
+            f"per_rank={ranks!r} needs to know this process's rank, but there is no process group: call "
+            "torch.distributed.init_process_group first, or give a seed"
+        )
+    if isinstance(ranks, DeviceMesh):
+        (rank,) = ranks.get_coordinate() or (-1,)
+    else:
+        rank = distributed.get_rank(None if ranks is True else ranks)
+    if rank < 0:
+        raise ValueError(f"this process isn't in per_rank={ranks!r}, so that it has no rank there: give a seed")
+    return rank
+
+
+def _is_compiled() -> bool:
+    """Whether this is compiled code, which may hold operators of ours."""
+    return torch.compiler.is_compiling() and not is_exporting()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba import outputs
-from msgdrop_numba.call.request import Job, Library, Request, prepare, prepare_mask
+from msgdrop_numba.call.request import Job, Library, Request, prepare, prepare_mask, turned
 from msgdrop_numba.call.select import (
     DENSE,
     PACKED,
@@ -30,7 +30,7 @@ from msgdrop_numba.call.select import (
 )
 from msgdrop_numba.kernels.records import COPY, OTHER
 from msgdrop_numba.tensors import cuda, nested, operations, traced, ways
-from msgdrop_numba.tensors.arguments import fill_message, scaled_kind
+from msgdrop_numba.tensors.arguments import check_device, fill_message, scaled_kind
 from msgdrop_numba.tensors.library import ON_HOST
 from msgdrop_numba.tensors.traced import TRACED
 from msgdrop_numba.tensors.write import draw_mask
@@ -62,6 +62,10 @@ def message_select(x: Tensor, request: Request, how: How) -> tuple[Tensor, Selec
     """`select.message_select` for a tensor."""
     if x.is_nested:
         return message_select(*nested.padded(x, request), how)
+    return turned(partial(_select, how), Tensor, Tensor.permute, x, request)  # type: ignore[no-any-return]
+
+
+def _select(how: How, x: Tensor, request: Request) -> tuple[Tensor, Selection | None]:
     library = ways.library(x, request)
     lay = partial(laid_out, how, request)
     job = prepare(library, x, request, lay)
@@ -71,13 +75,13 @@ def message_select(x: Tensor, request: Request, how: How) -> tuple[Tensor, Selec
     if passes:
         return (_in_a_row(x, dims) if how.layout == PACKED else x), found
     assert found is not None
-    scales = _scales(library, job) if request.scale and job.seed is not None else None
+    scales = scales_of(library, job) if request.scale and job.seed is not None else None
     return take(x, dims, found, scales), found
 
 
 def select_messages(shape: tuple[int, ...], request: Request, how: How, device: Any) -> Selection:
     """`select.select_messages` on a device."""
-    device = torch.device(device)
+    device = check_device(device)
     library = ways.mask_library(device, request)
     lay = partial(laid_out, how, request)
     job = prepare_mask(library, shape, request, device, lay)
@@ -152,7 +156,7 @@ def _totals(counts: Tensor) -> tuple[int, int]:
         ) from error
 
 
-def _scales(library: Library, job: Job) -> Tensor:
+def scales_of(library: Library, job: Job) -> Tensor:
     """What each message is multiplied by, float64; 0: it passes as it is."""
     plan, draw, seed, *_ = job
     if library is ON_HOST:
@@ -196,6 +200,8 @@ def restore(y: Tensor, fill: Any, found: Selection) -> Tensor:
 
 def as_here(found: Selection, x: Tensor) -> Selection:
     """A selection as tensors on x's device."""
+    if hasattr(found.numbers, "device_mesh"):
+        raise ValueError("what was kept is of a DTensor, and goes with DTensors alone: distribute_tensor(t, ...)")
     found = on(found, None)
     if found.numbers.device != x.device:
         raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.plan import follow
+from msgdrop_numba.call.plan import IN_PIECES, follow
 from msgdrop_numba.call.request import ARRAYS, Library, Request, arrays_of, prepare
 from msgdrop_numba.call.ways import COMPILED, ELSEWHERE, IN_TRANSFORMS, TENSOR, TENSOR_APART, WITHOUT_KERNELS, Answer
 from msgdrop_numba.tensors import cuda
@@ -49,7 +49,8 @@ def explain(x: Tensor, request: Request) -> Answer:
     if not x.is_contiguous():
         strides = tuple(step * x.element_size() for step in x.stride())
         plan = follow(plan, strides, strides)
-    return Answer(TENSOR_APART, plan.obstacle) if plan.obstacle else Answer(TENSOR, "", plan.nbytes)
+    reason = plan.obstacle or (IN_PIECES if plan.numbers.pieces > 1 and not x.is_cpu else "")
+    return Answer(TENSOR_APART, reason) if reason else Answer(TENSOR, "", plan.nbytes)
 
 
 def why_not_kernels(x: Tensor, request: Request) -> str:

@@ -33,7 +33,9 @@ def write(job: Job, x: Tensor) -> Tensor:
         order = _memory_order(x, len(plan.shape))
         if order is not None:
             return _write_in_order(job, x, order)
-    result = torch.empty_like(x) if target is None else target
+    result = target
+    if target is None:
+        result = outputs.like(x) if type(seed) is int else torch.empty_like(x)
     return _write_over(job, x, result)
 
 
@@ -75,9 +77,9 @@ def _write_over(job: Job, x: Tensor, result: Tensor) -> Tensor:
     if not (x.is_contiguous() and result.is_contiguous()):
         strides, out_strides = (tuple(step * x.element_size() for step in t.stride()) for t in (x, result))
         plan, alone = follow(plan, strides, out_strides), follow(plan, out_strides, out_strides)
-        if alone.followed and not plan.followed:  # as of the gradient of a sum, whose strides are 0
-            plan, x = alone, result.copy_(x)
-    if plan.followed:
+        if alone.followed and not (plan.followed and plan.numbers.pieces <= alone.numbers.pieces):
+            plan, x = alone, result.copy_(x)  # as of the gradient of a sum, whose strides are 0
+    if plan.followed and (plan.numbers.pieces == 1 or type(seed) is int):
         start, mask = x.data_ptr(), mask if given is None else given
         if start == 0 and plan.nbytes and x.numel():
             raise ValueError(f"x has no memory, though its shape is {tuple(x.shape)}: its storage was freed")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.cases import both
 
-from msgdrop_numba import fold_in, keep_mask, message_dropout
+from msgdrop_numba import fold_in, keep_mask, message_dropout, select_messages
 
 X = np.ones((2, 3, 4), np.float32)
 BAD = [
@@ -34,7 +34,7 @@ BAD = [
     ({"seed": torch.tensor([1])}, TypeError, "seed tensor must be 0-d int64"),
     ({"seed": torch.tensor(1.0)}, TypeError, "seed tensor must be 0-d int64"),
     ({"keys": [1, 2, 3]}, ValueError, r"keys must have shape \(2,\).*\(3,\)"),
-    ({"keys": [[1], [2]]}, ValueError, r"keys must have shape \(2,\).*\(2, 1\)"),
+    ({"keys": [[1], [2]]}, ValueError, r"keys must have shape \(2,\).*\(2, 1\): keys name rows; number .* by positions"),
     ({"keys": [1.0, 2.0]}, TypeError, "keys must be integers.*1.0"),
     ({"keys": np.array([1.0, 2.0])}, TypeError, "keys must be integers.*float64"),
     ({"keys": torch.tensor([1.0, 2.0])}, TypeError, "keys must be integers.*float32"),
@@ -57,7 +57,7 @@ BAD = [
     ({"min_keep": -1}, ValueError, "min_keep must be.*-1"),
     ({"min_keep": 1.5}, TypeError, "min_keep must be.*1.5"),
     ({"p": np.full(2, 0.5)}, ValueError, r"p must be a number or have shape \(3,\) or \(2, 3\).*\(2,\)"),
-    ({"p": np.full((3, 2), 0.5)}, ValueError, r"p must be a number or have shape.*\(3, 2\)"),
+    ({"p": np.full((3, 2), 0.5)}, ValueError, r"p must be a number or have shape.*\(3, 2\): .* p\[..., None\], and expand"),
     ({"p": np.array([0.5, np.nan, 0.5])}, ValueError, "p must hold probabilities.*nan"),
     ({"p": torch.tensor([0.5, 1.5, 0.5])}, ValueError, "p must hold probabilities.*1.5"),
     ({"p": np.array([0.5, -0.1, 0.5])}, ValueError, "p must hold probabilities.*-0.1"),
@@ -223,3 +223,23 @@ def test_bad_mask_arguments():
         fold_in(1, 2.0)
     with pytest.raises(ValueError, match="data must be in"):
         fold_in(1, 2**64)
+
+
+def test_errors_that_say_where_to_go():
+    """What is meant is often plain from what was given."""
+    for library in (np, torch):
+        with pytest.raises(ValueError, match=r"\(5,\): keys name rows; .* by positions, or .* x\[:, None\]"):
+            message_dropout(library.ones((5, 3)), 0.5, keys=library.arange(5))
+        with pytest.raises(TypeError, match=r"got list; stack them, or let MessageDropoutCollate\(pad=True\)"):
+            message_dropout([library.ones((5, 3))] * 2, 0.5)
+    for x in ([[1.0]], [], "frames"):
+        with pytest.raises(TypeError, match="make it one first"):
+            message_dropout(x, 0.5)
+
+
+@pytest.mark.parametrize("device", ["xpu", "nowhere", 3.5])
+def test_a_device_that_is_not_there(device, caplog):
+    for draw in (keep_mask, select_messages):
+        with pytest.raises(ValueError, match=f"device must be one that torch has here, but got {device!r}: "):
+            draw((2, 3), 0.5, seed=1, device=device)
+    assert caplog.records == []

@@ -153,13 +153,15 @@ def test_what_is_left_out(source, tmp_path):
 
 @pytest.mark.processes
 def test_processes_give_the_same_bytes(source, tmp_path):
-    job(source, tmp_path / "expected", epochs=3)
+    job(source, tmp_path / "expected", epochs=3, mask=True)
     for jobs in (1, 2):
-        done = run("apply", source, tmp_path / f"{jobs}", "--p", 0.5, "--seed", 7, "--epochs", 3, "--jobs", jobs)
+        done = run(
+            "apply", source, tmp_path / f"{jobs}", "--p", 0.5, "--seed", 7, "--epochs", 3, "--jobs", jobs, "--mask"
+        )
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout == f"12 files written, 12 in {tmp_path / str(jobs)}\n"
+        assert done.stdout == f"24 files written, 24 in {tmp_path / str(jobs)}\n"
         assert files(tmp_path / f"{jobs}") == files(tmp_path / "expected")
-    done = run("apply", source, tmp_path / "1", "--p", 0.5, "--seed", 7, "--epochs", 3)
+    done = run("apply", source, tmp_path / "1", "--p", 0.5, "--seed", 7, "--epochs", 3, "--mask")
     assert (done.returncode, done.stdout.split()[0]) == (0, "0")
     done = run("verify", tmp_path / "2")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / '2'} is as its journal says\n", "")

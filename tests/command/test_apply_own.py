@@ -110,8 +110,10 @@ def test_the_same_command_again(tmp_path):
     assert header["contract"] == "1.1"
     assert header["parameters"] == {
         "p": [0.2, 0.9], "seed": 7, "exact": False, "span": 1, "min_keep": 0, "prefix": 2, "columns": None, "key": None,
-        "ids": None, "protect": None, "positions": 3, "remove": False, "companions": None, "epochs": 1,
+        "ids": None, "lengths": None, "protect": None, "positions": 3, "remove": False, "companions": None,
+        "scale": False, "fill": None, "mask": False,
     }  # fmt: skip
+    assert (header["epochs"], header["files"]) == (1, 1)
     again = run(*command)
     assert (again.stdout.split()[0], again.stderr) == ("0", "")
     expected, _ = oracle.dropout(X, (0.2, 0.9), seed=7, epoch=0, keys=path_keys("x.npy", 10), prefix=2, positions=3)
@@ -140,7 +142,7 @@ def test_what_is_not_for_npy(tmp_path, options, said):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--p", "none"], "a.parquet: the batch has no column 'none': it has 'id', 'x', 'guard', 'at', 'much'"),
+        (["--p", "none"], "a.parquet: the file has no column 'none': it has 'id', 'x', 'guard', 'at', 'much'"),
         (["--p", "id"], "columns, key, lengths, p, protect and positions must name different columns"),
         (["--p", "guard"], "a.parquet: column 'guard' must hold numbers, but has the type list<"),
         (["--p", "0.5", "--protect", "at"], "a.parquet: column 'at': it must hold lists of bools"),

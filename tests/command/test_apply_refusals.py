@@ -36,7 +36,10 @@ def source(tmp_path):
         ({"p": (0.25, 0.5)}, r"its p is 0.5, not \[0.25, 0.5\]"),
         ({"prefix": 2}, "its prefix is 0, not 2"),
         ({"positions": 2}, "its positions is None, not 2"),
-        ({"epochs": 3}, "its epochs is 2, not 3"),
+        ({"scale": True}, "its scale is False, not True"),
+        ({"fill": 3}, "its fill is None, not 3"),
+        ({"mask": True}, "its mask is False, not True"),
+        ({"epochs": 1}, "is of 2 epochs, and can't become one of 1: give --epochs 2 or more; .* epoch-0 to epoch-0"),
     ],
 )
 def test_an_output_holds_one_job(source, tmp_path, change, said):

@@ -136,7 +136,7 @@ def test_what_is_not_for_npy(tmp_path, options, code, said):
 @pytest.mark.parametrize(
     ("companions", "said"),
     [
-        ("none", "a.parquet: the batch has no column 'none'"),
+        ("none", "a.parquet: the file has no column 'none'"),
         ("x", "companions must name different columns"),
         ("id", "companions must name different columns"),
         (

@@ -15,7 +15,7 @@ import uuid
 import numpy as np
 import psutil
 import pytest
-from helpers.jobs import files, invoke, job, rng, run, save, serial, two_folders
+from helpers.jobs import files, invoke, job, lines, rng, run, save, serial, two_folders
 
 from msgdrop_numba.command import apply, engines, journal, shards
 from msgdrop_numba.command.errors import JobError
@@ -130,12 +130,6 @@ def command(source, output):
     ]
 
 
-def lines(output):
-    """How many files the journal of a running job speaks of."""
-    path = output / journal.NAME
-    return path.read_text().count("\n") if path.exists() else 0
-
-
 def marked(mark):
     """The living processes with this environment variable."""
     found = []
@@ -180,6 +174,8 @@ def test_killed_at_any_moment(tmp_path, kills):
         assert gone(mark)
         for name, data in files(tmp_path / "out").items():
             assert name == journal.NAME or name.endswith(shards.PARTIAL) or data == expected[name]
+        if lines(tmp_path / "out"):
+            assert apply.verify(tmp_path / "out", lambda count: None).wrong == []
         if hit and number % 4 == 3:
             shutil.rmtree(tmp_path / "out")
     assert hit
@@ -285,12 +281,13 @@ def test_a_full_disk_is_an_error_that_another_run_heals(tmp_path):
 )
 def test_verify(source, tmp_path, damage, said):
     job(source, tmp_path / "out")
-    assert apply.verify(tmp_path / "out", lambda count: None) == []
+    assert apply.verify(tmp_path / "out", lambda count: None) == ([], [])
     damage(tmp_path / "out")
     result = invoke("verify", tmp_path / "out")
     assert result.exit_code == 1
-    assert said in result.stderr.splitlines()[0]
-    assert len(result.stderr.splitlines()) == 2
+    first, last = result.stderr.splitlines()
+    assert said in first
+    assert "is not as its journal says: 1 differences" in last
 
 
 def flip(path, where):
@@ -303,7 +300,19 @@ def test_verify_of_what_is_not_whole(source, tmp_path):
     with pytest.raises(JobError, match="as planned"):
         job(source, tmp_path / "out", engine=failing(1))
     result = invoke("verify", tmp_path / "out")
-    assert (result.exit_code, "1 of 4 files are there: run the same msgdrop apply again" in result.stderr) == (1, True)
+    unfinished = f"Error: {tmp_path / 'out'} is unfinished: run the same msgdrop apply again to go on"
+    assert (result.exit_code, result.stderr.splitlines()) == (1, ["1 of 4 files are done", unfinished])
+    left = f"epoch-0/.{uuid.uuid4().hex}{shards.PARTIAL}"
+    for name in (left, "epoch-0/b.npy"):  # of a file half written, and of one that the journal doesn't tell of yet
+        (tmp_path / "out" / name).write_bytes(b"")
+    said = [f"{left} was left when a job was stopped", "epoch-0/b.npy is not in the journal yet"]
+    assert invoke("verify", tmp_path / "out").stderr.splitlines() == ["1 of 4 files are done", *said, unfinished]
+    (tmp_path / "out/mine.txt").write_text("")
+    result = invoke("verify", tmp_path / "out")
+    assert "is not as its journal says: 1 differences" in result.stderr.splitlines()[-1]
+    (tmp_path / "out/mine.txt").unlink()
+    job(source, tmp_path / "out")
+    assert apply.verify(tmp_path / "out", lambda count: None) == ([], [])
     for other in (tmp_path, tmp_path / "nothing"):
         result = invoke("verify", other)
         assert (result.exit_code, "is no output of msgdrop apply" in result.stderr) == (1, True)
@@ -316,7 +325,7 @@ def test_verify_of_a_link_that_leads_nowhere(source, tmp_path):
     job(source, tmp_path / "out")
     (tmp_path / "out/epoch-0/a.npy").unlink()
     (tmp_path / "out/epoch-0/a.npy").symlink_to(tmp_path / "nowhere")
-    assert len(apply.verify(tmp_path / "out", lambda count: None)) == 1
+    assert len(apply.verify(tmp_path / "out", lambda count: None).wrong) == 1
 
 
 def test_the_journal_says_what_was_done(source, tmp_path):

@@ -145,10 +145,42 @@ def test_the_picture_shows_the_mask(tmp_path, monkeypatch):
 
     seen = []
     monkeypatch.setattr(Axes, "imshow", lambda self, image, **options: seen.append(image))
-    CliRunner().invoke(
-        main, ["show", "--shape", "3,9", "--p", "0.4", "--seed", "3", "--output", str(tmp_path / "a.png")]
-    )
-    assert np.array_equal(seen[0], ~naive.keep_mask((3, 9), 0.4, seed=3))
+    command = ["show", "--p", "0.4", "--seed", "3", "--output", str(tmp_path / "a.png")]
+    CliRunner().invoke(main, [*command, "--shape", "3,9"])
+    assert np.array_equal(seen.pop(), ~naive.keep_mask((3, 9), 0.4, seed=3))
+    CliRunner().invoke(main, [*command, "--lengths", "3,9", "--epochs", "2"])
+    for epoch, image in enumerate(seen):
+        mask = naive.keep_mask((2, 9), 0.4, seed=naive.fold_in(3, epoch), lengths=[3, 9])
+        assert np.array_equal(image, np.where(np.arange(9) < [[3], [9]], ~mask, 0.3))
+    assert len(seen) == 2
+
+
+def test_show_of_a_collates_settings(tmp_path):
+    """Ids, lengths and epochs as a collate has them; what is shown of the epochs is what it drops."""
+    import torch
+
+    from msgdrop_numba import Keyed, MessageDropoutCollate
+
+    ids, lengths = ["a", 17, "clip-3"], [9, 0, 30]
+    collate = MessageDropoutCollate(0.4, pad=True, seed=3, span=2, prefix=1, return_mask=True)
+    samples = [Keyed(i, torch.ones(n, 1)) for i, n in zip(ids, lengths, strict=True)]
+    expected, masks = [], []
+    for epoch in range(3):
+        collate.set_epoch(epoch)
+        masks.append(collate(samples)[2])
+        rows = ["".join("█" if keep else "·" for keep in row[:n]) for row, n in zip(masks[-1], lengths, strict=True)]
+        expected += [f"epoch {epoch}", *(f"{name:>6} {row}".rstrip() for name, row in zip(ids, rows, strict=True))]
+    kept = sum(int(mask.sum()) for mask in masks) - 3 * (90 - sum(lengths))
+    command = ["show", "--ids", "a,17,clip-3", "--lengths", "9,0,30", "--epochs", "3", "--p", "0.4", "--seed", "3"]
+    picture = tmp_path / "a.png"
+    result = CliRunner().invoke(main, [*command, "--span", "2", "--prefix", "1", "--output", str(picture)])
+    assert result.output.splitlines() == [
+        *expected, f"kept {kept / 117:.1%} of 117 messages", "dropped 0 of 153 places of padding",
+        "2 of 3 rows have another mask in each epoch", f"Picture: {picture}",
+    ]  # fmt: skip
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    same = CliRunner().invoke(main, ["show", "--p", "0", "--seed", "3", "--epochs", "2", "--ids", "b,c"])
+    assert same.output.splitlines()[-1] == "0 of 2 rows have another mask in each epoch"
 
 
 @pytest.mark.processes
@@ -197,12 +229,13 @@ def test_the_paths_that_info_names_are_those_taken(monkeypatch):
 
     launched, told, runs = internals.watch_launches(monkeypatch), [], []
     x = np.ones((4, 6, 8), np.float32)
+    apart = np.ones((4, 6, 4, 4, 4), np.float32)[..., ::2, :3, ::2]  # unevenly
     t = torch.from_numpy(x)
     by_kind = {
         ways.ARRAY: lambda: paths(x),
-        ways.ARRAY_APART: lambda: paths(x[..., ::2]),
+        ways.ARRAY_APART: lambda: paths(apart),
         ways.TENSOR: lambda: paths(t),
-        ways.TENSOR_APART: lambda: paths(t[..., ::2]),
+        ways.TENSOR_APART: lambda: paths(torch.from_numpy(apart)),
         ways.IN_TRANSFORMS: lambda: torch.vmap(paths)(t[None]),
         ways.ELSEWHERE: lambda: paths(t.to("meta")),
     }
@@ -259,6 +292,13 @@ def test_bench():
         (["show", "--p", "0.5", "--seed", "1", "--shape", "8"], "8"),
         (["show", "--p", "0.5", "--seed", "1", "--shape", "8,x"], "8,x"),
         (["show", "--p", "0.5", "--seed", "1", "--shape", "8,0"], "8,0"),
+        (["show", "--p", "0.5", "--seed", "1", "--ids", "a,b", "--shape", "3,4"], "one for each of 3 rows, but got 2"),
+        (["show", "--p", "0.5", "--seed", "1", "--lengths", "4", "--ids", "a,b"], "one for each of 2 rows, but got 1"),
+        (
+            ["show", "--p", "0.5", "--seed", "1", "--lengths", "4,-1"],
+            "from 0 on with commas between them, but got '4,-1'",
+        ),
+        (["show", "--p", "0.5", "--seed", "1", "--epochs", "0"], "0"),
         (["show", "--p", "0.5", "--seed", "-1"], "-1"),
         (["show", "--p", "nan", "--seed", "1"], "p must be a probability of dropping, from 0 to 1, but got nan"),
         (["show", "--p", "1.5", "--seed", "1"], "p must be a probability of dropping, from 0 to 1, but got 1.5"),
@@ -308,6 +348,11 @@ def test_plain_terminals(command):
 
 @pytest.mark.parametrize("command", ["apply", "verify", "show", "info", "bench", "demo"])
 def test_help(command):
+    """And in a terminal of 80 columns the list of commands says of each, in a whole sentence, what it does."""
+    listed = CliRunner().invoke(main, ["--help"]).output.split("Commands:\n")[1]
+    (said,) = [line.split(maxsplit=1)[1] for line in listed.splitlines() if line.split()[:1] == [command]]
+    assert said.endswith(".")
+    assert not said.endswith("...")
     result = CliRunner().invoke(main, [command, "--help"])
     assert result.exit_code == 0
     assert result.output.startswith(f"Usage: main {command}")

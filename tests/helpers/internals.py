@@ -98,6 +98,13 @@ def no_plain_tensors(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(autograd, "dense_address", lambda _: 0)
 
 
+def no_plain_edges(patch: pytest.MonkeyPatch) -> None:
+    """Edges are dropped by torch's operations alone, as on a device."""
+    from msgdrop_numba.integrations import pyg
+
+    patch.setattr(pyg, "is_plain", lambda _: False)
+
+
 def unseen_values(patch: pytest.MonkeyPatch) -> None:
     """Values in CPU tensors aren't looked at, as those on a device aren't."""
     from msgdrop_numba.tensors import arguments
@@ -266,6 +273,23 @@ def reset_outputs() -> None:
     from msgdrop_numba import outputs
 
     outputs.reset()
+
+
+def told_uses(patch: pytest.MonkeyPatch, told: list[int]) -> list[int]:
+    """So many users are said to use a storage, one answer a question; what was said. Then the truth."""
+    from msgdrop_numba import outputs
+
+    said: list[int] = []
+    uses = outputs.storage_uses
+
+    def answer(storage: Any) -> int:
+        if len(said) == len(told):
+            return uses(storage)
+        said.append(told[len(said)])
+        return said[-1]
+
+    patch.setattr(outputs, "storage_uses", answer)
+    return said
 
 
 def watch_advice(patch: pytest.MonkeyPatch, advice: int) -> list[tuple[int, int, int]]:

@@ -10,7 +10,7 @@ import numpy as np
 from click.testing import CliRunner
 
 from msgdrop_numba.call.rule import DEFAULTS
-from msgdrop_numba.command import apply, inputs, shards
+from msgdrop_numba.command import apply, inputs, journal, shards
 from msgdrop_numba.command.cli import main
 
 rng = np.random.default_rng(5)
@@ -21,11 +21,9 @@ def serial(tasks):
     return ((task, shards.run(task)) for task in tasks)
 
 
-def settings(
-    p=0.5, seed=7, columns=None, key=None, ids=None, protect=None, positions=None, remove=False, companions=None, **rule
-):
-    rule = tuple({**DEFAULTS, **rule}.values())
-    return shards.Settings(p, seed, rule, columns, key, ids, protect, positions, remove, companions)
+def settings(p=0.5, seed=7, columns=None, key=None, ids=None, **told):
+    rule = tuple({name: told.pop(name, default) for name, default in DEFAULTS.items()}.values())
+    return shards.Settings(p, seed, rule, columns, key, ids, **told)
 
 
 def job(source, output, epochs=1, engine=serial, **options):
@@ -46,6 +44,12 @@ def files(folder, but=(apply.LOCK,)):
     return {
         p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in but
     }
+
+
+def lines(output):
+    """How many files the journal of a running job speaks of."""
+    path = output / journal.NAME
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def path_keys(name, rows):

@@ -65,13 +65,26 @@ def takes_numbers_alone(ptx: str, kernel: Any) -> bool:
     return passed == [".f64" if kind is float else ".u64" for kind in wanted]
 
 
+KINDS = [
+    *((unit, records.COPY) for unit in (16, 8, 4, 2, 1)),
+    *((16, kind) for kind in (records.FLOAT32, records.FLOAT64, records.FLOAT16, records.BFLOAT16)),
+    (4, records.FLOAT32), (8, records.FLOAT64), (2, records.FLOAT16), (2, records.BFLOAT16),
+]  # fmt: skip
+# Each unit and each kind once or more between both kernels; a second or two for each.
+ALWAYS = {
+    "drop": {(16, records.COPY), (4, records.COPY), (1, records.COPY), (16, records.FLOAT32), (2, records.BFLOAT16)},
+    "gather": {(16, records.COPY), (8, records.FLOAT64), (2, records.FLOAT16)},
+}
+
+
 @pytest.mark.parametrize(
-    ("unit", "kind"),
-    [(unit, records.COPY) for unit in (16, 8, 4, 2, 1)]
-    + [(16, kind) for kind in (records.FLOAT32, records.FLOAT64, records.FLOAT16, records.BFLOAT16)]
-    + [(4, records.FLOAT32), (8, records.FLOAT64), (2, records.FLOAT16), (2, records.BFLOAT16)],
+    ("name", "unit", "kind"),
+    [
+        pytest.param(name, *each, marks=() if each in ALWAYS[name] else pytest.mark.long)
+        for name in ALWAYS
+        for each in KINDS
+    ],
 )
-@pytest.mark.parametrize("name", ["drop", "gather"])
 def test_ptx_of_what_copies(name, unit, kind):
     from msgdrop_numba.kernels import cuda
 

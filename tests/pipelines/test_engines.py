@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import warnings
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers import clusters
 from helpers.jobs import files, job, run
 from pyarrow import parquet
 
@@ -40,15 +40,8 @@ def rows_of(value):
 
 @pytest.fixture(scope="module")
 def ray():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import ray
-        import ray.data
-
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=40)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield ray
-    ray.shutdown()
+    with clusters.connected(num_cpus=2, include_dashboard=False) as started:
+        yield started
 
 
 def killed_once(drop, mark):
@@ -95,9 +88,13 @@ class TestRay:
         (tmp_path / "in").mkdir()
         for i in range(4):
             np.save(tmp_path / f"in/{i}.npy", X[6 * i : 6 * i + 6])
-        job(tmp_path / "in", tmp_path / "here", epochs=2)
+        np.save(tmp_path / "in/n.npy", np.arange(24) % len(X[0]))
+        told = {"lengths": "n.npy", "scale": True, "fill": -2, "mask": True}
+        job(tmp_path / "in", tmp_path / "here", epochs=2, **told)
+        job(tmp_path / "in", tmp_path / "there", epochs=1, **told)  # begun here, and gone on with there
         done = run(
             "apply", tmp_path / "in", tmp_path / "there", "--p", 0.5, "--seed", 7, "--epochs", 2, "--engine", "ray",
+            "--lengths", "n.npy", "--scale", "--fill", -2, "--mask",
             "--ray-address", ray.get_runtime_context().gcs_address, warnings="ignore",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

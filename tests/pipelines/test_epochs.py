@@ -154,6 +154,15 @@ def test_the_samples_epoch_counts():
         dropping(keyed.__getitems__(range(4)))
 
 
+def test_explaining_a_sample_takes_its_epoch_and_is_no_batch():
+    keyed, dropping = dataset(), collate()
+    for _ in range(2):
+        assert "seed 11, epoch 0: " in str(dropping.explain(keyed[0]))
+    dropping(keyed.__getitems__(range(4)))
+    keyed.set_epoch(2)
+    assert "seed 11, epoch 2: " in str(dropping.explain(keyed[0]))
+
+
 @pytest.mark.parametrize("epochs", [(1, 2), (None, 1), (1, None)])
 def test_a_batch_is_of_one_epoch(epochs):
     samples = [Keyed(i, DATA[i], epoch) for i, epoch in enumerate(epochs)]

@@ -16,6 +16,7 @@ from msgdrop_numba import (
     MessageSubset,
     fold_in,
     keep_mask,
+    key_padding_mask,
     message_dropout,
     message_select,
     select_messages,
@@ -30,6 +31,8 @@ def arrays(x: NDArray[np.float32]) -> None:
     assert_type(message_select(x, 0.5, layout="packed"), tuple[NDArray[np.float32], Kept])
     assert_type(select_messages((2, 3), capacity=2), Kept)
     assert_type(fold_in(1, 2), int)
+    assert_type(message_dropout(x, 0.5, message_dims=(0, 2)), NDArray[np.float32])
+    assert_type(key_padding_mask(keep_mask((2, 3), seed=1), [1, 2]), NDArray[np.bool_])
 
 
 def tensors(x: Tensor) -> None:

@@ -1,0 +1,109 @@
+"""message_dropout on DTensors: all that a call says is meant of the whole, and is cut to the piece that lies here.
+
+Rows keep the keys that they have in the whole, messages their positions: so a piece has the whole's mask, and needs no
+other rank. Where a row's mask counts its messages (`exact`, `min_keep`) and they lie on several ranks, each of these
+draws the row's mask whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.distributed.tensor import DTensor
+
+from msgdrop_numba.call.arguments import message_dims
+from msgdrop_numba.call.request import Job, Library, Request, carry_out, prepare, prepare_mask, turned
+from msgdrop_numba.call.rule import DEFAULTS
+from msgdrop_numba.call.ways import SHARDED, Answer
+from msgdrop_numba.tensors import operations, traced, ways
+from msgdrop_numba.tensors.cut import Here, cut
+from msgdrop_numba.tensors.pieces import agreed, check_agreed, is_outside, local_of, piece_of, whole
+from msgdrop_numba.tensors.select import scales_of
+from msgdrop_numba.tensors.traced import TRACED
+from msgdrop_numba.tensors.write import draw_mask
+
+
+def message_dropout(x: DTensor, request: Request) -> Any:
+    """`functional.message_dropout` for a DTensor."""
+    return turned(_drop, DTensor, Tensor.permute, x, request)
+
+
+def _drop(x: DTensor, request: Request) -> Any:
+    if is_outside(x):
+        piece, dims = piece_of("x", x), message_dims(tuple(x.shape), request.message_dims)
+        y, keep = x if request.out is None else request.out, torch.empty(0, dtype=torch.bool, device=x.device)
+    else:
+        here = cut(x, request)
+        piece, dims = here.piece, here.dims
+        y, keep = _perform(x, here, request)
+    return (y, whole(keep, piece, dims)) if request.return_mask else y
+
+
+def explain(x: DTensor, request: Request) -> Answer:
+    """Which way a call takes, and why; nothing is dropped."""
+    here = cut(x, request)
+    if here.counted:
+        return Answer(SHARDED, "its rows' messages, which the rule counts, lie on several ranks")
+    answer = ways.explain(local_of("x", x, here.piece), here.request)
+    return answer._replace(way=SHARDED)
+
+
+def _perform(x: DTensor, here: Here, request: Request) -> tuple[Any, Any]:
+    """The result, and the mask that lies here."""
+    local, told = local_of("x", x, here.piece), here.request
+    library = ways.library(local, told)
+    job = prepared(library, local, here)
+    if here.counted and job.seed is not None:
+        result = _by_whole_rows(local, job, here)
+    else:
+        result = carry_out(library, local, job, told)
+    made, keep = result if isinstance(result, tuple) else (result, None)
+    written = request.out if request.out is not None else x if told.inplace and job.seed is not None else None
+    if written is not None:
+        if not written.is_inference():
+            increment_version(written)  # what was written is the local tensor, whose version is another
+        return written, keep
+    if made is local:
+        return x, keep
+    y = whole(made, here.piece, x.ndim, like=x.stride() if made.stride() == local.stride() else None)
+    return (x.copy_(y) if request.inplace else y), keep
+
+
+def prepared(library: Library, local: Tensor, here: Here, check: Any = None) -> Job:
+    """The job of the local tensor, its seed that of all ranks; `check` as for `prepare`.
+
+    All is checked before a seed is drawn, and where ranks talk with one another.
+    """
+    told, device = here.request, local.device
+    if here.counted:  # the mask is drawn apart
+        told = told._replace(
+            **dict.fromkeys(("lengths", "keys", "protect", "positions")), rule=tuple(DEFAULTS.values())
+        )
+        told = told._replace(p=0.5) if getattr(told.p, "ndim", 0) else told
+    given, generator = told.seed, told.generator
+    if given is None:
+        library.check_seed(None, generator, device)
+        told = told._replace(seed=0, generator=None)
+    job = prepare(library, local, told, check)
+    if job.seed is None:
+        return job
+    if given is None:
+        return job._replace(seed=agreed(library.seed(None, generator, device, told.ranks), here.piece.mesh))
+    check_agreed(job.seed, here.piece.mesh)
+    return job
+
+
+def _by_whole_rows(local: Tensor, job: Job, here: Here) -> tuple[Tensor, Tensor]:
+    """What is kept of the piece, and its mask, by masks of whole rows."""
+    told = here.request._replace(seed=job.seed)
+    library = ways.mask_library(local.device, told)
+    rows = prepare_mask(library, here.sizes, told, local.device)
+    at = here.dims - 1
+    part = (at, here.piece.starts[at], here.piece.sizes[at])
+    keep = (traced.draw_mask(rows) if library is TRACED else draw_mask(rows)).narrow(*part)
+    y = operations.scaled(local, scales_of(library, rows).narrow(*part)) if told.scale else local
+    y = operations.select(y, keep, job.draw.fill)
+    return (y if job.target is None else job.target.copy_(y)), keep
