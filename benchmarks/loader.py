@@ -63,8 +63,10 @@ def loaders(size: str, padded: bool, workers: int) -> dict[str, Any]:
         name: DataLoader(data, count, num_workers=workers, persistent_workers=workers > 0, collate_fn=collate)
         for name, collate in collates.items()
     }
+    keyed = KeyedDataset(data)
+    keyed.set_epoch(0)
     made["ours, keyed"] = DataLoader(
-        KeyedDataset(data), count, num_workers=workers, persistent_workers=workers > 0,
+        keyed, count, num_workers=workers, persistent_workers=workers > 0,
         collate_fn=MessageDropoutCollate(P, pad=padded, seed=1),
     )  # fmt: skip
     return made

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from msgdrop_numba.nn import MessageDropout, MessageSelect, MessageSubset
     from msgdrop_numba.pipelines.collate import MessageDropoutCollate
     from msgdrop_numba.pipelines.datasets import Keyed, KeyedDataset
+    from msgdrop_numba.pipelines.sampler import EpochSampler
 
 # These need torch, which NumPy users needn't have: loaded on first use (PEP 562).
 _LAZY = {
@@ -21,11 +22,13 @@ _LAZY = {
     "MessageSelect": "nn",
     "MessageSubset": "nn",
     "MessageDropoutCollate": "pipelines.collate",
+    "EpochSampler": "pipelines.sampler",
     "KeyedDataset": "pipelines.datasets",
     "Keyed": "pipelines.datasets",
 }
 
 __all__ = [
+    "EpochSampler",
     "Kept",
     "Keyed",
     "KeyedDataset",

@@ -114,7 +114,7 @@ def message_dropout(
 
     Args:
         x: NumPy array, tensor, or CuPy or numba device array of numbers or bools, `(*message dims, *features)` with at
-            least one feature dim. All that is said of a DTensor is meant of the whole (RANKS.md).
+            least one feature dim. Of a DTensor all below is meant of the whole, however it is sharded (RANKS.md).
         p: probability that a message is **dropped**, in [0, 1]; or a range, a tuple `(lo, hi)` with lo <= hi, of which
             each row draws its own; or an array that broadcasts to the message dims from the right: one a position, one
             a message, `(N, N)` where the message dims are `(B, N, N)`. `exact` takes no array; for tensors on other

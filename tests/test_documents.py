@@ -282,8 +282,8 @@ def test_the_benchmark_for_gpus_runs(monkeypatch, tmp_path):
 
 
 def test_the_two_commands_are_there():
-    commands = re.findall(r"```sh\n(.*?)\n```", README, flags=re.DOTALL)
-    assert commands == [
+    (commands,) = re.findall(r"```sh\n(.*?)\n```", README, flags=re.DOTALL)
+    assert commands.splitlines() == [
         'pip install torch==2.13.0 ".[demo]" && msgdrop demo',
         'pip install torch==2.13.0 -e ".[test]" && pytest',
     ]

@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 
 import msgdrop_numba
 from msgdrop_numba import (
+    EpochSampler,
     Keyed,
     KeyedDataset,
     MessageDropout,
@@ -118,6 +119,7 @@ PUBLIC = {
     "dataset": lambda: KeyedDataset([1, 2]),
     "stream": lambda: KeyedDataset(Stream(), key=ord),
     "keyed": lambda: Keyed("a", 1),
+    "sampler": lambda: EpochSampler(KeyedDataset([1, 2]), shuffle=True),
     "select": lambda: MessageSelect(0.5, exact=True, layout="dense"),
     "subset": lambda: MessageSubset(torch.nn.Linear(2, 2), 0.5, exact=True),
     "kept": lambda: select_messages((2, 3), 0.5, seed=1),
@@ -146,7 +148,7 @@ def test_a_pickle_names_public_classes_alone(kind):
 
 @pytest.mark.parametrize(
     "name",
-    ["Kept", "Keyed", "KeyedDataset", "MessageDropout", "MessageDropoutBatch", "MessageDropoutCollate", "MessageSelect",
+    ["EpochSampler", "Kept", "Keyed", "KeyedDataset", "MessageDropout", "MessageDropoutBatch", "MessageDropoutCollate", "MessageSelect",
      "MessageSubset"],
 )  # fmt: skip
 def test_public_classes_say_that_they_are_the_packages(name):

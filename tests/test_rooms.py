@@ -139,6 +139,11 @@ def test_every_module_has_a_room():
         ("tensors.write", "from msgdrop_numba.pipelines import stack", "tensors may not know pipelines"),
         ("nn", "from msgdrop_numba.pipelines.collate import Stack", "nn may not know pipelines"),
         ("pipelines.collate", "from msgdrop_numba import nn", "pipelines may not know nn"),
+        (
+            "pipelines.sampler",
+            "from msgdrop_numba.integrations import lightning",
+            "pipelines may not know integrations",
+        ),
         ("command.info", "from msgdrop_numba.kernels.cpu import drop_range", "command may not know kernels"),
         ("functional", "from msgdrop_numba.command.errors import JobError", "functional may not know command"),
         ("call.rule", "from msgdrop_numba.call import plan", "a circle: "),

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from msgdrop_numba.call import select
 from msgdrop_numba.call.arguments import ZERO, check_is_number, check_key, check_seed
-from msgdrop_numba.call.keys import hash64, row_key
+from msgdrop_numba.call.keys import hash64
 from msgdrop_numba.call.request import Options
 from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.call.threads import load
 from msgdrop_numba.functional import fold_in
-from msgdrop_numba.pipelines.datasets import Keyed
+from msgdrop_numba.pipelines.datasets import split_keys
+from msgdrop_numba.pipelines.epochs import EpochMemory
 from msgdrop_numba.pipelines.explain import Explanation, explained
 from msgdrop_numba.pipelines.fields import (
     Field,
@@ -48,8 +49,9 @@ class MessageDropoutCollate:
     Samples are arrays or tensors `(messages, *features)`, or tuples, lists or dicts with such fields; all other
     leaves go through torch's `default_collate`. Without `seed` each batch draws from torch's default generator, which a
     DataLoader seeds in every worker. With `seed` a sample's mask depends on seed, epoch and its id alone, whatever the
-    workers, batches and ranks are; ids come from a `KeyedDataset`. There is no eval mode: for validation make another
-    collate with p=0 and the same options, which drops and draws nothing, and whose batches have the same parts.
+    workers, batches and ranks are; ids and epochs come from a `KeyedDataset`. There is no eval mode: for validation
+    make another collate with p=0 and the same options, which drops and draws nothing, and whose batches have the same
+    parts.
 
     Args:
         p: probability that a message is **dropped**, in [0, 1]; or a range, a tuple `(lo, hi)`, of which each sample
@@ -178,24 +180,26 @@ class MessageDropoutCollate:
         rule = DropRule(number, exact, span, min_keep, prefix)
         fill = fill.detach() if isinstance(fill, Tensor) else fill
         self._options = Options(rule.p if array is None else array, rule.rest, scale, fill, message_dims=2)
+        self._draws = not isinstance(self._options.p, float) or self._options.p > 0
         # Not by what the samples of one batch are: all batches have the same parts.
         even = exact and not rule.ranged and "protect" not in self._own
         self._padding = Padding(pad or (remove and not even), pad_value)
         load()  # workers made by fork inherit the compiled kernels
         if remove:
             select.load()
-        # Shared memory: persistent workers keep the collate that they were started with, and must see a new epoch.
-        with torch.inference_mode(False):
-            self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
+        self._epoch = EpochMemory()
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other masks from the next batch on: call before each epoch, as with `DistributedSampler`.
 
-        A running persistent worker sees it too: the workers of a DataLoader, however they are started, follow their
-        collate. Copies made by deepcopy or pickle keep the epoch that they had, and have one of their own from then on.
+        Where the dataset's own `set_epoch` is called, this one isn't needed: samples that bring their epoch have it
+        counted, and what is set here must be the same. A running persistent worker sees it too: the workers of a
+        DataLoader, however they are started, follow their collate. Copies made by deepcopy or pickle keep the epoch
+        that they had, and have one of their own from then on.
 
         Args:
-            epoch: integer in [-2**63, 2**64); 0 until it is set. No loader saves it: set it again in a resumed run.
+            epoch: integer in [-2**63, 2**64); 0 until it is set. No loader saves it, as a `StatefulDataLoader` does the
+                dataset's: set it again in a resumed run.
 
         Raises:
             TypeError, ValueError: it is no integer, or out of range.
@@ -203,8 +207,7 @@ class MessageDropoutCollate:
         Example:
             >>> MessageDropoutCollate(0.3, seed=1).set_epoch(5)
         """
-        bits = check_key("epoch", epoch)
-        self._epoch.fill_(bits if bits < 2**63 else bits - 2**64)
+        self._epoch.set(check_key("epoch", epoch))
 
     def explain(self, sample: Any) -> Any:
         """Why messages of a sample drop in this epoch.
@@ -229,10 +232,10 @@ class MessageDropoutCollate:
         """
         if self.seed is None:
             raise ValueError("explain needs a collate with a seed: without one each batch draws anew")
-        ids, keys, samples = _split_keys([sample])
-        seed, given = self._seed(ids is not None), (self.seed, int(self._epoch))
+        ids, row_keys, epochs, samples = split_keys([sample])
+        seed = self._seed(row_keys, ids, epochs, watched=False)
         assert ids is not None  # else it has been refused
-        assert keys is not None
+        given, keys = (self.seed, self._epoch.of_batch(epochs, ids) or 0), np.array(row_keys, np.uint64)
         own = self._read_own(samples, ids)[0] if self._own or self._offset else None
         batch = samples[0] if self.collate_fn is None else self.collate_fn(samples)
         found: dict[str | None, Explanation] = {}
@@ -254,7 +257,7 @@ class MessageDropoutCollate:
         companions = {path: tuple(field) for path, field in self._companions.items()}
         plain = {
             "_masks": masks, "_companions": companions, "_options": tuple(self._options),
-            "_padding": tuple(self._padding),
+            "_padding": tuple(self._padding), "_epoch": self._epoch.numbers,
         }  # fmt: skip
         return {**self.__dict__, **plain}
 
@@ -264,8 +267,7 @@ class MessageDropoutCollate:
         if self._masks is not None:
             self._masks = {path: Field(*field) for path, field in self._masks.items()}
         self._companions = {path: Field(*field) for path, field in self._companions.items()}
-        if not self._epoch.is_shared():  # a copy's epoch must reach that copy's workers; one sent to a worker is shared
-            self._epoch.share_memory_()
+        self._epoch = EpochMemory(state["_epoch"])
 
     def __call__(self, samples: list[Any]) -> Any:
         if not isinstance(samples, list):
@@ -273,8 +275,9 @@ class MessageDropoutCollate:
                 f"samples must be a list, the samples of a batch, but got {type(samples).__name__}; "
                 "a DataLoader with batch_size=None has no batches to drop in"
             )
-        ids, keys, samples = _split_keys(samples)
-        seed = self._seed(ids is not None)
+        ids, row_keys, epochs, samples = split_keys(samples)
+        seed = self._seed(row_keys, ids, epochs)
+        keys = None if row_keys is None else np.array(row_keys, np.uint64)
         own, brought = self._read_own(samples, ids) if self._own or self._offset else (None, {})
         extras: dict[str, dict[str | None, Any]] = {}
         if self.collate_fn is None:
@@ -335,16 +338,18 @@ class MessageDropoutCollate:
         left = brought if self._padding.wanted else {}
         return {path: partial(build, path) for path in {**left, **masks}}
 
-    def _seed(self, keyed: bool) -> int:
+    def _seed(self, keys: list[int] | None, ids: list[Any] | None, epochs: list[Any], watched: bool = True) -> int:
         if self.seed is None:
-            p = self._options.p
-            return 0 if isinstance(p, float) and p == 0 else fresh_seed(None)  # p = 0 draws nothing, as elsewhere
-        if not keyed:
+            return fresh_seed(None) if self._draws else 0
+        if keys is None or ids is None:
             raise ValueError(
                 f"seed={self.seed} needs the samples' ids, or every batch would repeat the masks of the one before: "
                 "wrap the dataset in KeyedDataset, or leave seed out"
             )
-        return fold_in(self.seed, int(self._epoch))
+        epoch = self._epoch.of_batch(epochs, ids)
+        if epoch is None and watched and self._draws:
+            self._epoch.warn_of_repeats(keys, ids)
+        return fold_in(self.seed, epoch or 0)
 
     def _read_own(self, samples: list[Any], ids: list[Any] | None) -> tuple[Own, dict[Path, Each]]:
         """What the samples bring, and the leaves of it that have a value for each message, by their paths."""
@@ -368,21 +373,3 @@ class MessageDropoutCollate:
 def _mask_seed(seed: int, mask: str | None) -> int:
     """The seed of the mask of this name, or of the one that has none."""
     return seed if mask is None else fold_in(seed, hash64(mask.encode()))
-
-
-def _split_keys(samples: list[Any]) -> tuple[list[Any] | None, np.ndarray | None, list[Any]]:
-    """The samples' ids, their keys, and the samples without them."""
-    if not samples:
-        raise ValueError("samples must hold at least one sample, but got an empty list")
-    types = list(map(type, samples))
-    keyed = types.count(Keyed)
-    if keyed == 0:
-        return None, None, samples
-    if keyed < len(samples):
-        raise TypeError(f"samples must all be Keyed or none, but {keyed} of {len(samples)} are")
-    ids = [sample.key for sample in samples]
-    try:
-        keys = [row_key(sample_id) for sample_id in ids]
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{error}, in a batch of samples with the keys {ids}") from None
-    return ids, np.array(keys, np.uint64), [sample.sample for sample in samples]

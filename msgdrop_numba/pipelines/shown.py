@@ -16,7 +16,7 @@ def of_collate(collate: Any) -> str:
         **_shared(collate, collate._options), "fields": _paths(collate._masks), "pad_value": padding.value,
         "pad": padding.wanted and not collate.remove, "seed": collate.seed, "collate_fn": collate.collate_fn,
         "positions": collate._offset or None, "companions": _paths(collate._companions) or None,
-        "epoch": int(collate._epoch),
+        "epoch": collate._epoch.get() or 0,
     }  # fmt: skip
     own = {name: _one(where) if isinstance(where, tuple) else where for name, where in collate._own.items()}
     return _call(collate, {**told, **own}, {"epoch": 0})

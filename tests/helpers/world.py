@@ -55,11 +55,13 @@ def held(*names: str, ranks: int = RANKS, limit: int = 150) -> None:
     By their names: what they import takes a second, which is the ranks' alone.
     """
     with tempfile.TemporaryDirectory() as folder:
+        # Of torch's own use of what it has deprecated, as in setup.cfg.
+        warnings = ["-W", "error", "-W", "ignore:`torch.jit.script:DeprecationWarning"]
         # One thread each: idle OpenMP or BLAS threads wouldn't survive the fork.
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
         started = subprocess.Popen(
-            [sys.executable, "-W", "error", "-X", "faulthandler", "-m", "helpers.world", str(ranks), folder, *names],
+            [sys.executable, *warnings, "-X", "faulthandler", "-m", "helpers.world", str(ranks), folder, *names],
             env={**os.environ, **threads, "PYTHONPATH": path}, cwd=folder, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
@@ -88,6 +90,7 @@ def _rank(rank: int, ranks: int, folder: str, checks: dict[str, Callable[[Report
             check(report)
         except Exception:
             report.failed.append(traceback.format_exc())
+            print(f"rank {rank}:", report.failed[-1], flush=True)  # should another one die of it
         told[name] = report.checked, report.failed
     Path(folder, f"{rank}.json").write_text(json.dumps(told))
     if distributed.is_initialized():

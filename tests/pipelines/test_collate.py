@@ -214,34 +214,42 @@ class _IsShared:
         return self.collate(samples).is_shared()
 
 
-def epochs_reach_a_persistent_worker(collate: Any, method: str) -> None:
+def epochs_reach_a_persistent_worker(dataset: Any, collate: Any, told: Any, method: str) -> None:
     loader = DataLoader(
-        KeyedDataset(EVEN), 6, num_workers=1, persistent_workers=True, collate_fn=collate,
-        multiprocessing_context=method,
-    )  # fmt: skip
+        dataset, 6, num_workers=1, persistent_workers=True, collate_fn=collate, multiprocessing_context=method
+    )
     for epoch in range(3):
-        collate.set_epoch(epoch)
+        told.set_epoch(epoch)
         keep = torch.from_numpy(keep_mask((6, 5), 0.5, seed=fold_in(11, epoch)))
         assert torch.equal(next(iter(loader)), torch.where(keep[..., None], torch.stack(EVEN), 0))
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_epochs_reach_persistent_workers_through_files(method):
+@pytest.mark.parametrize(("method", "which"), [("fork", 1), ("spawn", 0)])
+def test_epochs_reach_persistent_workers_through_files(method, which):
     """A spawned worker doesn't know of the other sharing strategy, and must not share again what it was sent."""
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
-        epochs_reach_a_persistent_worker(MessageDropoutCollate(0.5, seed=11), method)
+        pair = KeyedDataset(EVEN), MessageDropoutCollate(0.5, seed=11)
+        epochs_reach_a_persistent_worker(*pair, pair[which], method)
     finally:
         torch.multiprocessing.set_sharing_strategy(before)
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_epochs_reach_the_persistent_workers_of_a_copy(copied, method):
-    epochs_reach_a_persistent_worker(copied(MessageDropoutCollate(0.5, seed=11)), method)
+@pytest.mark.parametrize(
+    ("copied", "method", "which"),
+    [
+        (copy.deepcopy, "fork", 0),
+        (copy.deepcopy, "fork", 1),
+        (lambda o: pickle.loads(pickle.dumps(o)), "spawn", 1),
+        (lambda o: pickle.loads(pickle.dumps(o)), "forkserver", 0),
+    ],
+)
+def test_epochs_reach_the_persistent_workers_of_a_copy(copied, method, which):
+    pair = copied(KeyedDataset(EVEN)), copied(MessageDropoutCollate(0.5, seed=11))
+    epochs_reach_a_persistent_worker(*pair, pair[which], method)
 
 
 @pytest.mark.parametrize("rules", [{"exact": True}, {"span": 2}, {"min_keep": 2}, {"p": np.linspace(0, 1, 9)}])

@@ -72,6 +72,7 @@ def test_ragged_samples(rule):
     kept, masks = expected(**rule)
     made = collate(**{"pad": True, "fields": "x", "return_mask": True, "return_indices": True, "pad_value": -2,
                       "companions": list(COMPANIONS)[:2], **rule})  # fmt: skip
+    made.set_epoch(0)
     first = dict(list(COMPANIONS.items())[:2])
     for again in (made, pickle.loads(pickle.dumps(made))):
         for order in ({"x": SAMPLES, **first}, {**first, "x": SAMPLES}):
@@ -232,6 +233,7 @@ def bits_of(x: torch.Tensor) -> bytes:
 def test_in_workers(context):
     data = KeyedDataset([{"x": x, "labels": y} for x, y in zip(SAMPLES, LABELS, strict=True)])
     made = collate(fields="x", companions=["labels"], return_indices=True, seed=4)
+    made.set_epoch(0)
     alone = [made([data[i] for i in at]) for at in ([0, 1, 2], [3, 4, 5], [6])]
     for got, other in zip(
         DataLoader(data, 3, collate_fn=made, num_workers=2, multiprocessing_context=context), alone, strict=True

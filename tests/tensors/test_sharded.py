@@ -25,3 +25,8 @@ def test_every_piece_has_the_masks_of_the_whole():
 @pytest.mark.long
 def test_compiled_calls_on_a_mesh():
     held("on_a_mesh.compiled_more", limit=500)
+
+
+@pytest.mark.long
+def test_tensor_parallelism():
+    held("in_a_model.in_a_model", "in_a_model.inference")
