@@ -44,6 +44,9 @@ def seeds(report: Report) -> None:
             report.expect(f"generator {exact}", same(got[0], want[0], placed))
         report.expect("an integer", agreed(2**63 + rank, mesh) == 2**63 + first)
         report.expect("a tensor", agreed(torch.tensor(rank - 5), mesh).equal(torch.tensor(first - 5)))
+    for ranks in ([3, 1, 0, 2], [[3, 1], [0, 2]]):  # not sorted, as torch's groups are
+        mesh = DeviceMesh("cpu", torch.tensor(ranks))
+        report.expect(f"the first of {ranks}", agreed(rank, mesh) == 3)
     torch.manual_seed(rank)
     state = torch.get_rng_state()
     message_dropout(here(x, mesh_of(), [Shard(0)]), 0.0)
@@ -52,7 +55,7 @@ def seeds(report: Report) -> None:
 
 
 def communication(report: Report) -> None:
-    """A seed given costs none, one that is drawn a gather for each dim of the mesh."""
+    """A seed given costs none, one that is drawn a sum for each dim of the mesh."""
     x = data()
     for shape in (FLAT, SQUARE):
         mesh = mesh_of(shape)
@@ -208,6 +211,20 @@ def gradients(report: Report) -> None:
         report.expect(
             "on its way", same(y, want, [Shard(1)]) and same(x.grad, mask[..., None].expand(SHAPE).float(), [Shard(0)])
         )
+    signed, g = data().requires_grad_(), -torch.arange(84.0).reshape(SHAPE) % 5
+    message_dropout(signed, seed=3, exact=True, scale=True, prefix=1).backward(-g)
+    x = here(whole, mesh, [Shard(1)]).requires_grad_()
+    message_dropout(x, seed=3, exact=True, scale=True, prefix=1).backward(here(-g, mesh, [Shard(1)]))
+    report.expect("zeros of either sign", same(x.grad, signed.grad, [Shard(1)]))
+    last = {"seed": 3, "positions": 2**34 - 6}  # on the last rank lies nothing
+    report.expect(
+        "positions",
+        same(
+            message_dropout(here(whole[0, :6], mesh, [Shard(0)]), **last),
+            message_dropout(whole[0, :6], **last),
+            [Shard(0)],
+        ),
+    )
     apart = here(whole.transpose(0, 1).contiguous().transpose(0, 1), mesh, [Shard(2)])
     y = message_dropout(apart, seed=3)
     report.expect("strides", y.full_tensor().equal(message_dropout(whole, seed=3)) and y.stride() == apart.stride())
@@ -349,7 +366,7 @@ def compiled_more(report: Report) -> None:
         for placed in ([Shard(0)], [Shard(1)], [Shard(2)], [Replicate()]):
             torch._dynamo.reset()
             drop = torch.compile(lambda x, **told: message_dropout(x, 0.5, **told), fullgraph=True, backend=backend)
-            for size in (7, 9, 10):
+            for size in (7, 9, 14):  # what lies on each rank must change, too: else torch itself takes the last shape
                 whole = data((3, size, 4))
                 torch.manual_seed(rank)
                 y = drop(here(whole, mesh, placed)).full_tensor()
