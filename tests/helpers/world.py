@@ -59,6 +59,8 @@ def run(module: str, names: list[str], ranks: int = RANKS, limit: int = 150, **e
             sys.executable,
             "-W",
             "error",
+            "-W",  # as in setup.cfg; here what it begins with, to the letter
+            "ignore:`torch.jit.script:DeprecationWarning",
             "-X",
             "faulthandler",
             "-m",
