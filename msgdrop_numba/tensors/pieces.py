@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import DebugLevel, get_debug_level, is_initialized  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from msgdrop_numba.tensors.seeds import device_seed
 from msgdrop_numba.torch_private import is_eager
 
 _U64 = 2**64 - 1
@@ -137,7 +138,9 @@ def agreed(seed: Any, mesh: Any) -> Any:
     """
     if mesh.size() == 1:
         return seed
-    ours = _on_mesh(seed, mesh) * (not any(mesh.get_coordinate()))  # all but the first give 0
+    ours = _on_mesh(seed, mesh)
+    # All but the first give 0, by a factor unknown to the compiler: known zeros it would send once for several calls.
+    ours = ours * device_seed(int(not any(mesh.get_coordinate())), None, ours.device)
     first = _collected(ours, mesh, Partial())
     return first if isinstance(seed, Tensor) else int(first.item()) & _U64
 

@@ -378,6 +378,12 @@ def compiled_more(report: Report) -> None:
                 got = drop(here(whole, mesh, placed), seed=torch.tensor(3), lengths=torch.tensor([5, 0, 7]), min_keep=2)
                 want = message_dropout(whole, 0.5, seed=3, lengths=torch.tensor([5, 0, 7]), min_keep=2)
                 report.expect(f"{backend} {placed} {size}", same(got, want, placed))
+        twice = torch.compile(
+            lambda x: message_dropout(x, 0.5, return_mask=True)[1] ^ message_dropout(x, 0.5, return_mask=True)[1],
+            fullgraph=True,
+            backend=backend,
+        )
+        report.expect(f"two draws {backend}", twice(here(data(), mesh, [Replicate()])).to_local().any())
         torch._dynamo.reset()
         select = torch.compile(
             lambda x, seed: message_select(x, exact=True, seed=seed)[0], fullgraph=True, backend=backend
