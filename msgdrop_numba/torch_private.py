@@ -14,6 +14,8 @@ All of them are in torch 2.9 and 2.13, the oldest and the newest that are tested
 `fx.traceback.get_current_meta`, its key "recompute", `_functorch.config.activation_memory_budget`
     Tell the compiler that a seed drawn in forward isn't drawn again in backward. Without: a memory budget below 1 draws
     another, and gradients are wrong.
+`fx.experimental.proxy_tensor.get_proxy_mode`, and that a gradient's placeholder is named "tangents"
+    Tell whether the graph being traced has a backward. Without: one that has none can't be compiled at a budget of 0.
 `_C._storage_Use_Count`, `UntypedStorage._cdata`
     Tell whether anybody still uses an output's memory. Without: large outputs are new memory each time, and slower.
 `_C._cuda_getCurrentRawStream`
@@ -28,12 +30,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 from torch.fx import traceback
+from torch.fx.experimental import proxy_tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
 try:
@@ -82,7 +86,8 @@ def drawn_once() -> Iterator[None]:
     """
     meta = _current_meta()
     before = meta.get("recompute")
-    meta["recompute"] = CheckpointPolicy.MUST_SAVE if _memory_budget(meta) else CheckpointPolicy.PREFER_RECOMPUTE
+    again = _memory_budget(meta) == 0 and _traces_backward()
+    meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE if again else CheckpointPolicy.MUST_SAVE
     try:
         yield
     finally:
@@ -97,6 +102,15 @@ def _memory_budget(meta: dict[str, Any]) -> float:
     return getattr(torch._functorch.config, "activation_memory_budget", 1.0) if region is None else region
 
 
+def _traces_backward() -> bool:
+    """Whether the graph being traced is to be one of forward and backward; in others nothing may be computed again."""
+    mode = None if _proxy_mode is None else _proxy_mode()
+    nodes = () if mode is None else mode.tracer.graph.nodes
+    inputs = takewhile(lambda node: node.op == "placeholder", nodes)
+    return _proxy_mode is None or any(node.name.startswith("tangents") for node in inputs)
+
+
+_proxy_mode: Any = getattr(proxy_tensor, "get_proxy_mode", None)
 _current_meta: Any = getattr(traceback, "get_current_meta", dict)
 
 

@@ -185,6 +185,8 @@ def _positions(here: Here, device: Any) -> Any:
     offset, values = positions_on(value, here.whole, device)
     if values is not None:
         return _narrowed(here, values, here.dims - values.ndim)
+    if not here.sizes[-1]:  # behind the last position there may be none
+        return None
     return offset + (0 if here.counted else here.piece.starts[here.dims - 1]) or None
 
 

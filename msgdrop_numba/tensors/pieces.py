@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed import DebugLevel, get_debug_level, is_initialized  # type: ignore[attr-defined]
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from msgdrop_numba.tensors.seeds import device_seed
 from msgdrop_numba.torch_private import is_eager
 
 _U64 = 2**64 - 1
@@ -126,7 +127,8 @@ def _strides(local: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
 def agreed(seed: Any, mesh: Any) -> Any:
     """The seed of the mesh's first rank, on all of its ranks, each of which gives its own.
 
-    Costs one gather of 8 bytes for each dim of the mesh, none where it has one rank; on a device nothing waits for it.
+    Costs one sum of 8 bytes for each dim of the mesh, none where it has one rank; on a device nothing waits for it. A
+    sum knows no order: torch's groups number their ranks otherwise than a mesh whose ranks aren't sorted.
 
     Args:
         seed: integer in [0, 2**64), or 0-d int64 tensor.
@@ -136,7 +138,10 @@ def agreed(seed: Any, mesh: Any) -> Any:
     """
     if mesh.size() == 1:
         return seed
-    first = _gathered(seed, mesh)[0]
+    ours = _on_mesh(seed, mesh)
+    # All but the first give 0, by a factor unknown to the compiler: known zeros it would send once for several calls.
+    ours = ours * device_seed(int(not any(mesh.get_coordinate())), None, ours.device)
+    first = _collected(ours, mesh, Partial())
     return first if isinstance(seed, Tensor) else int(first.item()) & _U64
 
 
@@ -144,20 +149,25 @@ def check_agreed(seed: Any, mesh: Any) -> None:
     """Where torch.distributed's debug level is on, refuse a seed that isn't the same on all ranks."""
     if mesh.size() == 1 or not is_eager() or get_debug_level() == DebugLevel.OFF:
         return
-    seeds = [bits & _U64 for bits in _gathered(seed, mesh).tolist()]
+    seeds = [bits & _U64 for bits in _collected(_on_mesh(seed, mesh).reshape(1), mesh, Shard(0)).tolist()]
     if len(set(seeds)) > 1:
         raise ValueError(f"seed must be the same on all ranks of x's mesh, but they were given {seeds}: give all one")
 
 
-def _gathered(seed: Any, mesh: Any) -> Tensor:
-    """The seeds of all ranks, on the device of the mesh."""
+def _on_mesh(seed: Any, mesh: Any) -> Tensor:
+    """The seed as a tensor on the device of the mesh, whose ranks are about to talk."""
     if not is_initialized():
         raise ValueError("x's mesh has no process group, as none is initialised: call init_process_group first")
-    if not isinstance(seed, Tensor):
-        seed = torch.tensor(seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=mesh.device_type)
-    placements: list[Any] = [Shard(0)] * mesh.ndim
-    seeds = DTensor.from_local(seed.reshape(1), mesh, placements, run_check=False)
+    if isinstance(seed, Tensor):
+        return seed
+    return torch.tensor(seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=mesh.device_type)
+
+
+def _collected(ours: Tensor, mesh: Any, placement: Any) -> Tensor:
+    """What all ranks hold, whole on each of them."""
+    placements: list[Any] = [placement] * mesh.ndim
+    spread = DTensor.from_local(ours, mesh, placements, run_check=False)
     for dim in reversed(range(mesh.ndim)):  # one by one: torch warns of gathers along several dims
         placements[dim] = Replicate()
-        seeds = seeds.redistribute(placements=placements)
-    return seeds.to_local()
+        spread = spread.redistribute(placements=placements)
+    return spread.to_local()

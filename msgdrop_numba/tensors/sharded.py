@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 
 from msgdrop_numba.call.arguments import message_dims
+from msgdrop_numba.call.plan import Draw, Places
 from msgdrop_numba.call.request import Job, Library, Request, carry_out, prepare, prepare_mask, turned
 from msgdrop_numba.call.rule import DEFAULTS
 from msgdrop_numba.call.ways import SHARDED, Answer
@@ -57,7 +58,7 @@ def _perform(x: DTensor, here: Here, request: Request) -> tuple[Any, Any]:
     library = ways.library(local, told)
     job = prepared(library, local, here)
     if here.counted and job.seed is not None:
-        result = _by_whole_rows(local, job, here)
+        result = _by_whole_rows(library, local, job, here)
     else:
         result = carry_out(library, local, job, told)
     made, keep = result if isinstance(result, tuple) else (result, None)
@@ -96,14 +97,29 @@ def prepared(library: Library, local: Tensor, here: Here, check: Any = None) -> 
     return job
 
 
-def _by_whole_rows(local: Tensor, job: Job, here: Here) -> tuple[Tensor, Tensor]:
+def _by_whole_rows(library: Library, local: Tensor, job: Job, here: Here) -> tuple[Tensor, Tensor]:
     """What is kept of the piece, and its mask, by masks of whole rows."""
     told = here.request._replace(seed=job.seed)
-    library = ways.mask_library(local.device, told)
-    rows = prepare_mask(library, here.sizes, told, local.device)
+    of_rows = ways.mask_library(local.device, told)
+    rows = prepare_mask(of_rows, here.sizes, told, local.device)
     at = here.dims - 1
     part = (at, here.piece.starts[at], here.piece.sizes[at])
-    keep = (traced.draw_mask(rows) if library is TRACED else draw_mask(rows)).narrow(*part)
-    y = operations.scaled(local, scales_of(library, rows).narrow(*part)) if told.scale else local
+    keep = (traced.draw_mask(rows) if of_rows is TRACED else draw_mask(rows)).narrow(*part).contiguous()
+    scales = scales_of(of_rows, rows).narrow(*part).contiguous() if told.scale else None
+    if library is not TRACED:
+        job = job._replace(draw=_as_drawn(job.draw.fill, scales), mask=None, given=keep)
+        return library.run(local, job, told._replace(return_mask=False)), keep
+    y = local if scales is None else operations.scaled(local, scales)
     y = operations.select(y, keep, job.draw.fill)
     return (y if job.target is None else job.target.copy_(y)), keep
+
+
+def _as_drawn(fill: Tensor | None, scales: Tensor | None) -> Draw:
+    """What decides beside a mask that is given; `scales` of 0: the message takes no part."""
+    if scales is None:
+        return Draw(fill, given=True)
+    protect: Any = scales == 0
+    each: Any = scales
+    if scales.is_cpu:
+        each, protect = scales.numpy(), protect.numpy()
+    return Draw(fill, scales=each, given=True, places=Places(protect))

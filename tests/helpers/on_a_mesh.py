@@ -45,6 +45,9 @@ def seeds(report: Report) -> None:
             report.expect(f"generator {exact}", same(got[0], want[0], placed))
         report.expect("an integer", agreed(2**63 + rank, mesh) == 2**63 + first)
         report.expect("a tensor", agreed(torch.tensor(rank - 5), mesh).equal(torch.tensor(first - 5)))
+    for ranks in ([3, 1, 0, 2], [[3, 1], [0, 2]]):  # not sorted, as torch's groups are
+        mesh = DeviceMesh("cpu", torch.tensor(ranks))
+        report.expect(f"the first of {ranks}", agreed(rank, mesh) == 3)
     torch.manual_seed(rank)
     state = torch.get_rng_state()
     message_dropout(here(x, mesh_of(), [Shard(0)]), 0.0)
@@ -53,7 +56,7 @@ def seeds(report: Report) -> None:
 
 
 def communication(report: Report) -> None:
-    """A seed given costs none, one that is drawn a gather for each dim of the mesh."""
+    """A seed given costs none, one that is drawn a sum for each dim of the mesh."""
     x = data()
     for shape in (FLAT, SQUARE):
         mesh = mesh_of(shape)
@@ -196,6 +199,20 @@ def gradients(report: Report) -> None:
         report.expect(
             f"recomputed {exact}", same(x.grad, torch.where(kept, 2 * whole, 0), [Shard(1)]) and 0 < kept.sum() < 84
         )
+    signed, g = data().requires_grad_(), -torch.arange(84.0).reshape(SHAPE) % 5
+    message_dropout(signed, seed=3, exact=True, scale=True, prefix=1).backward(-g)
+    x = here(whole, mesh, [Shard(1)]).requires_grad_()
+    message_dropout(x, seed=3, exact=True, scale=True, prefix=1).backward(here(-g, mesh, [Shard(1)]))
+    report.expect("zeros of either sign", same(x.grad, signed.grad, [Shard(1)]))
+    last = {"seed": 3, "positions": 2**34 - 6}  # on the last rank lies nothing
+    report.expect(
+        "positions",
+        same(
+            message_dropout(here(whole[0, :6], mesh, [Shard(0)]), **last),
+            message_dropout(whole[0, :6], **last),
+            [Shard(0)],
+        ),
+    )
     apart = here(whole.transpose(0, 1).contiguous().transpose(0, 1), mesh, [Shard(2)])
     y = message_dropout(apart, seed=3)
     report.expect("strides", y.full_tensor().equal(message_dropout(whole, seed=3)) and y.stride() == apart.stride())
@@ -325,11 +342,7 @@ def compiled_more(report: Report) -> None:
         for placed in ([Shard(0)], [Shard(1)], [Shard(2)], [Replicate()]):
             torch._dynamo.reset()
             drop = torch.compile(lambda x, **told: message_dropout(x, 0.5, **told), fullgraph=True, backend=backend)
-            for size in (
-                7,
-                9,
-                16,
-            ):  # which no rank has as many of: torch takes the old graph where only the whole has grown
+            for size in (7, 9, 14):  # what lies on each rank must change, too: else torch itself takes the last shape
                 whole = data((3, size, 4))
                 torch.manual_seed(rank)
                 y = drop(here(whole, mesh, placed)).full_tensor()
@@ -341,6 +354,12 @@ def compiled_more(report: Report) -> None:
                 got = drop(here(whole, mesh, placed), seed=torch.tensor(3), lengths=torch.tensor([5, 0, 7]), min_keep=2)
                 want = message_dropout(whole, 0.5, seed=3, lengths=torch.tensor([5, 0, 7]), min_keep=2)
                 report.expect(f"{backend} {placed} {size}", same(got, want, placed))
+        twice = torch.compile(
+            lambda x: message_dropout(x, 0.5, return_mask=True)[1] ^ message_dropout(x, 0.5, return_mask=True)[1],
+            fullgraph=True,
+            backend=backend,
+        )
+        report.expect(f"two draws {backend}", twice(here(data(), mesh, [Replicate()])).to_local().any())
         torch._dynamo.reset()
         select = torch.compile(
             lambda x, seed: message_select(x, exact=True, seed=seed)[0], fullgraph=True, backend=backend

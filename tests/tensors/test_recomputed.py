@@ -23,6 +23,16 @@ def test_a_memory_budget_changes_no_gradient(layer, budget):
         equals_the_masks_seen(stack, compiled(stack, "aot_eager"))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_memory_budget_where_there_is_no_backward(grad):
+    x, layer = torch.ones(6, 9, 8), LAYERS["drop"]()
+    with config.patch(activation_memory_budget=0.0), torch.set_grad_enabled(grad):
+        torch.manual_seed(3)
+        y = compiled(layer, "aot_eager")(x)
+    torch.manual_seed(3)
+    assert y.equal(layer(x))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("layer", LAYERS)
