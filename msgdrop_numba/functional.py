@@ -213,13 +213,13 @@ def _library(x: Any) -> Any:
     if spread is not None and isinstance(x, spread.DTensor):
         from msgdrop_numba.tensors import sharded
 
-        _libraries[type(x)] = sharded
+        remember(_libraries, sharded, type(x))
         return sharded
     if torch is not None and isinstance(x, torch.Tensor):
         from msgdrop_numba.tensors import dropout
 
-        _libraries[torch.Tensor] = _libraries[torch.nn.Parameter] = dropout
-        _short_doors[torch.Tensor] = _short_doors[torch.nn.Parameter] = dropout.SHORT_DOOR
+        remember(_libraries, dropout, torch.Tensor, torch.nn.Parameter)
+        remember(_short_doors, dropout.SHORT_DOOR, torch.Tensor, torch.nn.Parameter)
         return dropout
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError("x must be a plain NumPy array, but got a masked one, whose mask would be lost: give filled()")
@@ -234,6 +234,12 @@ def _library(x: Any) -> Any:
         f"x must be a NumPy array, a torch tensor or a CuPy or numba device array, but got {type(x).__name__}; "
         f"{advice or 'make it one first'}"
     )
+
+
+def remember(known: dict[type, Any], what: Any, *types: type) -> None:
+    """Know it at the next call; not from compiled code, where a checkpoint may change nothing outside of itself."""
+    if not sys.modules["torch"].compiler.is_compiling():
+        known.update(dict.fromkeys(types, what))
 
 
 def _is_listed(x: Any) -> bool:

@@ -15,7 +15,7 @@ from msgdrop_numba.call.arguments import ZERO
 from msgdrop_numba.call.plan import mask_shape
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.select import PACKED, How, Selection, how
-from msgdrop_numba.functional import library_of
+from msgdrop_numba.functional import library_of, remember
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -238,7 +238,7 @@ def _library(x: Any) -> Any:
     if spread is not None and isinstance(x, spread.DTensor):
         from msgdrop_numba.tensors import sharded_select
 
-        _libraries[type(x)] = sharded_select
+        remember(_libraries, sharded_select, type(x))
         return sharded_select
     import torch
 
@@ -249,7 +249,7 @@ def _library(x: Any) -> Any:
             f"messages are removed from NumPy arrays and tensors, but got {type(x).__name__}: make it a tensor first, "
             "torch.as_tensor(x, device='cuda')"
         )
-    _libraries[torch.Tensor] = _libraries[torch.nn.Parameter] = select
+    remember(_libraries, select, torch.Tensor, torch.nn.Parameter)
     return select
 
 

@@ -84,6 +84,17 @@ def watch_launches(patch: pytest.MonkeyPatch) -> list[Any]:
 # ---- which way a tensor takes
 
 
+def no_tensors_yet(patch: pytest.MonkeyPatch) -> None:
+    """Call as if no tensor had come before."""
+    import torch
+
+    from msgdrop_numba import functional, select
+
+    for known in (functional._libraries, functional._short_doors, select._libraries):
+        for kind in (torch.Tensor, torch.nn.Parameter):
+            patch.delitem(known, kind, raising=False)
+
+
 def no_plain_tensors(patch: pytest.MonkeyPatch) -> None:
     """CPU tensors count as tensors that no kernel knows: they take torch's operations."""
     import torch

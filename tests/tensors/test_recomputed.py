@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import internals
 from helpers.recomputing import LAYERS, Stack, equals_the_masks_seen
 from torch._functorch import config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -94,6 +95,12 @@ RUNS = {"checkpoint": again, "selective": saving(torch.ops.aten.mm.default)}
 @pytest.mark.parametrize("run", RUNS)
 def test_a_checkpoint_in_compiled_code(run):
     stack = Stack(LAYERS["drop"], RUNS[run])
+    equals_the_masks_seen(stack, compiled(stack, "aot_eager"))
+
+
+def test_the_first_call_may_be_in_a_checkpoint(monkeypatch):
+    internals.no_tensors_yet(monkeypatch)
+    stack = Stack(LAYERS["drop"], again)
     equals_the_masks_seen(stack, compiled(stack, "aot_eager"))
 
 
