@@ -232,6 +232,8 @@ def test_samplers_of_all_kinds():
     batches = BatchSampler(EpochSampler(keyed, np.arange(COUNT)), 3, drop_last=True)
     loader = DataLoader(keyed, batch_sampler=batches, collate_fn=collate())
     assert epochs_of(loader) == [2, 2]
+    tensors = EpochSampler(keyed, torch.arange(COUNT))
+    assert [index.epoch for index in tensors] == [2] * COUNT
     whole = EpochSampler(keyed, BatchSampler(range(COUNT), 4, False))  # no indices, lists of them: by the dataset
     loader = DataLoader(keyed, batch_size=None, sampler=whole)
     keyed.set_epoch(3)
