@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from msgdrop_numba.functional import fold_in
 from msgdrop_numba.nn import MessageDropout
+from msgdrop_numba.pipelines.epochs import EpochMemory, check_epoch
 
 
 class CutDropout:
@@ -44,17 +44,23 @@ class CutDropout:
             )
         fold_in(seed, 0)  # refuses what is no seed
         self.strategy, self.seed, self.layer = strategy, seed, MessageDropout(p, **options)
-        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()  # which workers see, too
+        self._epoch = EpochMemory()
         self._batch: tuple[list[str], Tensor] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Give the cuts new masks, in persistent workers too.
 
         Args:
-            epoch: integer from 0.
+            epoch: integer in [0, 2**63).
         """
-        fold_in(self.seed, epoch)
-        self._epoch.fill_(epoch)
+        self._epoch.set(check_epoch(epoch))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_epoch": self._epoch.numbers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch = EpochMemory(state["_epoch"])
 
     def __call__(self, cuts: Any, *args: Any, **named: Any) -> Any:
         """What the strategy makes of the cuts."""
@@ -75,5 +81,5 @@ class CutDropout:
                 f"inputs must be those of {len(ids)} cuts, but got {len(inputs)}: give the dataset "
                 "input_strategy=drop, and no transform that changes the batch before"
             )
-        seed = fold_in(self.seed, int(self._epoch))
+        seed = fold_in(self.seed, self._epoch.get() or 0)
         return self.layer(inputs, lengths=lengths, keys=ids, seed=seed)

@@ -115,7 +115,7 @@ class KeyedDataset(Dataset[Keyed]):
 
         Running workers see it too, persistent ones as well, however they are started. An index that an `EpochSampler`
         made keeps the epoch that it carries, an iteration of an iterable dataset the one in which it began. The wrapped
-        dataset is told, if it has `set_epoch`.
+        dataset is told, if it has `set_epoch`. A state that is loaded, now or later, brings no earlier epoch back.
 
         Args:
             epoch: integer in [0, 2**63).
@@ -154,10 +154,7 @@ class KeyedDataset(Dataset[Keyed]):
             self.dataset.load_state_dict(state["dataset"])
 
     def _restore(self, epoch: int | None) -> None:
-        if epoch is None:
-            return
-        self._epoch.restore(check_epoch(epoch))
-        if hasattr(self.dataset, "set_epoch"):
+        if epoch is not None and self._epoch.restore(check_epoch(epoch)) and hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -54,11 +54,17 @@ class EpochMemory:
         self._view[_EPOCH] = _signed(epoch)
         self._view[_TIMES] += 1
 
-    def restore(self, epoch: int) -> None:
-        """Set it from a saved state, which every worker may do: that says of no new epoch."""
+    def restore(self, epoch: int) -> bool:
+        """Set it from a saved state, which every worker may do: that says of no new epoch. Whether it was.
+
+        A later one stays: loaders load the state of an epoch that is over when the next one, announced, begins.
+        """
         times = self.times
+        if times and self._view[_EPOCH] > epoch:
+            return False
         self.set(epoch)
         self._view[_TIMES] = max(1, times)
+        return True
 
     def of_batch(self, epochs: list[Any], ids: list[Any]) -> int | None:
         """The epoch that all samples of a batch bring, else the one that was set here, or None; checked."""

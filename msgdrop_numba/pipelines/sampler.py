@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset, Sampler
 
 from msgdrop_numba.call.arguments import check_seed
@@ -130,7 +131,8 @@ class _Pass:
         epoch, indices = self._begun
         index = next(indices)
         self._yielded += 1
-        return EpochIndex(int(index), epoch) if isinstance(index, numbers.Integral) else index
+        single = isinstance(index, numbers.Integral) or (isinstance(index, Tensor) and index.ndim == 0)
+        return EpochIndex(int(index), epoch) if single else index
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": None if self._begun is None else self._begun[0], "yielded": self._yielded}

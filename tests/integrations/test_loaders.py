@@ -70,6 +70,11 @@ def test_stateful_data_loader(workers, with_sampler):
         assert again.dataset.epoch == 1
         again.dataset.set_epoch(2)
     whole(batches + list(again))
+    after = made()
+    after.load_state_dict(pickle.loads(pickle.dumps(again.state_dict())))  # of an epoch that is over
+    if not with_sampler:
+        after.dataset.set_epoch(3)
+    assert epochs_of(after) == [3] * STEPS
 
 
 @pytest.mark.parametrize("method", ["thread", pytest.param("process", marks=pytest.mark.processes)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from pathlib import Path
 
@@ -178,6 +179,27 @@ def test_lhotse_drops_by_the_ids_of_cuts(cuts):
         input_transforms=[lambda x, supervision_segments=None: MessageDropout(1.0)(x)]
     )  # without ids: one line
     assert not plain[cuts.subset(first=2)]["inputs"].any()
+
+
+class Strategy:
+    """An input strategy of lhotse's, as far as it is asked."""
+
+    def supervision_intervals(self, cuts):
+        return {}
+
+
+def test_epochs_of_cuts():
+    from msgdrop_numba.integrations.lhotse import CutDropout
+
+    drop = CutDropout(Strategy(), 0.3, seed=7)
+    drop.set_epoch(3)
+    again = pickle.loads(pickle.dumps(drop))  # as in a dataset that was copied
+    again.set_epoch(again._epoch.get() + 1)
+    assert (again._epoch.get(), drop._epoch.get()) == (4, 3)
+    assert again._epoch.numbers.is_shared()  # with workers of its own
+    for epoch, error in ((-1, ValueError), (2**63, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="epoch must be"):
+            drop.set_epoch(epoch)
 
 
 # ---- attention, and sequences that are packed
