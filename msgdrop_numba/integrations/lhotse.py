@@ -9,6 +9,7 @@ from torch import Tensor
 
 from msgdrop_numba.functional import fold_in
 from msgdrop_numba.nn import MessageDropout
+from msgdrop_numba.pipelines.epochs import check_epoch
 
 
 class CutDropout:
@@ -51,10 +52,9 @@ class CutDropout:
         """Give the cuts new masks, in persistent workers too.
 
         Args:
-            epoch: integer from 0.
+            epoch: integer in [0, 2**63).
         """
-        fold_in(self.seed, epoch)
-        self._epoch.fill_(epoch)
+        self._epoch.fill_(check_epoch(epoch))
 
     def __call__(self, cuts: Any, *args: Any, **named: Any) -> Any:
         """What the strategy makes of the cuts."""
