@@ -98,6 +98,7 @@ def test_workflows_run_what_is_there():
     assert [step["with"]["python-version"] for step in jobs["oldest"]["steps"] if "with" in step] == [oldest]
 
 
+@pytest.mark.processes
 def test_a_release_is_tested_and_needs_no_password():
     jobs, text = WORKFLOWS["release"]["jobs"], (ROOT / ".github/workflows/release.yml").read_text()
     assert jobs["publish"]["needs"] == "ci"
