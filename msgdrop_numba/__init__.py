@@ -11,16 +11,17 @@ from msgdrop_numba.select import Kept, message_select, select_messages
 from msgdrop_numba.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from msgdrop_numba.nn import MessageDropout, MessageSelect, MessageSubset
+    from msgdrop_numba.nn import MessageDropout, MessageSelect
     from msgdrop_numba.pipelines.collate import MessageDropoutCollate
     from msgdrop_numba.pipelines.datasets import Keyed, KeyedDataset
     from msgdrop_numba.pipelines.sampler import EpochSampler
+    from msgdrop_numba.subset import MessageSubset
 
 # These need torch, which NumPy users needn't have: loaded on first use (PEP 562).
 _LAZY = {
     "MessageDropout": "nn",
     "MessageSelect": "nn",
-    "MessageSubset": "nn",
+    "MessageSubset": "subset",
     "MessageDropoutCollate": "pipelines.collate",
     "EpochSampler": "pipelines.sampler",
     "KeyedDataset": "pipelines.datasets",

@@ -40,7 +40,7 @@ def test_an_index_shows_readme_as_it_is_here(copy):
     assert all(target.startswith("https://") for _, target in found)
     pictures = [target for mark, target in found if mark]
     assert pictures == [f"{ADDRESS}/raw/abc123/benchmarks/results/demo.png"]
-    assert f"{ADDRESS}/blob/abc123/msgdrop_numba/CONTRACT.md#4-keys" in after
+    assert f"{ADDRESS}/blob/abc123/msgdrop_numba/LIMITS.md#devices" in after
     for kind in ("raw", "blob"):
         after = after.replace(f"{ADDRESS}/{kind}/abc123/", "")
     assert after == before
@@ -98,6 +98,7 @@ def test_workflows_run_what_is_there():
     assert [step["with"]["python-version"] for step in jobs["oldest"]["steps"] if "with" in step] == [oldest]
 
 
+@pytest.mark.processes
 def test_a_release_is_tested_and_needs_no_password():
     jobs, text = WORKFLOWS["release"]["jobs"], (ROOT / ".github/workflows/release.yml").read_text()
     assert jobs["publish"]["needs"] == "ci"

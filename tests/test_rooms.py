@@ -24,11 +24,11 @@ BELOW = {
     "functional": {"arrays", "call", "kernels", "tensors"},
     "select": {"arrays", "call", "functional", "tensors"},
     "nn": {"call", "functional", "select", "tensors"},
+    "subset": {"call", "nn", "select"},
     "pipelines": {"call", "functional", "kernels", "outputs", "select", "tensors", "torch_private"},
-    "__init__": {"functional", "nn", "pipelines", "select", "version"},
-    "integrations": {"__init__", "call", "functional", "nn", "outputs", "pipelines", "select", "tensors", "torch_private"},
-    "command": {"__init__", "arrays", "call", "functional", "nn", "outputs", "pipelines", "select", "tensors",
-                "torch_private", "version"},
+    "__init__": {"functional", "nn", "pipelines", "select", "subset", "version"},
+    "integrations": {"call", "functional", "nn", "outputs", "pipelines", "select", "tensors", "torch_private"},
+    "command": {"__init__", "arrays", "call", "functional", "pipelines", "select", "tensors", "version"},
     "__main__": {"command"},
 }  # fmt: skip
 WITHOUT_TORCH = {"kernels", "call", "arrays", "version"}

@@ -9,7 +9,7 @@ try:
 except ModuleNotFoundError:  # its other package
     from pytorch_lightning.callbacks import Callback
 
-from msgdrop_numba.pipelines.datasets import keyed_in
+from msgdrop_numba.pipelines.datasets import must_hold_keyed
 
 
 class EpochCallback(Callback):
@@ -28,9 +28,7 @@ class EpochCallback(Callback):
     """
 
     def __init__(self, dataset: Any) -> None:
-        self._keyed = keyed_in(dataset)
-        if not self._keyed:
-            raise TypeError(f"dataset must be a KeyedDataset, or hold one, but got {dataset!r}: EpochCallback tells it")
+        self._keyed = must_hold_keyed(dataset)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":

@@ -130,8 +130,8 @@ def _twice(attr: Tensor) -> Tensor:
 def _check_edges(edge_index: Any, edge_attr: Any, edge_ids: Any, keys: Any) -> None:
     if not isinstance(edge_index, Tensor) or edge_index.layout != torch.strided:
         raise TypeError(
-            f"edge_index must be a tensor (2, E), but got {type(edge_index).__name__}: of a sparse matrix give "
-            "torch.stack of its row and col"
+            f"edge_index must be a tensor (2, E), but got {type(edge_index).__name__}: make it one, of a sparse matrix "
+            "by torch.stack of its row and col"
         )
     if edge_index.ndim != 2 or edge_index.shape[0] != 2:
         raise ValueError(f"edge_index must have shape (2, E), but got {tuple(edge_index.shape)}{_hint(edge_index)}")

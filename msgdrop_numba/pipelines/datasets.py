@@ -245,6 +245,17 @@ def keyed_in(data: Any) -> list[KeyedDataset]:
     return list({id(keyed): keyed for part in inner for keyed in keyed_in(part)}.values())
 
 
+def must_hold_keyed(dataset: Any) -> list[KeyedDataset]:
+    """The same, of what must hold one to be told of epochs."""
+    found = keyed_in(dataset)
+    if not found:
+        raise TypeError(
+            f"dataset must be a KeyedDataset, or hold one, but got {type(dataset).__name__}: wrap what it holds, "
+            "KeyedDataset(dataset)"
+        )
+    return found
+
+
 def _id_of(key: Callable[[Any], Any], sample: Any, which: str) -> Any:
     try:
         sample_id = key(sample)

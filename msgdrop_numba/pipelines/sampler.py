@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, Sampler
 
 from msgdrop_numba.call.arguments import check_seed
 from msgdrop_numba.functional import fold_in
-from msgdrop_numba.pipelines.datasets import keyed_in
+from msgdrop_numba.pipelines.datasets import must_hold_keyed
 from msgdrop_numba.pipelines.epochs import EpochIndex, check_epoch
 
 
@@ -56,9 +56,7 @@ class EpochSampler(Sampler[Any]):
     ) -> None:
         if isinstance(dataset, IterableDataset):
             raise TypeError(f"dataset must be map-style, but got {dataset!r}: call its own set_epoch before each epoch")
-        self._keyed = keyed_in(dataset)
-        if not self._keyed:
-            raise TypeError(f"dataset must be a KeyedDataset, or hold one, but got {dataset!r}")
+        self._keyed = must_hold_keyed(dataset)
         if sampler is not None and not hasattr(sampler, "__iter__"):
             raise TypeError(f"sampler must give indices, but got {sampler!r}")
         if sampler is not None and shuffle:

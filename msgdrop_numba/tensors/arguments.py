@@ -108,7 +108,8 @@ def check_device(device: Any) -> torch.device:
         if found.type != "cpu" and not torch.compiler.is_compiling():
             torch.empty(0, device=found)
     except (RuntimeError, TypeError, AssertionError) as error:  # a torch that is built without a device asserts
-        raise ValueError(f"device must be one that torch has here, but got {device!r}: {error}") from error
+        said = str(error).partition("\n")[0][:200]  # torch may list all of its backends
+        raise ValueError(f"device must be one that torch has here, but got {device!r}: {said}") from error
     return found
 
 

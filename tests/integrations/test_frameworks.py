@@ -81,7 +81,7 @@ def test_fabric_of_lightning(tmp_path, sampler):
 def test_lightning_callback_without_a_keyed_dataset():
     from msgdrop_numba.integrations.lightning import EpochCallback
 
-    with pytest.raises(TypeError, match=r"dataset must be a KeyedDataset, or hold one, but got \[1\]"):
+    with pytest.raises(TypeError, match=r"dataset must be a KeyedDataset, or hold one, but got list: wrap"):
         EpochCallback([1])
     assert EpochCallback(KeyedDataset([1]))
 

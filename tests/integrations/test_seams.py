@@ -175,6 +175,9 @@ def test_lhotse_drops_by_the_ids_of_cuts(cuts):
         CutDropout("features", 0.3, seed=7)
     with pytest.raises(ValueError, match="seed must be"):
         CutDropout(PrecomputedFeatures(), 0.3, seed=-1)
+    for epoch in (-1, 2**63):
+        with pytest.raises(ValueError, match="epoch must be in"):
+            drop.set_epoch(epoch)
     plain = K2SpeechRecognitionDataset(
         input_transforms=[lambda x, supervision_segments=None: MessageDropout(1.0)(x)]
     )  # without ids: one line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
@@ -255,7 +256,9 @@ def test_parts_and_joins_of_keyed_datasets():
 
 def test_bad_samplers():
     for data in (DATA, Subset(DATA, [1])):
-        with pytest.raises(TypeError, match="dataset must be a KeyedDataset, or hold one"):
+        with pytest.raises(
+            TypeError, match=r"dataset must be a KeyedDataset, or hold one, but got (list|Subset): wrap"
+        ):
             EpochSampler(data)
     with pytest.raises(TypeError, match="dataset must be map-style"):
         EpochSampler(KeyedDataset(Stream(), id_of))
@@ -334,8 +337,19 @@ def test_a_collate_that_drops_nothing_says_nothing():
 
 @pytest.mark.processes
 def test_it_is_seen_where_each_epoch_has_workers_of_its_own():
-    loader = DataLoader(dataset(), BATCH, shuffle=True, num_workers=2, collate_fn=collate())
-    list(loader)
-    with pytest.raises(UserWarning, match="comes again"):  # an error here, and so it reaches the main process
+    """Counted, not raised: a pass that raised lives on with its traceback, and its workers are waited for."""
+    said = torch.zeros(3, dtype=torch.int64).share_memory_()
+    current = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def count(worker: int) -> None:
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *others: said[int(current)].add_("comes again" in str(message))
+
+    loader = DataLoader(
+        dataset(), BATCH, shuffle=True, num_workers=2, collate_fn=collate(), worker_init_fn=count,
+        multiprocessing_context="fork",
+    )  # fmt: skip
+    for epoch in range(3):
+        current.fill_(epoch)
         list(loader)
-    list(loader)
+    assert said.tolist() == [0, 1, 0]
