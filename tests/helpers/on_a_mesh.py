@@ -93,7 +93,8 @@ def different_seeds(report: Report) -> None:
 def refusals(report: Report) -> None:
     """Bad input is refused on all ranks alike, and nothing is sent: these would hang, or be gathered with the next."""
     mesh, square, whole = mesh_of(), mesh_of(SQUARE), data()
-    x = here(whole, mesh, [Shard(0)])
+    x, along, leaf = (here(whole, mesh, [Shard(dim)]) for dim in (0, 1, 0))
+    leaf.requires_grad_()
 
     def wrong(kind: type[Exception], said: str, x: Any = x, p: Any = 0.5, **options: Any) -> None:
         report.refuses(kind, said, lambda: message_dropout(x, p, **options))
@@ -115,13 +116,8 @@ def refusals(report: Report) -> None:
         wrong(ValueError, "x must be cut as torch.chunk cuts", uneven)
         wrong(ValueError, "lengths must have shape (3,), one a row, but got (1,)", lengths=torch.tensor([7]))
         wrong(ValueError, "lengths must have shape (3,), as x's dims", lengths=spread(torch.ones(4).long(), Shard(0)))
-        wrong(ValueError, "lengths must be from 0 to 7", here(whole, mesh, [Shard(1)]), lengths=[3, 8, 1])
-        wrong(
-            ValueError,
-            "keys must be placed as x is",
-            here(whole, mesh, [Shard(1)]),
-            keys=spread(torch.arange(3), Shard(0)),
-        )
+        wrong(ValueError, "lengths must be from 0 to 7", along, lengths=[3, 8, 1])
+        wrong(ValueError, "keys must be placed as x is", along, keys=spread(torch.arange(3), Shard(0)))
         wrong(ValueError, "keys must be on x's mesh", keys=spread(torch.arange(3), Replicate(), Replicate(), on=square))
         wrong(ValueError, "protect must be placed as x is", protect=spread(torch.ones(7) > 0, Shard(0)))
         wrong(ValueError, "positions must be placed as x is", positions=spread(torch.arange(7), Shard(0)))
@@ -137,16 +133,11 @@ def refusals(report: Report) -> None:
         wrong(ValueError, "p must be a probability", p=1.5)
         wrong(ValueError, "give seed or generator", seed=1, generator=torch.Generator())
         wrong(TypeError, "out must be a DTensor", out=torch.empty(SHAPE))
-        wrong(ValueError, "out must be placed as x is", out=here(whole, mesh, [Shard(1)]))
+        wrong(ValueError, "out must be placed as x is", out=along)
         wrong(ValueError, "out must be like x", out=here(whole.double(), mesh, [Shard(0)]))
         wrong(ValueError, "not both", out=x, inplace=True)
-        wrong(ValueError, "leaf that requires grad", here(whole, mesh, [Shard(0)]).requires_grad_(), inplace=True)
-        wrong(
-            ValueError,
-            "out can't be used where a gradient is needed",
-            here(whole, mesh, [Shard(0)]).requires_grad_(),
-            out=x,
-        )
+        wrong(ValueError, "leaf that requires grad", leaf, inplace=True)
+        wrong(ValueError, "out can't be used where a gradient is needed", leaf, out=x)
         wrong(
             TypeError,
             "scale=True needs a floating or complex dtype",
@@ -155,7 +146,7 @@ def refusals(report: Report) -> None:
             exact=True,
         )
     report.expect("nothing was sent", counted.get_total_counts() == 0)
-    wrong(ValueError, "prefix", here(whole, mesh, [Shard(1)]), prefix=8)  # unchecked where a mode is active
+    wrong(ValueError, "prefix", along, prefix=8)  # unchecked where a mode is active
 
 
 def targets(report: Report) -> None:
