@@ -29,8 +29,7 @@ class CutDropout:
 
     Example:
         >>> from lhotse.dataset import K2SpeechRecognitionDataset, PrecomputedFeatures  # doctest: +SKIP
-        >>> drop = CutDropout(PrecomputedFeatures(), 0.3, seed=7, span=10)
-        ... # doctest: +SKIP
+        >>> drop = CutDropout(PrecomputedFeatures(), 0.3, seed=7, span=10)  # doctest: +SKIP
         >>> K2SpeechRecognitionDataset(input_strategy=drop, input_transforms=[drop.transform])  # doctest: +SKIP
 
     Source: the mask contract, version 1.1 (CONTRACT.md), as a collate's: `fold_in(seed, epoch)`, a cut's id as the key.

@@ -24,6 +24,11 @@ class EpochCallback(Callback):
     Raises:
         TypeError: no KeyedDataset is in sight.
 
+    Example:
+        >>> dataset = KeyedDataset(clips)  # doctest: +SKIP
+        >>> loader = DataLoader(dataset, collate_fn=collate)  # doctest: +SKIP
+        >>> Trainer(callbacks=[EpochCallback(dataset)]).fit(model, loader)  # doctest: +SKIP
+
     Source: `lightning.pytorch.loops.fit_loop`, whose `setup_data` makes an iterator before any epoch is announced.
     """
 

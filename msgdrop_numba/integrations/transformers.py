@@ -17,6 +17,10 @@ class EpochCallback(TrainerCallback):
     Raises:
         ValueError: when training begins, no KeyedDataset is in sight of the `train_dataloader`.
 
+    Example:
+        >>> callbacks = [EpochCallback()]  # doctest: +SKIP
+        >>> Trainer(model, train_dataset=KeyedDataset(clips), callbacks=callbacks)  # doctest: +SKIP
+
     Source: `transformers.Trainer`, which calls `on_epoch_begin` before it makes an epoch's first batches.
     """
 

@@ -93,7 +93,8 @@ def different_seeds(report: Report) -> None:
 def refusals(report: Report) -> None:
     """Bad input is refused on all ranks alike, and nothing is sent: these would hang, or be gathered with the next."""
     mesh, square, whole = mesh_of(), mesh_of(SQUARE), data()
-    x = here(whole, mesh, [Shard(0)])
+    x, along, leaf = (here(whole, mesh, [Shard(dim)]) for dim in (0, 1, 0))
+    leaf.requires_grad_()
 
     def wrong(kind: type[Exception], said: str, x: Any = x, p: Any = 0.5, **options: Any) -> None:
         report.refuses(kind, said, lambda: message_dropout(x, p, **options))
