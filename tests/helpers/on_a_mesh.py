@@ -131,7 +131,6 @@ def refusals(report: Report) -> None:
         wrong(ValueError, "out must be placed as x is", out=along)
         wrong(ValueError, "out must be like x", out=here(whole.double(), mesh, [Shard(0)]))
         wrong(ValueError, "not both", out=x, inplace=True)
-        leaf = here(whole, mesh, [Shard(0)]).requires_grad_()
         wrong(ValueError, "leaf that requires grad", leaf, inplace=True)
         wrong(ValueError, "out can't be used where a gradient is needed", leaf, out=x)
         integers = here(whole.int(), mesh, [Shard(1)])
