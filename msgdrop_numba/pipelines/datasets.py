@@ -142,9 +142,11 @@ class KeyedDataset(Dataset[Keyed]):
         if has_state and not hasattr(type(self), "state_dict"):
             self.state_dict, self.load_state_dict = self._state_dict, self._load_state_dict
 
-    def _state_dict(self) -> dict[str, Any]:
+    def _state_dict(self, *where: Any, **told: Any) -> dict[str, Any]:
+        """With what a framework says of where it is, as Composer and Streaming do: the wrapped dataset's to know."""
         state = {"keyed_epoch": self.epoch}
-        return {**state, "dataset": self.dataset.state_dict()} if hasattr(self.dataset, "state_dict") else state
+        has_state = hasattr(self.dataset, "state_dict")
+        return {**state, "dataset": self.dataset.state_dict(*where, **told)} if has_state else state
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
         if "keyed_epoch" not in state:  # the wrapped one's alone, as it was saved once

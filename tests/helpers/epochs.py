@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -42,3 +43,14 @@ def epochs_of(batches: Any) -> list[int]:
 
 def ids_of(batches: Any) -> list[int]:
     return torch.cat([batch["id"] for batch in batches]).tolist()
+
+
+def each_rank(seen: list[Any], ranks: int = 2, whole: Iterable[int] = range(3), first: int = 0) -> None:
+    """Each rank's masks are the plain loop's, epoch for epoch, and the ranks share the samples of the `whole` epochs."""
+    steps = STEPS // ranks
+    assert len(seen) == ranks
+    told = [first + epoch for epoch in range(3) for _ in range(steps)]
+    assert [epochs_of(batches) for batches in seen] == [told] * ranks
+    for epoch in whole:
+        ids = [i for batches in seen for i in ids_of(batches[epoch * steps : (epoch + 1) * steps])]
+        assert sorted(ids) == list(range(COUNT))

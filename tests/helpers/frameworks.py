@@ -22,18 +22,20 @@ from msgdrop_numba import EpochSampler
 Batches = list[dict[str, Any]]
 
 
-def on_two(target: Callable[..., Batches], folder: Path, **told: Any) -> list[Batches]:
-    """What both ranks of a process group see."""
-    torch.multiprocessing.start_processes(partial(_rank, target, folder, told), nprocs=2, start_method="spawn")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+def on_ranks(target: Callable[..., Batches], folder: Path, ranks: int = 2, **told: Any) -> list[Batches]:
+    """What each rank of a process group sees."""
+    told["ranks"] = ranks
+    torch.multiprocessing.start_processes(partial(_rank, target, folder, told), nprocs=ranks, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 
 def _rank(target: Callable[..., Batches], folder: Path, told: dict[str, Any], rank: int) -> None:
-    where = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    where = dict.fromkeys(("RANK", "LOCAL_RANK"), rank) | dict.fromkeys(("GROUP_RANK", "NODE_RANK"), 0)
+    where |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), told["ranks"])
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29517 + os.getppid() % 1000, "TORCHELASTIC_RUN_ID": "here"}
     os.environ.update({name: str(value) for name, value in {**where, **meet}.items()})
     torch.set_num_threads(1)
-    torch.save(target(folder, ranks=2, **told), folder / f"{rank}.pt")
+    torch.save(target(folder, **told), folder / f"{rank}.pt")
 
 
 def made_loader(sampler: bool) -> DataLoader:
@@ -55,24 +57,28 @@ class Tiny(torch.nn.Module):
         return {"loss": (self.weight * x.mean()).sum()}
 
 
-def accelerate(folder: Path, ranks: int, sampler: bool, seedable: bool) -> Batches:
+def accelerate(folder: Path, ranks: int, sampler: bool, seedable: bool, dispatch: bool) -> Batches:
+    """`dispatch`: the first rank loads all, and hands out; what is skipped are its batches then."""
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration, set_seed
 
     set_seed(5)
-    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=seedable))
+    told = DataLoaderConfiguration(use_seedable_sampler=seedable, dispatch_batches=dispatch)
+    accelerator = Accelerator(cpu=True, dataloader_config=told)
     assert accelerator.num_processes == ranks
     loader, batches = accelerator.prepare(made_loader(sampler)), []
     steps = STEPS // ranks
+    assert type(loader).__name__ == ("DataLoaderDispatcher" if dispatch else "DataLoaderShard")
     for _ in range(2):
         for batch in loader:
             batches.append(batch)
             if len(batches) == steps + steps // 2:
                 break
     loader = accelerator.prepare(made_loader(sampler))
+    skipped = steps // 2 * (ranks if dispatch else 1)
     for epoch in (1, 2):
         loader.set_epoch(epoch)  # accelerate's own: it counts from 0 in each process
-        batches += accelerator.skip_first_batches(loader, steps // 2) if epoch == 1 else loader
+        batches += accelerator.skip_first_batches(loader, skipped) if epoch == 1 else loader
     return batches
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers import frameworks
-from helpers.epochs import COUNT, STEPS, epochs_of, ids_of
+from helpers.epochs import STEPS, each_rank
 
 from msgdrop_numba.pipelines.datasets import KeyedDataset
 
@@ -26,26 +26,15 @@ def _installed(request):
             )
 
 
-def each_rank(seen, ranks=2, whole=range(3)):
-    """Each rank's masks are the plain loop's, epoch for epoch, and the ranks share the samples of the `whole` epochs."""
-    steps = STEPS // ranks
-    assert len(seen) == ranks
-    assert [epochs_of(batches) for batches in seen] == [[epoch for epoch in range(3) for _ in range(steps)]] * ranks
-    for epoch in whole:
-        ids = [i for batches in seen for i in ids_of(batches[epoch * steps : (epoch + 1) * steps])]
-        assert sorted(ids) == list(range(COUNT))
-
-
+@pytest.mark.parametrize("dispatch", [False, True])
 @pytest.mark.parametrize(("sampler", "seedable"), [(True, True), (True, False), (False, False)])
-def test_accelerate(tmp_path, sampler, seedable):
-    each_rank(
-        frameworks.on_two(frameworks.accelerate, tmp_path, sampler=sampler, seedable=seedable),
-        whole=range(3) if sampler else (0, 2),
-    )
+def test_accelerate(tmp_path, sampler, seedable, dispatch):
+    told = {"sampler": sampler, "seedable": seedable, "dispatch": dispatch}
+    each_rank(frameworks.on_ranks(frameworks.accelerate, tmp_path, **told), whole=range(3) if sampler else (0, 2))
 
 
 def test_transformers(tmp_path):
-    each_rank(frameworks.on_two(frameworks.transformers, tmp_path, callback=True))
+    each_rank(frameworks.on_ranks(frameworks.transformers, tmp_path, callback=True))
 
 
 @pytest.mark.parametrize("callback", [False, True])
@@ -59,7 +48,7 @@ def test_transformers_on_one_process(tmp_path, callback):
 def test_lightning(tmp_path, sampler):
     """Its resumed loader begins anew, and so gives some samples of the second epoch twice."""
     told = {"sampler": sampler, "callback": True, "left": STEPS // 2 + 1}
-    each_rank(frameworks.on_two(frameworks.lightning, tmp_path, **told), whole=(0, 2))
+    each_rank(frameworks.on_ranks(frameworks.lightning, tmp_path, **told), whole=(0, 2))
 
 
 def test_lightning_on_one_process(tmp_path):
@@ -75,7 +64,7 @@ def test_lightning_resumed_at_the_edge_of_an_epoch(tmp_path, left):
 
 @pytest.mark.parametrize("sampler", [True, False])
 def test_fabric_of_lightning(tmp_path, sampler):
-    each_rank(frameworks.on_two(frameworks.fabric, tmp_path, sampler=sampler), whole=range(3) if sampler else (0, 2))
+    each_rank(frameworks.on_ranks(frameworks.fabric, tmp_path, sampler=sampler), whole=range(3) if sampler else (0, 2))
 
 
 def test_lightning_callback_without_a_keyed_dataset():

@@ -123,6 +123,17 @@ def test_the_state_of_a_dataset_holds_its_epoch():
     untold.load_state_dict(dataset().state_dict())
     assert untold.epoch is None
 
+    class Counted(Told):
+        def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+            return {"epochs": [num_samples, from_beginning]}
+
+    for counted in (
+        KeyedDataset(Counted()).state_dict(6, True),
+        KeyedDataset(Counted()).state_dict(6, from_beginning=1),
+    ):
+        assert counted == {"keyed_epoch": None, "dataset": {"epochs": [6, True]}}
+    assert untold.state_dict(6, True) == {"keyed_epoch": None}
+
     class Own(KeyedDataset):
         def state_dict(self) -> dict[str, Any]:
             return {"own": 1}
