@@ -78,9 +78,7 @@ def dropout_edge(
         keep &= edges[0] < edges[1]
     at, kept = _numbers(keep)
     left = _columns(edges, at, force_undirected)
-    attr = None if edge_attr is None else edge_attr[at] if kept is None else kept.take(edge_attr)
-    if attr is not None and force_undirected:
-        attr = _twice(attr)
+    attr = None if edge_attr is None else _attributes(edge_attr, at, kept, force_undirected)
     told = at.repeat(2) if force_undirected else keep
     return (left, told) if edge_attr is None else (left, attr, told)
 
@@ -121,10 +119,16 @@ def _columns(edge_index: Tensor, number: Tensor, both_ways: bool) -> Tensor:
     return left
 
 
-def _twice(attr: Tensor) -> Tensor:
-    if not is_plain(attr) or (attr.requires_grad and torch.is_grad_enabled()):
-        return torch.cat([attr, attr])
-    return torch.cat([attr, attr], out=outputs.empty((2 * len(attr), *attr.shape[1:]), attr.dtype))
+def _attributes(attr: Tensor, number: Tensor, kept: Kept | None, twice: bool) -> Tensor:
+    """What edges of these indices have, once more for their reverses where they are asked for."""
+    if not twice or not is_plain(attr) or (attr.requires_grad and torch.is_grad_enabled()):
+        left: Tensor = attr[number] if kept is None else kept.take(attr)
+        return torch.cat([left, left]) if twice else left
+    count = len(number)
+    both = outputs.empty((2 * count, *attr.shape[1:]), attr.dtype)
+    torch.index_select(attr, 0, number, out=both[:count])
+    both[count:] = both[:count]
+    return both
 
 
 def _check_edges(edge_index: Any, edge_attr: Any, edge_ids: Any, keys: Any) -> None:
