@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import __main__ as command
 from benchmarks import (
     apply,

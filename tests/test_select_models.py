@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.timm_here import timm
 from msgdrop_numba import MessageSelect, MessageSubset, message_select
 

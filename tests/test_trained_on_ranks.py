@@ -5,12 +5,8 @@ By the benchmark itself, in minutes; `helpers/on_ranks.py` trains for three step
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import measure, ranks
 from benchmarks.ranks import TOLERANCE
 

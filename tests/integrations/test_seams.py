@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import sys
-from pathlib import Path
 
 import naive
 import numpy as np
@@ -13,7 +11,6 @@ import torch
 from helpers import oracle
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.timm_here import timm
 from msgdrop_numba import (
     MessageDropout,
