@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.arguments import message_order
+from msgdrop_numba.call.arguments import message_order, order_back
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import DEFAULTS
 from msgdrop_numba.call.select import how
@@ -135,4 +135,4 @@ def _put_back(made: Tensor, x: Tensor, kept: Any, message_dims: Any) -> Tensor:
         return kept.restore(made, fill=x)  # type: ignore[no-any-return]
     order = message_order(x.ndim, message_dims)
     y: Tensor = kept.restore(made.permute(order), fill=x.permute(order))
-    return y.permute([order.index(dim) for dim in range(x.ndim)])
+    return y.permute(order_back(order))

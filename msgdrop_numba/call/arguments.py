@@ -51,6 +51,11 @@ def message_order(ndim: int, dims: tuple[int, ...]) -> tuple[int, ...]:
     return (*named, *(dim for dim in range(ndim) if dim not in named))
 
 
+def order_back(order: tuple[int, ...]) -> tuple[int, ...]:
+    """How to permute the dims back."""
+    return tuple(map(order.index, range(len(order))))
+
+
 def check_seed(seed: Any) -> int:
     """A seed as Python int: an integer in [0, 2**64), or a 0-d int64 tensor with the same bits."""
     torch = sys.modules.get("torch")

@@ -212,7 +212,7 @@ def turned(run: Any, kind: Any, permute: Any, x: Any, request: Request) -> Any:
     if y is view or y is into:
         y = x if y is view else out
     elif y.ndim == x.ndim:  # else it is packed
-        y = permute(y, tuple(map(order.index, range(x.ndim))))
+        y = permute(y, arguments.order_back(order))
     return (y, *result[1:]) if isinstance(result, tuple) else y
 
 

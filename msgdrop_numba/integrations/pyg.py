@@ -13,6 +13,7 @@ from msgdrop_numba.call.select import PACKED, place
 from msgdrop_numba.functional import keep_mask
 from msgdrop_numba.nn import MessageDropout
 from msgdrop_numba.select import Kept
+from msgdrop_numba.tensors.arguments import check_integers
 from msgdrop_numba.tensors.select import on
 from msgdrop_numba.torch_private import is_plain
 
@@ -139,7 +140,7 @@ def _check_edges(edge_index: Any, edge_attr: Any, edge_ids: Any, keys: Any) -> N
         )
     if edge_index.ndim != 2 or edge_index.shape[0] != 2:
         raise ValueError(f"edge_index must have shape (2, E), but got {tuple(edge_index.shape)}{_hint(edge_index)}")
-    _check_integers("edge_index", edge_index)
+    check_integers("edge_index", edge_index)
     count = edge_index.shape[1]
     if keys is not None and edge_ids is None:
         raise ValueError(f"keys name the graphs of {count} edges: give edge_ids, too, which name the edges in a graph")
@@ -148,18 +149,13 @@ def _check_edges(edge_index: Any, edge_attr: Any, edge_ids: Any, keys: Any) -> N
             continue
         if not isinstance(each, Tensor):
             raise TypeError(f"{name} must be a tensor ({count},), one for each edge, but got {type(each).__name__}")
-        _check_integers(name, each)
+        check_integers(name, each)
         if tuple(each.shape) != (count,):
             hint = "; of graphs give keys[batch[edge_index[0]]]" if name == "keys" else ""
             raise ValueError(f"{name} must have shape ({count},), one for each edge, but got {tuple(each.shape)}{hint}")
     if edge_attr is not None and (not isinstance(edge_attr, Tensor) or tuple(edge_attr.shape[:1]) != (count,)):
         shape = tuple(edge_attr.shape) if isinstance(edge_attr, Tensor) else type(edge_attr).__name__
         raise ValueError(f"edge_attr must be a tensor with one row for each of {count} edges, but got {shape}")
-
-
-def _check_integers(name: str, values: Tensor) -> None:
-    if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
-        raise TypeError(f"{name} must be integers, but got dtype {values.dtype}")
 
 
 def _hint(edge_index: Tensor) -> str:

@@ -150,7 +150,7 @@ def keys_on(keys: Any, rows: tuple[int, ...], device: torch.device) -> Tensor | 
         host = row_keys(keys, rows)
         assert host is not None
         return move("keys", torch.from_numpy(host.view("int64")).reshape(rows), device)
-    _check_integers("keys", keys)
+    check_integers("keys", keys)
     arguments.check_keys_shape(tuple(keys.shape), tuple(rows))
     keys = move("keys", keys, device)
     return keys.view(torch.int64) if keys.dtype == torch.uint64 else keys.to(torch.int64)  # type: ignore[no-any-return]
@@ -167,7 +167,7 @@ def lengths_on(lengths: Any, shape: tuple[int, ...], device: torch.device) -> Te
         host = arguments.row_lengths(lengths, rows, size)
         assert host is not None
         return move("lengths", torch.from_numpy(host).reshape(rows), device)
-    _check_integers("lengths", lengths)
+    check_integers("lengths", lengths)
     if lengths.shape != rows:
         raise ValueError(f"lengths must have shape {rows}, one a row, but got {tuple(lengths.shape)}")
     return move("lengths", lengths, device).to(torch.int64).clamp(0, size)
@@ -195,7 +195,7 @@ def protect_on(protect: Any, shape: tuple[int, ...], device: torch.device) -> Te
 def positions_on(positions: Any, shape: tuple[int, ...], device: torch.device) -> tuple[Any, Tensor | None]:
     """The offset and None; or 0 and int64 positions over the message dims or the last one."""
     if isinstance(positions, Tensor) and not (positions.ndim == 0 and is_plain(positions)):
-        _check_integers("positions", positions)
+        check_integers("positions", positions)
         if positions.ndim == 0:
             positions = positions.to(torch.int64) + torch.arange(shape[-1], device=positions.device)
     offset, values = arguments.split_positions(positions, shape[-1])
@@ -205,7 +205,7 @@ def positions_on(positions: Any, shape: tuple[int, ...], device: torch.device) -
         values = _constant(values)
     if not isinstance(values, Tensor) or is_plain(values):
         return 0, move("positions", torch.from_numpy(arguments.message_positions(values, shape)), device)
-    _check_integers("positions", values)
+    check_integers("positions", values)
     arguments.check_each("positions", tuple(values.shape), shape)
     return 0, move("positions", values, device).to(torch.int64).clamp(0, MAX_ROW - 1)
 
@@ -217,6 +217,7 @@ def _constant(values: Any) -> Tensor:
     return torch.as_tensor(values - 2**64 if isinstance(values, int) and values >= 2**63 else values)
 
 
-def _check_integers(name: str, values: Tensor) -> None:
+def check_integers(name: str, values: Tensor) -> None:
+    """Refuse a tensor of another kind; its values aren't looked at."""
     if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
         raise TypeError(f"{name} must be integers, but got dtype {values.dtype}")
