@@ -10,7 +10,7 @@ from uuid import UUID
 
 import numpy as np
 
-from msgdrop_numba.call.arguments import check_key, check_keys_shape, integers
+from msgdrop_numba.call.arguments import address, check_key, check_keys_shape, integers
 from msgdrop_numba.kernels.rules import fold_rows
 
 
@@ -70,7 +70,7 @@ def row_keys(keys: Any, row_shape: tuple[int, ...]) -> np.ndarray | None:
         return flat.copy()  # the user's own memory may be what is written
     folded = np.empty(math.prod(row_shape), np.uint64)
     if folded.size:
-        fold_rows(flat, folded.size // flat.size, 0, folded)
+        fold_rows(address(flat), folded.size // flat.size, 0, folded.size, address(folded))
     return folded
 
 
@@ -86,7 +86,9 @@ def sample_keys(ids: np.ndarray) -> np.ndarray:
 def numbered_keys(key: int, first: int, count: int) -> np.ndarray:
     """The keys of rows `first` and on that share a key, into which each folds its number (CONTRACT.md, 4)."""
     folded = np.empty(count, np.uint64)
-    fold_rows(np.array([key], np.uint64), first + count, first, folded)
+    keys = np.array([key], np.uint64)
+    if count:
+        fold_rows(address(keys), first + count, first, first + count, address(folded))
     return folded
 
 

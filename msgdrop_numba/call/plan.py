@@ -15,8 +15,7 @@ from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.keys import row_keys
 from msgdrop_numba.call.rule import MAX_ROW, DropRule, rule_of
 from msgdrop_numba.kernels.cpu import scale_rows
-from msgdrop_numba.kernels.records import COPY, LINE, OTHER, PLAN, DrawNumbers, PlanNumbers
-from msgdrop_numba.kernels.rules import RULE
+from msgdrop_numba.kernels.records import COPY, LINE, OTHER, PLAN, RULE, DrawNumbers, PlanNumbers
 
 # Below this many bytes written, waking threads costs more than it saves.
 PARALLEL_BYTES = 256 * 1024
@@ -74,8 +73,8 @@ class Draw:
     """
 
     __slots__ = (
-        "_numbers", "address", "fill", "given", "keys", "lengths", "places", "record", "rows", "scales", "seeded",
-        "thresholds",
+        "_numbers", "address", "fill", "given", "keys", "lengths", "places", "plain", "record", "rows", "scales",
+        "seeded", "thresholds",
     )  # fmt: skip
 
     def __init__(
@@ -89,9 +88,11 @@ class Draw:
         per_row = (thresholds is not None and thresholds.ndim > 1) or (scales is not None and scales.ndim > 1)
         starts, padding = (0, 0) if rows is None else (address(rows.starts), address(rows.padding))
         stand = _NOWHERE
+        self.plain = thresholds is None  # as a plan's
         if places is not USUAL:
             protect, taking, offset, positions = places
-            self.seeded = self.seeded and protect is None and positions is None
+            numbered = protect is None and positions is None
+            self.seeded, self.plain = self.seeded and numbered, self.plain and numbered
             stand = (
                 address(protect), _row_bytes(protect, 1), address(taking), offset, address(positions),
                 _row_bytes(positions, 8),
@@ -133,6 +134,7 @@ class Plan(NamedTuple):
     obstacle: str  # why the kernels can't follow; empty: they can
     followed: bool  # whether there is none
     serial: bool  # whether followed, not empty and too little for threads
+    plain: bool  # whether each message drops by a draw of its own, at one p
     rule: DropRule
     arguments: tuple[Any, ...]  # that it was made from, but for strides
     record: np.ndarray[Any, Any]  # one PLAN, what the kernels read
@@ -191,7 +193,8 @@ def _make(
     nbytes = messages * (message or 1)
     return Plan(
         tuple(shape[:dims]), messages, shape[dims - 1], nbytes, kind, obstacle, not obstacle,
-        not obstacle and 0 < nbytes < PARALLEL_BYTES, rule, (shape, itemsize, kind, message_dims, told), record,
+        not obstacle and 0 < nbytes < PARALLEL_BYTES,
+        rule.plain, rule, (shape, itemsize, kind, message_dims, told), record,
         record.__array_interface__["data"][0], PlanNumbers._make(record[0].item()),
     )  # fmt: skip
 

@@ -97,6 +97,11 @@ class DropRule:
         return self.p == 1
 
     @property
+    def plain(self) -> bool:
+        """Whether each message drops by a draw of its own, at one p."""
+        return not self.ranged and self.rest == tuple(DEFAULTS.values())
+
+    @property
     def limited(self) -> bool:
         """Whether fewer messages of a row may drop than the draws alone would say."""
         return bool(self.exact or self.min_keep)

@@ -23,6 +23,7 @@ from msgdrop_numba.kernels._jit import c_address
 from msgdrop_numba.kernels.cpu import drop_parallel, drop_range
 from msgdrop_numba.kernels.gather import in_parallel
 from msgdrop_numba.kernels.records import COPY
+from msgdrop_numba.kernels.rules import decide
 
 SEARCHED = 32  # bytes that are written in the time that it takes to decide on a message where the rule is limited
 
@@ -70,12 +71,17 @@ def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> bo
     nbytes = plan.nbytes
     if not out:  # a byte a message; where rows must be searched, it takes as long as writing more
         nbytes = plan.messages * (SEARCHED if plan.numbers.limited else 1)
-    parts = chunks(nbytes)
+    parts, rule = chunks(nbytes), rule_address(plan, draw)
     if parts == 1:
-        drop_range(0, plan.messages, plan.address, draw.address, x, out, mask, bits)
+        drop_range(0, plan.messages, plan.address, draw.address, x, out, mask, bits, rule)
     else:
-        drop_parallel(c_address(drop_range), plan.messages, plan.address, draw.address, x, out, mask, bits, parts)
+        drop_parallel(c_address(drop_range), plan.messages, plan.address, draw.address, x, out, mask, bits, rule, parts)
     return True
+
+
+def rule_address(plan: Plan, draw: Draw) -> int:
+    """The address of the kernel that decides on messages, compiled where it is needed first; 0: the usual draws do."""
+    return 0 if (plan.plain and draw.plain) or draw.given else c_address(decide)
 
 
 def run(kernel: Any, count: int, job: int, nbytes: int) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import llvmlite.binding as llvm
 import numba
 from numba import config, types
+from numba.core import caching
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# nogil: other Python threads run on. numpy error model: no zero-division branch in a loop.
-_OPTIONS = {"nogil": True, "error_model": "numpy"}
+# nogil: other Python threads run on. numpy error model: no zero-division branch in a loop. _nrt: no arrays that numba
+# makes and counts references to, for which it would first start a runtime of its own.
+_OPTIONS: Any = {"nogil": True, "error_model": "numpy", "_nrt": False}
 _INNER: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **_OPTIONS}
 
 
@@ -31,7 +35,7 @@ def inner_jit(function: F) -> F:
 
 def inlined_jit(function: F) -> F:
     """Compile into the caller: a loop vectorises there, what has one caller compiles once, and CUDA needs no linker."""
-    return _cached(function, inline="always", **_OPTIONS)
+    return numba.njit(inline="always", **_OPTIONS)(function)  # type: ignore[no-any-return]
 
 
 def parallel_jit(function: F) -> F:
@@ -64,9 +68,40 @@ def _sources() -> str:
 _DIGEST = _sources()
 
 
+_FunctionCache: Any = caching.FunctionCache
+
+
+class _Cache(_FunctionCache):  # type: ignore[misc]
+    """numba's cache, read without making numba ready to compile: that imports SciPy, and takes ten times as long."""
+
+    def load_overload(self, signature: Any, target: Any) -> Any:
+        try:
+            file, key, rebuild = self._cache_file, self._index_key(signature, target.codegen()), self._impl.rebuild
+        except AttributeError:  # names of numba's own, which another version may not have
+            return super().load_overload(signature, target)
+        with self._guard_against_spurious_io_errors():
+            data = file.load(key)
+            if data is None:
+                return None
+            if not _has_all(data):
+                target.refresh()
+            return rebuild(target, data)
+
+
+def _has_all(data: Any) -> bool:
+    """Whether this process has all that compiled code calls, as numba keeps it: LLVM ends a process that hasn't."""
+    (_, kind, code), *_ = data
+    if kind != "object":
+        return False
+    bitcode = llvm.parse_bitcode(code[1])
+    outside = (value for value in (*bitcode.functions, *bitcode.global_variables) if value.is_declaration)
+    return all(value.name.startswith("llvm.") or llvm.address_of_symbol(value.name) for value in outside)
+
+
 def _cached(function: F, **options: Any) -> F:
     function.__qualname__ += "-" + _DIGEST  # part of the cache file's name
-    try:
-        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # numba raises here, not at the first write, where no folder can be written
-        return numba.njit(**options)(function)  # type: ignore[no-any-return]
+    kernel: Any = numba.njit(**options)(function)
+    if not config.DISABLE_JIT:  # type: ignore[attr-defined]
+        with suppress(RuntimeError):  # raised where no folder can be written
+            kernel._cache = _Cache(function)
+    return kernel  # type: ignore[no-any-return]

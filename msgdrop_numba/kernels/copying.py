@@ -106,12 +106,15 @@ def zero(target: int, count: int, stream: bool) -> None:
 
 
 @inlined_jit
-def multiply_past(target: int, source: int, count: int, kind: int, scale: float, scratch: int) -> None:
-    """`multiply` past the cache, by way of a scratch memory that stays in it."""
+def multiply_by_way(target: int, source: int, count: int, kind: int, scale: float, scratch: int, stream: bool) -> None:
+    """`multiply` by way of SCRATCH bytes that stay in the cache: to stream, or where target and source are the same.
+
+    These may not be so for the compiler, which then multiplies one by one.
+    """
     for at in range(0, count, SCRATCH):
         part = min(SCRATCH, count - at)
         multiply(scratch, source + at, part, kind, scale)
-        copy(target + at, scratch, part, True, 0)
+        copy(target + at, scratch, part, stream, 0)
 
 
 @inner_jit

@@ -20,26 +20,38 @@ from msgdrop_numba.kernels.copying import (
     copy_narrow,
     fill_message,
     multiply,
-    multiply_past,
+    multiply_by_way,
 )
-from msgdrop_numba.kernels.memory import call, copy_bytes, prefetch, view, zero_bytes
-from msgdrop_numba.kernels.records import COPY, DRAW, LINE, PLAN
+from msgdrop_numba.kernels.memory import call, copy_bytes, prefetch, stack, view, zero_bytes
+from msgdrop_numba.kernels.records import COPY, DRAW, FLOAT32, FLOAT64, LINE, PLAN
 from msgdrop_numba.kernels.rules import (
     BLOCK,
     GROUP,
     Array,
-    keep_block,
+    keep_plain,
+    keep_rest,
     make_row,
     message_scales,
-    row_cutoff,
     row_scale,
     row_valid,
 )
 
 TOGETHER = 512  # messages of fewer bytes are scaled many at once, which passes over them once more
-# One allocation for all of a call's own memory, since each costs as much as a small row: list, scratch, words, keep,
-# scales.
-MEMORY = 8 * BLOCK + SCRATCH + 4 * (BLOCK + GROUP) + BLOCK + 8 * BLOCK
+
+
+class Memory(NamedTuple):
+    """A call's own, on its thread's stack, where it costs nothing: addresses."""
+
+    found: int  # a block's list, or its flags as words
+    scratch: int  # SCRATCH bytes, which begin with zeros
+    words: int  # the draws of a block
+    known: int  # see `rules.decide`
+    flags: int  # a block's; they are made in whole groups, a row's limit by a block of them behind those of the block
+    scales: int  # of a block's messages
+
+
+SIZES = (8 * BLOCK, SCRATCH, 4 * (BLOCK + GROUP), 3 * 8, 2 * BLOCK + GROUP, 8 * BLOCK)
+MEMORY = sum(SIZES)
 
 
 class Writing(NamedTuple):
@@ -51,8 +63,20 @@ class Writing(NamedTuple):
     then_fill: int
     stream: bool  # past the cache
     foresee: bool  # asking for what is read next
-    found: int  # memory for a block's list, or for its flags as words
-    scratch: int  # memory of SCRATCH bytes, which begin with zeros
+    zeros: bool  # what is dropped may be scaled, too: elements take one instruction, and the fill is 0
+    memory: Memory
+
+
+@inlined_jit
+def _reserve() -> Memory:
+    found = stack(MEMORY)
+    scratch = found + SIZES[0]
+    words = scratch + SIZES[1]
+    known = words + SIZES[2]
+    flags = known + SIZES[3]
+    zero_bytes(scratch, NARROW)  # what narrow messages drop to; only `multiply_by_way` writes here, where none is
+    view(known, 1, np.int64)[0] = -1
+    return Memory(found, scratch, words, known, flags, flags + SIZES[4])
 
 
 @inlined_jit
@@ -72,11 +96,16 @@ def _fill_dropped(target: int, step: int, keep: Array, fill: int, width: int, st
 
 
 @inlined_jit
-def _write_narrow(target: int, source: int, keep: Array, plan: Any, fill: int) -> None:
-    """Write messages of a few bytes: without a branch, of which a third would be guessed wrong."""
+def _write_narrow(target: int, source: int, keep: Array, plan: Any, how: Writing, scale: float) -> None:
+    """Write messages of a few bytes: without a branch, of which a third would be guessed wrong. Scaled, 0 stays 0."""
     width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]
+    fill = how.fill if how.fill else how.memory.scratch
     for j in range(keep.size):
-        copy_narrow(target + j * target_step, fill + keep[j] * (source + j * source_step - fill), width)
+        to, from_ = target + j * target_step, fill + keep[j] * (source + j * source_step - fill)
+        if how.kind == COPY:
+            copy_narrow(to, from_, width)
+        else:
+            multiply(to, from_, width, how.kind, scale)
 
 
 @inlined_jit
@@ -85,7 +114,7 @@ def _write_each(target: int, source: int, keep: Array, plan: Any, how: Writing, 
     width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]  # not read again after a write
     each = view(scales, keep.size if scales else 0, np.float64)
     # With gaps between them, the processor doesn't foresee which messages are read next.
-    kept, passed = _listed(keep[: keep.size if how.foresee else 0], True, how.found), 0
+    kept, passed = _listed(keep[: keep.size if how.foresee else 0], True, how.memory.found), 0
     distance = AHEAD // width if how.foresee else 0
     for j in range(keep.size):
         to, from_ = target + j * target_step, source + j * source_step
@@ -101,24 +130,10 @@ def _write_each(target: int, source: int, keep: Array, plan: Any, how: Writing, 
             continue
         for at in range(0, width if ahead else 0, LINE):
             prefetch(ahead + at)
-        if how.stream:
-            multiply_past(to, from_, width, how.kind, message_scale, how.scratch)
+        if how.stream or to == from_:
+            multiply_by_way(to, from_, width, how.kind, message_scale, how.memory.scratch, how.stream)
         else:
             multiply(to, from_, width, how.kind, message_scale)
-
-
-@inlined_jit
-def _write_padding(target: int, source: int, messages: int, plan: Any, draw: Any, stream: bool) -> None:
-    """What lies behind a row's messages: the padding given where rows have sources, else as it is in x."""
-    beside = plan["out_step"] == plan["x_step"] == plan["width"] and not draw["sources"]
-    if beside and target != source:
-        copy(target, source, messages * plan["width"], stream, 0)
-    for j in range(0 if beside else messages):
-        to, from_ = target + j * plan["out_step"], source + j * plan["x_step"]
-        if draw["sources"]:
-            fill_message(to, draw["padding"], plan["width"], stream)
-        elif to != from_:
-            copy(to, from_, plan["width"], stream, 0)
 
 
 @inner_jit
@@ -168,23 +183,26 @@ def _write_words(target: int, source: int, keep: Array, width: int, fill: int, f
 
 
 @inlined_jit
-def _writing(plan: Any, draw: Any, x: int, out: int, messages: int, memory: int) -> Writing:
-    """How a call that writes so many messages does it; `memory` is its own, of MEMORY bytes."""
+def _writing(plan: Any, draw: Any, x: int, out: int, messages: int) -> Writing:
+    """How a call that writes so many messages does it."""
     apart = draw["scales"] or draw["protect"] or plan["prefix"]  # messages have scales of their own
     width, kind, fill = plan["width"], plan["kind"], draw["fill"]
     stream = plan["stream"] and out % LINE == 0
     foresee = x != out and width >= 4 * LINE and messages * width >= PREFETCH_BYTES
-    together = kind != COPY and width < TOGETHER and plan["out_step"] == width and not (apart or stream)
+    zeros = kind in (FLOAT32, FLOAT64) and x != out and fill == 0
+    together = kind != COPY and width < (LINE if zeros else TOGETHER) and plan["out_step"] == width
+    together = together and not (apart or stream)
     first = (COPY, 0) if together else (kind, fill)
     then = (kind, fill) if together else (COPY, 0)
-    return Writing(first[0], first[1], then[0], then[1], stream, foresee, memory, memory + 8 * BLOCK)
+    return Writing(first[0], first[1], then[0], then[1], stream, foresee, zeros, _reserve())
 
 
 @inlined_jit
-def _of_piece(how: Writing, at: int) -> Writing:
-    """The same for the piece of each message that begins at this byte of it."""
-    fill, then_fill = how.fill + at if how.fill else 0, how.then_fill + at if how.then_fill else 0
-    return Writing(how.kind, fill, how.then_kind, then_fill, how.stream, how.foresee, how.found, how.scratch)
+def _is_even(plan: Any, draw: Any) -> bool:
+    """Whether rows are written as one: they lie behind each other, and what is done to a message is the same in all."""
+    own = draw["scales"] or draw["protect"] or draw["lengths"] or plan["prefix"] or plan["exact"] or plan["ranged"]
+    beside = plan["x_row"] == plan["size"] * plan["x_step"] and plan["out_row"] == plan["size"] * plan["out_step"]
+    return beside and not draw["sources"] and (plan["kind"] == COPY or not own)
 
 
 @inner_jit
@@ -192,83 +210,107 @@ def _write_part(
     to: int, from_: int, keep: Array, plan: Any, how: Writing, as_words: bool, scale: float, scales: int
 ) -> None:
     """Write the messages of `keep` in the way that is quickest for their width."""
-    width = plan["width"]
+    width, memory = plan["width"], how.memory
     if as_words and how.kind == COPY:
-        _write_words(to, from_, keep, width, how.fill, how.found)
+        _write_words(to, from_, keep, width, how.fill, memory.found)
     elif to == from_ and how.kind == COPY:
-        _fill_dropped(to, plan["out_step"], keep, how.fill, width, how.stream, how.found)
-    elif how.kind == COPY and width < NARROW and not (how.foresee or how.stream):
-        _write_narrow(to, from_, keep, plan, how.fill if how.fill else how.scratch)
+        _fill_dropped(to, plan["out_step"], keep, how.fill, width, how.stream, memory.found)
+    elif width < NARROW and not (how.foresee or how.stream) and (how.kind == COPY or (how.zeros and not scales)):
+        _write_narrow(to, from_, keep, plan, how, scale)
     else:
         _write_each(to, from_, keep, plan, how, scale, scales)
     if how.then_kind != COPY:
-        multiply(to, to, keep.size * width, how.then_kind, scale)
-        _fill_dropped(to, width, keep[: keep.size if how.then_fill else 0], how.then_fill, width, False, how.found)
+        multiply_by_way(to, to, keep.size * width, how.then_kind, scale, memory.found, how.stream)
+        _fill_dropped(
+            to, width, keep[: keep.size if how.then_fill else 0], how.then_fill, width, how.stream, memory.found
+        )
+
+
+@inlined_jit
+def _write_block(
+    to: int, from_: int, keep: Array, inside: int, plan: Any, draw: Any, how: Writing, scale: float, scales: int
+) -> None:
+    """Write the messages of `keep`; those from `inside` on are padding, which passes as it is, or has a fill."""
+    width = plan["width"]
+    as_words = plan["words"] and (from_ | to) & (min(width, 8) - 1) == 0 and (width <= 8 or how.fill == 0)
+    behind = view(how.memory.flags + inside, keep.size - inside, np.bool_)
+    for j in range(behind.size):
+        behind[j] = not draw["sources"]
+    for piece in range(plan["pieces"]):
+        at, there, here = piece * width, to + piece * plan["out_piece"], from_ + piece * plan["x_piece"]
+        fill, then_fill = how.fill + at if how.fill else 0, how.then_fill + at if how.then_fill else 0
+        way = Writing(how.kind, fill, how.then_kind, then_fill, how.stream, how.foresee, how.zeros, how.memory)
+        part, some, as_some = keep[:inside], scales, as_words
+        for _ in range(2 if behind.size else 1):
+            _write_part(there, here, part, plan, way, as_some, scale, some)
+            there, here = there + inside * plan["out_step"], here + inside * plan["x_step"]
+            fill = draw["padding"] + at if draw["padding"] else 0
+            way = Writing(COPY, fill, COPY, 0, how.stream, False, False, how.memory)
+            part, some, as_some = behind, 0, 0
 
 
 @jit
 def drop_range(
-    first: int, last: int, plan_address: int, draw_address: int, x: int, out: int, mask: int, seed: int
+    first: int, last: int, plan_address: int, draw_address: int, x: int, out: int, mask: int, seed: int, rule: int
 ) -> None:
     """Drop among the messages first..last - 1, counted in C order; there is one at least.
 
     Addresses are integers, 0 where there is none: `plan_address` (one PLAN), `draw_address` (one DRAW), `x` and `out`
-    (equal: in place; without `out` only the mask is made), `mask` (bool a message, written, or read where given). All
-    are Python integers, the seed as the int64 of its bits: one compiled version serves every call.
+    (equal: in place; without `out` only the mask is made), `mask` (bool a message, written, or read where given), and
+    `rule` (of `rules.decide`, where more than a draw of its own decides on a message). All are Python integers, the
+    seed as the int64 of its bits: one compiled version serves every call.
+
+    Messages are decided row by row, and written a block of them at a time, of several rows where those are short.
     """
     plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
-    size, width, given = plan["size"], plan["width"], draw["given"]
-    memory = np.empty(MEMORY, np.uint8)
-    how = _writing(plan, draw, x, out, last - first, memory.ctypes.data)
-    words = how.scratch + SCRATCH
-    drawn = words + 4 * (BLOCK + GROUP)
-    zero_bytes(how.scratch, NARROW)  # what narrow messages drop to; only `multiply_past` writes here, where none is
-    bits, scales = np.uint64(np.int64(seed)), draw["scales"]
-    for index in range(first // size, (last - 1) // size + 1):
-        valid, row = row_valid(plan, draw, index), make_row(words, plan, draw, bits, index)
-        source = view(draw["sources"] + 8 * index, 1, np.int64)[0] if draw["sources"] else x + index * plan["x_row"]
-        as_words = plan["words"] and (source | out) & (min(width, 8) - 1) == 0 and (width <= 8 or draw["fill"] == 0)
-        if draw["per_row"] and draw["scales"]:
-            scales = draw["scales"] + 8 * size * index
-        scale = row_scale(plan, row)
-        if not given:
-            cutoff = row_cutoff(drawn, words, plan, row, valid)
-        stop = min(size, last - index * size)
-        for position in range(max(0, first - index * size), stop, BLOCK):
-            count, there = min(BLOCK, stop - position), mask + index * size + position
-            inside = max(0, min(count, valid - position))
-            keep = view(there if given else drawn, count, np.bool_)
-            if not given:
-                keep_block(drawn, words, plan, row, cutoff, position, inside)
-                keep[inside:] = True
-                if mask:
-                    copy_bytes(there, drawn, count)
+    size, given, even = plan["size"], draw["given"], _is_even(plan, draw)
+    how = _writing(plan, draw, x, out, last - first)
+    memory = how.memory
+    index, position, count = first // size, first % size, 0
+    while first < last:
+        valid, source = row_valid(plan, draw, index), x + index * plan["x_row"]
+        if draw["sources"]:
+            source = view(draw["sources"] + 8 * index, 1, np.int64)[0]
+        stop = min(size, position + last - first - count)
+        while position < stop:
+            more, flags = min(stop - position, BLOCK - count), memory.flags + count
+            inside = max(0, min(more, valid - position))
+            if rule:
+                call(rule, flags, memory.words, plan_address, draw_address, seed, index, position, inside, memory.known)
+            elif not given:
+                keep_plain(flags, memory.words, plan, draw, seed, index, position, inside)
+            keep_rest(flags, inside, more)
+            position, count = position + more, count + more
+            if even and count < BLOCK and first + count < last:
+                continue
+            begin, inside = position - count, count if even else inside
+            if mask and not given:
+                copy_bytes(mask + first, memory.flags, count)
             if out:
-                each = (
-                    0 if how.kind == COPY else message_scales(drawn + BLOCK, plan, row, scale, scales, position, inside)
-                )
-                for piece in range(plan["pieces"]):
-                    to = out + index * plan["out_row"] + position * plan["out_step"] + piece * plan["out_piece"]
-                    from_ = source + position * plan["x_step"] + piece * plan["x_piece"]
-                    _write_part(to, from_, keep[:inside], plan, _of_piece(how, piece * width), as_words, scale, each)
-                    to, from_ = to + inside * plan["out_step"], from_ + inside * plan["x_step"]
-                    _write_padding(to, from_, count - inside, plan, draw, how.stream)
-    memory[0] = 0  # used until here: views don't keep it
+                scale, scales = plan["scale"], 0
+                if plan["kind"] != COPY and not even:
+                    row = make_row(memory.words, plan, draw, seed, index)
+                    scale = row_scale(plan, row)
+                    scales = message_scales(memory.scales, plan, draw, row, scale, index, begin, inside)
+                keep = view(mask + first if given else memory.flags, count, np.bool_)
+                to, from_ = out + index * plan["out_row"] + begin * plan["out_step"], source + begin * plan["x_step"]
+                _write_block(to, from_, keep, inside, plan, draw, how, scale, scales)
+            first, count = first + count, 0
+        index, position = index + 1, 0
 
 
 @jit
 def scale_rows(plan_address: int, draw_address: int, seed: int, rows: int, scales: int) -> None:
     """Write what each row's kept messages are multiplied by, float64, to the address `scales`."""
     plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
-    memory, each = np.empty(4 * GROUP, np.uint8), view(scales, rows, np.float64)
+    words, each = stack(MEMORY), view(scales, rows, np.float64)
     for index in range(rows):
-        each[index] = row_scale(plan, make_row(memory.ctypes.data, plan, draw, np.uint64(np.int64(seed)), index))
-    memory[0] = 0  # used until here: views don't keep it
+        each[index] = row_scale(plan, make_row(words, plan, draw, seed, index))
 
 
 @parallel_jit
 def drop_parallel(
-    kernel: int, messages: int, plan: int, draw: int, x: int, out: int, mask: int, seed: int, chunks: int
+    kernel: int, messages: int, plan: int, draw: int, x: int, out: int, mask: int, seed: int, rule: int, chunks: int
 ) -> None:
     """`drop_range` over all messages in `chunks` equal parts, on numba's threads.
 
@@ -276,4 +318,4 @@ def drop_parallel(
     """
     for c in prange(chunks):
         start, stop = messages * c // chunks, messages * (c + 1) // chunks
-        call(kernel, start, stop, plan, draw, x, out, mask, seed)
+        call(kernel, start, stop, plan, draw, x, out, mask, seed, rule)

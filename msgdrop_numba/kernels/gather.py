@@ -21,9 +21,9 @@ from msgdrop_numba.kernels.copying import (
     copy_narrow,
     fill_message,
     multiply,
-    multiply_past,
+    multiply_by_way,
 )
-from msgdrop_numba.kernels.memory import call, prefetch, view, zero_bytes
+from msgdrop_numba.kernels.memory import call, prefetch, stack, view, zero_bytes
 from msgdrop_numba.kernels.records import COPY, GATHER, LINE, PLACE
 
 
@@ -60,8 +60,10 @@ def place_range(first: int, last: int, address: int) -> None:
             slots[i] = start + at if keep[i] else -1
             at += keep[i]
             i += 1
-        slots[i:] = -1
-        index[at:] = -1
+        for j in range(i, size):
+            slots[j] = -1
+        for j in range(at, room):
+            index[j] = -1
 
 
 @inlined_jit
@@ -92,10 +94,10 @@ def gather_range(first: int, last: int, address: int) -> None:
     width, kind, stream = job["width"], job["kind"], job["stream"]
     index = view(job["index"], last, np.int64)
     scales = view(job["scales"], last if kind != COPY else 0, np.float64)
-    memory = np.empty(SCRATCH, np.uint8)
+    scratch = stack(SCRATCH)
     if kind == COPY and width < NARROW and not stream:
-        zero_bytes(memory.ctypes.data, NARROW)
-        _gather_narrow(first, last, job, memory.ctypes.data)
+        zero_bytes(scratch, NARROW)
+        _gather_narrow(first, last, job, scratch)
     else:
         foresee = width >= 4 * LINE and (last - first) * width >= PREFETCH_BYTES
         distance = 1 + AHEAD // width if foresee else 0
@@ -113,10 +115,9 @@ def gather_range(first: int, last: int, address: int) -> None:
             for at in range(0, width if ahead else 0, LINE):
                 prefetch(ahead + at)
             if stream:
-                multiply_past(to, from_, width, kind, scales[j], memory.ctypes.data)
+                multiply_by_way(to, from_, width, kind, scales[j], scratch, stream)
             else:
                 multiply(to, from_, width, kind, scales[j])
-    memory[0] = 0  # used until here: views don't keep it
 
 
 @parallel_jit

@@ -1,20 +1,23 @@
 """Memory by address: the primitives of the CPU kernels.
 
-Each is a plain Python function that works with the compiler off, and an overload that compiles to an LLVM operation.
-Addresses and counts are int64, since pointers passed as integers cost the least on the way into a kernel.
+Each is a plain Python function that works with the compiler off, and is lowered to an LLVM operation where it is
+called: as an overload it would be a function of its own, compiled once more for every kind of arguments. Addresses and
+counts are int64, since pointers passed as integers cost the least on the way into a kernel.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba import types
+from numba.core import cgutils, typing
+from numba.extending import intrinsic, lower_builtin, overload, type_callable
 
 BYTES = cgutils.voidptr_t
 
@@ -23,6 +26,13 @@ def view(address: int, count: int, dtype: Any) -> Any:
     """The `count` elements of `dtype` (a NumPy scalar type) from `address` on, as an array that owns nothing."""
     buffer = (ctypes.c_uint8 * (int(count) * np.dtype(dtype).itemsize)).from_address(int(address))
     return np.frombuffer(buffer, dtype)
+
+
+def stack(count: int) -> int:
+    """The address of `count` bytes, a constant, on the stack: theirs until the kernel that asks for them returns."""
+    held = _held.__dict__.setdefault("memory", deque(maxlen=8))  # calls nest where a finaliser runs in one
+    held.append(np.empty(count, np.uint8))
+    return int(held[-1].ctypes.data)
 
 
 def copy_bytes(target: int, source: int, count: int) -> None:
@@ -59,7 +69,7 @@ def prefetch(source: int) -> None:
 
 def call(function: int, *arguments: int) -> None:
     """Call a function of C with int64 arguments by its address; with the compiler off, an object by its id."""
-    ctypes.cast(function, ctypes.py_object).value(*arguments)
+    ctypes.cast(int(function), ctypes.py_object).value(*arguments)
 
 
 def half_to_float(value: Any) -> Any:
@@ -86,18 +96,17 @@ def float_to_brain(value: Any) -> Any:
     return np.uint16((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
 
 
-def _instruction(result: Any, arguments: tuple[Any, ...], emit: Callable[..., Any]) -> Any:
-    """An intrinsic of the given types whose body is what `emit(builder, *values)` builds."""
+def _lowered(function: Callable[..., Any], result: Any, arguments: tuple[Any, ...], emit: Callable[..., Any]) -> None:
+    """Compile calls of the function to what `emit(builder, *values)` builds, of values of the given types."""
 
-    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         emitted = emit(builder, *values)
         return context.get_dummy_value() if result is types.void else emitted
 
-    if len(arguments) == 1:
-        return intrinsic(lambda typingctx, a: (result(*arguments), codegen))
-    if len(arguments) == 2:
-        return intrinsic(lambda typingctx, a, b: (result(*arguments), codegen))
-    return intrinsic(lambda typingctx, a, b, c: (result(*arguments), codegen))
+    typed = typing.signature(result, *arguments)
+    typers = lambda a: typed, lambda a, b: typed, lambda a, b, c: typed  # numba counts their arguments
+    type_callable(function)(lambda context: typers[len(arguments) - 1])
+    lower_builtin(function, *arguments)(lower)
 
 
 def _emit_copy(builder: Any, target: Any, source: Any, count: Any) -> None:
@@ -164,30 +173,48 @@ def _calling(typingctx: Any, function: Any, arguments: Any) -> Any:
     return types.void(function, arguments), codegen
 
 
+def _viewing(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    from numba.np import arrayobj  # which imports SciPy, where it is
+
+    made = arrayobj.make_array(signature.return_type)(context, builder)
+    itemsize = context.get_constant(types.intp, context.get_abi_sizeof(made.data.type.pointee))
+    arrayobj.populate_array(
+        made, builder.inttoptr(values[0], made.data.type), shape=[values[1]], strides=[itemsize], itemsize=itemsize,
+        meminfo=None,
+    )  # fmt: skip
+    return made._getvalue()
+
+
+def _view_type(address: Any, count: Any, dtype: Any) -> Any:
+    element = dtype.dtype if isinstance(dtype, types.DType) else dtype.instance_type
+    return typing.signature(types.Array(element, 1, "C"), types.intp, types.intp, dtype)
+
+
+def _stack(typingctx: Any, count: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        memory = cgutils.alloca_once(builder, ir.IntType(8), size=cgutils.intp_t(count.literal_value))
+        memory.align = 64
+        return builder.ptrtoint(memory, cgutils.intp_t)
+
+    return types.intp(count), codegen
+
+
+_held = threading.local()  # with the compiler off, what a thread's kernels asked for last
 _LINE = ir.VectorType(ir.IntType(64), 8)
 _FLOAT, _HALF, _I16, _I32 = ir.FloatType(), ir.HalfType(), ir.IntType(16), ir.IntType(32)
-_pointer = _instruction(types.voidptr, (types.intp,), lambda b, v: b.inttoptr(v, BYTES))
-_copy = _instruction(types.void, (types.intp,) * 3, _emit_copy)
-_zero = _instruction(types.void, (types.intp,) * 2, _emit_zero)
-_copy_line = _instruction(types.void, (types.intp,) * 2, _emit_copy_line)
-_zero_line = _instruction(types.void, (types.intp,), _emit_zero_line)
-_stream = _instruction(types.void, (types.intp,) * 2, _emit_stream)
-_prefetch = _instruction(types.void, (types.intp,), _emit_prefetch)
 _call: Any = intrinsic(_calling)
-_half_to_float = _instruction(types.float32, (types.uint16,), lambda b, v: b.fpext(b.bitcast(v, _HALF), _FLOAT))
-_float_to_half = _instruction(types.uint16, (types.float32,), lambda b, v: b.bitcast(b.fptrunc(v, _HALF), _I16))
-_brain_to_float = _instruction(types.float32, (types.uint16,), _emit_from_brain)
-_float_to_brain = _instruction(types.uint16, (types.float32,), _emit_to_brain)
-
-overload(view)(lambda address, count, dtype: lambda address, count, dtype: carray(_pointer(address), count, dtype))
-overload(copy_bytes)(lambda target, source, count: lambda target, source, count: _copy(target, source, count))
-overload(zero_bytes)(lambda target, count: lambda target, count: _zero(target, count))
-overload(copy_line)(lambda target, source: lambda target, source: _copy_line(target, source))
-overload(zero_line)(lambda target: lambda target: _zero_line(target))
-overload(stream_line)(lambda target, source: lambda target, source: _stream(target, source))
-overload(prefetch)(lambda source: lambda source: _prefetch(source))
+_on_stack: Any = intrinsic(prefer_literal=True)(_stack)
+overload(stack, prefer_literal=True)(lambda count: lambda count: _on_stack(count))
 overload(call)(lambda function, *arguments: lambda function, *arguments: _call(function, arguments))
-overload(half_to_float)(lambda value: lambda value: _half_to_float(value))
-overload(float_to_half)(lambda value: lambda value: _float_to_half(value))
-overload(brain_to_float)(lambda value: lambda value: _brain_to_float(value))
-overload(float_to_brain)(lambda value: lambda value: _float_to_brain(value))
+_lowered(copy_bytes, types.void, (types.intp,) * 3, _emit_copy)
+_lowered(zero_bytes, types.void, (types.intp,) * 2, _emit_zero)
+_lowered(copy_line, types.void, (types.intp,) * 2, _emit_copy_line)
+_lowered(zero_line, types.void, (types.intp,), _emit_zero_line)
+_lowered(stream_line, types.void, (types.intp,) * 2, _emit_stream)
+_lowered(prefetch, types.void, (types.intp,), _emit_prefetch)
+_lowered(half_to_float, types.float32, (types.uint16,), lambda b, v: b.fpext(b.bitcast(v, _HALF), _FLOAT))
+_lowered(float_to_half, types.uint16, (types.float32,), lambda b, v: b.bitcast(b.fptrunc(v, _HALF), _I16))
+_lowered(brain_to_float, types.float32, (types.uint16,), _emit_from_brain)
+_lowered(float_to_brain, types.uint16, (types.float32,), _emit_to_brain)
+type_callable(view)(lambda context: _view_type)
+lower_builtin(view, types.intp, types.intp, types.Any)(_viewing)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from msgdrop_numba.kernels._jit import inlined_jit, jit
+from msgdrop_numba.kernels._jit import inlined_jit, inner_jit, jit
 
 U64 = Any  # np.uint64, compiled or not
 
@@ -41,14 +41,14 @@ def philox4x32_10(c0: U64, c1: U64, c2: U64, c3: U64, k0: U64, k1: U64) -> tuple
     return c0, c1, c2, c3
 
 
-@inlined_jit
+@jit
 def fold_in(seed: U64, data: U64) -> U64:
     """A new uint64 seed from a uint64 seed and uint64 data (CONTRACT.md, 2)."""
     w0, w1, _, _ = philox4x32_10(_0, _FOLD_STREAM, data & _M32, data >> _32, seed & _M32, seed >> _32)
     return w0 | (w1 << _32)
 
 
-@jit
+@inner_jit
 def draw_block(seed: U64, key: U64, stream: U64, counter: U64, words: np.ndarray[Any, Any]) -> None:
     """Fill `words` (uint32, its length a multiple of 4) with the draws of the counters from `counter` on."""
     k0, k1 = seed & _M32, seed >> _32

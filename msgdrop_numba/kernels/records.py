@@ -7,12 +7,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msgdrop_numba.kernels.rules import RULE
-
 # What is done to the elements of a kept message: nothing, or multiply as this type.
 COPY, FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(5)
 OTHER = -1  # multiply, as a type that the kernels don't know
 LINE = 64  # bytes that a streaming store writes at once; a line of the cache
+
+# The rule, as the kernels read it from the plan. Each is an attribute of `DropRule`.
+RULE = [
+    ("threshold", np.int64),  # T(p), of the least p where p is a range
+    ("spread", np.int64),  # what a row may add to it
+    ("ranged", np.int64),  # whether p is a range, of which each row draws its own
+    ("certain", np.int64),  # p = 1
+    ("limited", np.int64),  # whether fewer may drop than the draws alone say
+    ("exact", np.int64),
+    ("span", np.int64),
+    ("min_keep", np.int64),
+    ("prefix", np.int64),  # messages of a row that take no part
+]
 
 # What of a call depends on the array's shape and the rule alone: the plan.
 PLAN = np.dtype(

@@ -12,26 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from msgdrop_numba.kernels._jit import inlined_jit, inner_jit, jit
-from msgdrop_numba.kernels.memory import view
+from msgdrop_numba.kernels.memory import stack, view
 from msgdrop_numba.kernels.philox import draw_block, draw_each, fold_in
+from msgdrop_numba.kernels.records import DRAW, PLAN
 
 Array = np.ndarray[Any, Any]
 
-# The rule, as the kernels read it from the plan. Each is an attribute of `DropRule`.
-RULE = [
-    ("threshold", np.int64),  # T(p), of the least p where p is a range
-    ("spread", np.int64),  # what a row may add to it
-    ("ranged", np.int64),  # whether p is a range, of which each row draws its own
-    ("certain", np.int64),  # p = 1
-    ("limited", np.int64),  # whether fewer may drop than the draws alone say
-    ("exact", np.int64),
-    ("span", np.int64),
-    ("min_keep", np.int64),
-    ("prefix", np.int64),  # messages of a row that take no part
-]
-
 # Positions drawn at a time: words and flags stay in the first-level cache.
 BLOCK = 1024
+NUMBERS = 8 * BLOCK  # bytes of a number for each
+COUNTS = 8 * 256
 # Draws are made and compared in whole groups, so that no vector loop leaves a rest to be done one by one.
 GROUP = 64
 
@@ -68,7 +58,7 @@ class Cutoff(NamedTuple):
 
 
 @inner_jit
-def _draw_run(words: int, seed: Any, key: Any, stream: Any, first: int, count: int) -> int:
+def _draw_run(words: int, seed: Any, key: Any, stream: Any, first: Any, count: Any) -> Any:
     """Make the draws of `count` positions from `first` on, and some more behind them; returns where they lie."""
     skip = first & 3
     draw_block(seed, key, stream, np.uint64(first >> 2), view(words, whole_groups(skip + count), np.uint32))
@@ -76,7 +66,7 @@ def _draw_run(words: int, seed: Any, key: Any, stream: Any, first: int, count: i
 
 
 @inner_jit
-def _draw(words: int, row: Row, stream: Any, first: int, count: int) -> int:
+def _draw(words: int, row: Row, stream: Any, first: int, count: int) -> Any:
     """Make the draws of a row's messages from `first` on; returns where they lie."""
     if not row.positions:
         return _draw_run(words, row.seed, row.key, stream, first + row.offset, count)
@@ -89,12 +79,14 @@ def _draw(words: int, row: Row, stream: Any, first: int, count: int) -> int:
 @inlined_jit
 def _first_draw(words: int, seed: Any, key: Any, stream: Any) -> Any:
     """What a row draws for itself, whatever its positions."""
-    return np.uint64(view(_draw_run(words, seed, key, stream, 0, 1), 1, np.uint32)[0])
+    first, count = np.int64(0), np.int64(1)  # written as 0 and 1, these would be types of their own: compiled once more
+    return np.uint64(view(_draw_run(words, seed, key, stream, first, count), 1, np.uint32)[0])
 
 
 @inlined_jit
-def make_row(words: int, plan: Any, draw: Any, seed: Any, index: int) -> Row:
-    """What holds for the row of this index."""
+def make_row(words: int, plan: Any, draw: Any, bits: int, index: int) -> Row:
+    """What holds for the row of this index; the seed as int64."""
+    seed = np.uint64(np.int64(bits))
     key = view(draw["keys"] + 8 * index, 1, np.uint64)[0] if draw["keys"] else np.uint64(index)
     thresholds, protect, positions = draw["thresholds"], draw["protect"], draw["positions"]
     if draw["per_row"]:
@@ -119,7 +111,7 @@ def row_valid(plan: Any, draw: Any, index: int) -> Any:
     return view(draw["lengths"] + 8 * index, 1, np.int64)[0] if draw["lengths"] else plan["size"]
 
 
-@jit
+@inlined_jit
 def multiply_shift(a: Any, b: Any, shift: int) -> Any:
     """(a * b) >> shift for a < 2**34, b < 2**34, 17 <= shift: the product may not fit into 64 bits."""
     high, low = b >> 17, b & 0x1FFFF
@@ -152,7 +144,8 @@ def _candidates(memory: int, words: int, plan: Any, row: Row, first: int, count:
     """Set the flags in `memory`: whether message first + j drops by the rule itself, before any limit."""
     drop = view(memory, whole_groups(count), np.bool_)
     if plan["exact"]:
-        drop[:] = True
+        for j in range(drop.size):
+            drop[j] = True
     elif plan["span"] == 1 and not row.thresholds:
         draws = view(_draw(words, row, STREAM_DRAW, first, count), drop.size, np.uint32)
         for j in range(drop.size):
@@ -169,7 +162,7 @@ def _candidates_of_spans(drop: Array, words: int, plan: Any, row: Row, first: in
     span, count, start = plan["span"], drop.size, first + row.offset + row.phase
     thresholds = view(row.thresholds + 8 * first, count if row.thresholds else 0, np.uint64)
     if row.positions:
-        groups = np.empty(count, np.int64)
+        groups = view(stack(NUMBERS), count, np.int64)
         positions = view(row.positions + 8 * first, count, np.int64)
         for j in range(count):
             groups[j] = (positions[j] + row.phase) // span
@@ -200,11 +193,16 @@ def _spare_protected(drop: Array, plan: Any, row: Row, first: int) -> None:
 
 
 @inner_jit
-def message_scales(memory: int, plan: Any, row: Row, scale: float, scales: int, first: int, count: int) -> int:
+def message_scales(
+    memory: int, plan: Any, draw: Any, row: Row, scale: float, index: int, first: int, count: int
+) -> int:  # fmt: skip
     """Where the scales of a row's messages from `first` on lie, 0 for one that passes as it is; 0: all have `scale`.
 
-    They are `scales` (0: none), or in `memory` where some of the messages take no part.
+    They are those of the draw, or in `memory` where some of the messages take no part.
     """
+    scales = draw["scales"]
+    if scales and draw["per_row"]:
+        scales += 8 * plan["size"] * index
     if not (row.protect or first < plan["prefix"]):
         return scales + 8 * first if scales else 0
     each = view(memory, count, np.float64)
@@ -232,10 +230,12 @@ def row_cutoff(memory: int, words: int, plan: Any, row: Row, valid: int) -> Cuto
         return Cutoff(EVERYTHING, np.int64(0))
     stream = _limit_stream(plan)
     limit = _may_drop(plan, row)
-    prefix, counts, drop = np.uint64(0), np.zeros(256, np.int64), view(memory, BLOCK, np.bool_)
+    prefix, counts, drop = np.uint64(0), view(stack(COUNTS), 256, np.int64), view(memory, BLOCK, np.bool_)
     for shift in (24, 16, 8, 0):
         low = np.uint64(shift)
-        counts[:] = 0
+        for digit in range(256):
+            counts[digit] = 0
+        candidates = 0
         for first in range(0, valid, BLOCK):
             count = min(BLOCK, valid - first)
             _candidates(memory, words, plan, row, first, count)
@@ -244,7 +244,8 @@ def row_cutoff(memory: int, words: int, plan: Any, row: Row, valid: int) -> Cuto
                 digits = np.uint64(draws[j]) >> low
                 if drop[j] and digits >> _8 == prefix:
                     counts[digits & _255] += 1
-        if shift == 24 and counts.sum() <= limit:
+                    candidates += 1
+        if shift == 24 and candidates <= limit:
             return Cutoff(EVERYTHING, np.int64(0))
         digit = 0
         while limit >= counts[digit]:
@@ -286,16 +287,55 @@ def _keep_candidates(memory: int, words: int, plan: Any, row: Row, cutoff: Cutof
         keep[j] = not (keep[j] and (draw < cutoff.draw or (draw == cutoff.draw and first + j < cutoff.position)))
 
 
-@inlined_jit
-def keep_block(memory: int, words: int, plan: Any, row: Row, cutoff: Cutoff, first: int, count: int) -> None:
-    """Set the flags in `memory`: whether a row's positions from `first` on are kept."""
+@jit
+def decide(
+    memory: int,
+    words: int,
+    plan_address: int,
+    draw_address: int,
+    seed: int,
+    index: int,
+    first: int,
+    count: int,
+    known: int,
+) -> None:
+    """Set the flags in `memory`: whether the positions first..first + count - 1 of a row are kept, by any rule.
+
+    Addresses are integers, as for `cpu.drop_range`. At `known`, three int64, is the cutoff of a row and which row that
+    is (-1: none), since the limit of a row that comes in several parts is found once.
+    """
+    plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
+    row = make_row(words, plan, draw, seed, index)
+    found, draws = view(known, 3, np.int64), view(known, 3, np.uint64)
+    if found[0] != index:
+        cutoff = row_cutoff(memory, words, plan, row, row_valid(plan, draw, index))
+        found[0], draws[1], found[2] = index, cutoff.draw, cutoff.position
     _candidates(memory, words, plan, row, first, count)
-    _keep_candidates(memory, words, plan, row, cutoff, first, count)
+    _keep_candidates(memory, words, plan, row, Cutoff(draws[1], found[2]), first, count)
+
+
+@inlined_jit
+def keep_plain(memory: int, words: int, plan: Any, draw: Any, seed: int, index: int, first: int, count: int) -> None:
+    """`decide` where each message drops by a draw of its own, at the plan's p, and by nothing else."""
+    key = view(draw["keys"] + 8 * index, 1, np.uint64)[0] if draw["keys"] else np.uint64(index)
+    there = _draw_run(words, np.uint64(np.int64(seed)), key, STREAM_DRAW, first + draw["offset"], count)
+    keep, threshold = view(memory, whole_groups(count), np.bool_), np.uint64(plan["threshold"])
+    draws = view(there, keep.size, np.uint32)
+    for j in range(keep.size):
+        keep[j] = np.uint64(draws[j]) >= threshold
+
+
+@inlined_jit
+def keep_rest(memory: int, inside: int, count: int) -> None:
+    """Set the flags of padding, which is kept."""
+    keep = view(memory, count, np.bool_)
+    for j in range(inside, count):
+        keep[j] = True
 
 
 @jit
-def fold_rows(keys: Array, inner: int, first: int, folded: Array) -> None:
-    """The keys of the rows from `first` on, from keys that lack their trailing dims, `inner` rows each."""
-    for j in range(folded.size):
-        row = first + j
-        folded[j] = fold_in(keys[row // inner], np.uint64(row % inner))
+def fold_rows(keys: int, inner: int, first: int, last: int, folded: int) -> None:
+    """The keys of the rows first..last - 1, from keys that lack their trailing dims, `inner` rows each; all uint64."""
+    given, made = view(keys, (last - 1) // inner + 1, np.uint64), view(folded, last - first, np.uint64)
+    for row in range(first, last):
+        made[row - first] = fold_in(given[row // inner], np.uint64(row % inner))
