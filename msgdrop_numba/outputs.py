@@ -1,7 +1,7 @@
 """Memory for large outputs: a page fault for every 4 KB of fresh memory costs more than the whole kernel.
 
-Two remedies, each for what it buys (benchmarks/README.md, By size): huge pages take one fault for 2 MB; memory of an
-earlier output that nobody uses any more takes none. Outputs of less than `HUGE_BYTES` come from torch alone.
+Two remedies, each for what it buys (benchmarks/README.md, In the cache and By size): memory of an earlier output that
+nobody uses any more takes no fault; of what is fresh, huge pages take one for 2 MB. Small outputs are torch's alone.
 """
 
 from __future__ import annotations
@@ -11,23 +11,25 @@ import math
 import mmap
 import os
 import sys
+import threading
 from collections import deque
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from msgdrop_numba.torch_private import shared_storage, storage_uses
+from msgdrop_numba.torch_private import TELLS_USES, shared_storage, storage_uses
 
 HUGE_BYTES = 4 * 2**20
-REUSED_BYTES = 32 * 2**20  # from here on the C library hands freed memory back to the system at once
+REUSED_BYTES = 128 * 2**10  # from here on the C library may hand freed memory back to the system
 
 # The most memory that is held for use again, once no output uses it; 0 turns that off.
 KEPT_BYTES = 512 * 2**20
 
+_SWEPT = 16
 _PAGE = 2 * 2**20
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux alone
-_kept: deque[Any] = deque()  # storages of earlier outputs, most of them still in use
 
 try:
     _madvise: Any = ctypes.CDLL(None).madvise
@@ -36,35 +38,124 @@ except (OSError, AttributeError, TypeError):
     _madvise = None
 
 
+@cache
 def _references() -> int:
-    """What getrefcount says of an object that a local variable alone refers to; Pythons differ."""
-    alone = [object()].pop()
-    return sys.getrefcount(alone)
+    """What getrefcount says of the storage of a tensor that is kept, where nobody else refers to it; torches differ."""
+    with torch.inference_mode(False):
+        tensor = torch.empty(1, device="cpu")
+    kept = tensor, tensor.untyped_storage()
+    _, storage = kept
+    return sys.getrefcount(storage)
 
 
-_ALONE = _references()
+class Kept:
+    """Tensors over the memory of earlier outputs, most of it still in use; what is given out is another one over it."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        # By shape and dtype, each with its storage, the latest last.
+        self.alike: dict[Any, deque[tuple[Tensor, Any]]] = {}
+        self.unswept = _SWEPT  # so many may be added before the next sweep
+        # Who doesn't get it at once does without: another thread has it, or this one, in whose work a finaliser runs.
+        self.lock = threading.Lock()
+
+    def again(self, shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor | None:
+        """A tensor over memory that nobody uses, no tensor, view, array or saved tensor; None: there is none."""
+        if not self.lock.acquire(blocking=False):
+            return None
+        try:
+            return self._again(shape, dtype, nbytes)
+        finally:
+            self.lock.release()
+
+    def add(self, tensor: Tensor, nbytes: int) -> None:
+        """Keep a tensor, and for it let go of others that were kept long before."""
+        if not self.lock.acquire(blocking=False):
+            return
+        try:
+            self._add(tensor, nbytes)
+        finally:
+            self.lock.release()
+
+    def _again(self, shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor | None:
+        waiting: deque[tuple[Tensor, Any]] = self.alike.get((shape, dtype), deque())
+        # The latest is in the cache yet, where it is freed at once; a training step frees the oldest first. To ask one
+        # takes as long as a page fault: no more are asked than memory of this size has pages.
+        for turn in range(min(len(waiting), nbytes // mmap.PAGESIZE)):
+            kept = waiting.popleft() if turn else waiting.pop()
+            tensor, storage = kept
+            if not _as_made(storage, nbytes):
+                self.nbytes -= nbytes
+                continue
+            waiting.append(kept)
+            # Uses are this tensor and the storage's Python object. Asked again behind the references to that: another
+            # thread may have made one a use.
+            if (
+                storage_uses(storage) == 2 and sys.getrefcount(storage) == _references()
+                and storage_uses(storage) == 2
+            ):  # fmt: skip
+                return tensor.data
+        return None
+
+    def _add(self, tensor: Tensor, nbytes: int) -> None:
+        self.unswept -= 1
+        if self.unswept < 0:
+            self._sweep()
+        key = tensor.shape, tensor.dtype
+        waiting = self.alike[key] = self.alike.pop(key, deque())  # these are the latest now
+        waiting.append((tensor, tensor.untyped_storage()))
+        self.nbytes += nbytes
+        while self.nbytes > KEPT_BYTES:
+            key, oldest = next(iter(self.alike.items()))
+            if oldest:
+                self.nbytes -= _bytes(oldest.popleft()[0])
+            else:
+                del self.alike[key]
+
+    def _sweep(self) -> None:
+        """Let go of what is never used again: of shapes that don't come again, nobody else would."""
+        for key, waiting in list(self.alike.items()):
+            whole = deque(kept for kept in waiting if _as_made(kept[1], _bytes(kept[0])))
+            self.nbytes -= sum(_bytes(tensor) for tensor, _ in waiting) - sum(_bytes(tensor) for tensor, _ in whole)
+            self.alike[key] = whole
+            if not whole:
+                del self.alike[key]
+        self.unswept = max(_SWEPT, sum(map(len, self.alike.values())))  # one look for each that is added
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _as_made(storage: Any, nbytes: int) -> bool:
+    """Whether nobody has resized, shared or fixed it; what a worker has shared holds a file descriptor, too."""
+    return storage.nbytes() == nbytes and storage.resizable() and not storage.is_shared()
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor in C order."""
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < HUGE_BYTES:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    reused = _unused(nbytes) if nbytes >= REUSED_BYTES and KEPT_BYTES else None
-    if reused is None:
-        fresh = torch.empty(shape, dtype=dtype, device="cpu")
-        advise(fresh.data_ptr(), nbytes)
-        if nbytes >= REUSED_BYTES and storage_uses(fresh.untyped_storage()):
-            _keep(fresh.untyped_storage())
-        return fresh
-    tensor = over(reused, shape, dtype)
-    _keep(reused)
+    if nbytes < REUSED_BYTES or not TELLS_USES:
+        return _fresh(shape, dtype, nbytes)
+    again = _kept.again(shape, dtype, nbytes) if KEPT_BYTES else None
+    if again is None:
+        with torch.inference_mode(False):  # what is made in it can't be used in training
+            fresh = _fresh(shape, dtype, nbytes)
+        _kept.add(fresh, nbytes)
+        again = fresh.data
+    return again
+
+
+def _fresh(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    if nbytes >= HUGE_BYTES:
+        advise(tensor.data_ptr(), nbytes)
     return tensor
 
 
 def like(x: Tensor) -> Tensor:
     """An uninitialised CPU tensor in the order of memory of `torch.empty_like(x)`."""
-    if x.numel() * x.element_size() < HUGE_BYTES:
+    if x.numel() * x.element_size() < REUSED_BYTES:
         return torch.empty_like(x)
     strides = torch.empty_like(x, device="meta").stride()
     return over(empty((x.numel(),), x.dtype).untyped_storage(), x.shape, x.dtype, strides)
@@ -90,36 +181,15 @@ def advise(address: int, nbytes: int) -> None:
         _madvise(start, length, _ADVICE)
 
 
-def _keep(storage: Any) -> None:
-    _kept.append(storage)
-    while sum(kept.nbytes() for kept in list(_kept)) > KEPT_BYTES:
-        try:
-            _kept.popleft()
-        except IndexError:
-            return
+_kept = Kept()
 
 
-def _unused(nbytes: int) -> Any:
-    """A kept storage of this size that nobody else refers to, no tensor, view, array or saved tensor; or None."""
-    for _ in range(len(_kept)):
-        try:
-            storage = _kept.popleft()  # taken out first: no other thread can ask for it meanwhile
-        except IndexError:
-            return None
-        if storage.is_shared() or not storage.resizable() or storage.nbytes() < REUSED_BYTES:
-            continue  # changed since, by somebody who used it
-        # The one use is this Python object. Asked again behind the references: another thread may have made one a use.
-        if (
-            storage.nbytes() == nbytes and storage_uses(storage) == 1
-            and sys.getrefcount(storage) == _ALONE and storage_uses(storage) == 1
-        ):  # fmt: skip
-            return storage
-        _kept.append(storage)
-    return None
+def reset() -> None:
+    """Hold nothing."""
+    global _kept
+    _kept = Kept()
 
-
-reset = _kept.clear  # hold nothing
 
 if hasattr(os, "register_at_fork"):
-    # A child shares its parent's pages until it writes: it starts with none to use again.
+    # A child shares its parent's pages until it writes: it starts with none to use again, and a lock that nobody holds.
     os.register_at_fork(after_in_child=reset)

@@ -52,6 +52,13 @@ def test_storages_that_were_emptied_do_not_pile_up(monkeypatch):
     assert len(internals.kept_outputs()) <= 1
 
 
+def test_shared_memory_of_many_sizes_is_let_go():
+    """A worker that sends outputs of ever other sizes would run out of file descriptors."""
+    for size in range(1, 200):
+        outputs.empty((size, 1024), torch.uint8).share_memory_()
+    assert len(internals.kept_outputs()) <= 32
+
+
 @pytest.mark.parametrize(
     "hold",
     [
@@ -77,16 +84,58 @@ def test_memory_in_use_is_not_used_again(hold):
     del held
 
 
-@pytest.mark.parametrize("told", [[1, 2], [2]])
+def test_the_latest_is_taken_first_and_then_the_oldest():
+    """What is freed at once is in the cache yet; a training step frees all, and takes them in their order again."""
+    step = [fresh() for _ in range(6)]
+    places = [y.data_ptr() for y in step]
+    assert len(set(places)) == 6
+    step.clear()
+    assert [fresh().data_ptr() for _ in range(3)] == [places[-1]] * 3
+    step = [fresh() for _ in range(6)]
+    assert {y.data_ptr() for y in step} == set(places)
+
+
+def test_some_that_live_long_do_not_stand_in_the_way():
+    held = [fresh() for _ in range(20)]
+    for _ in range(10):
+        step = [fresh() for _ in range(3)]
+        del step
+    assert len(internals.kept_outputs()) == 23
+    assert held
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_memory_goes_from_inference_mode_to_training_and_back(first):
+    with torch.inference_mode(first):
+        place = fresh().data_ptr()
+    with torch.inference_mode(not first):
+        y = fresh().fill_(2)  # what lay there may be NaN
+        assert y.data_ptr() == place
+    weight = torch.ones(SHAPE, requires_grad=True)
+    (weight * y).sum().backward()  # what is made in inference mode can't be saved for backward
+    assert torch.equal(weight.grad, y)
+
+
+def test_an_output_has_a_version_of_its_own():
+    y = fresh()
+    y.zero_()
+    del y
+    y = fresh()
+    assert y._version == 0
+    assert not y._is_view()
+    assert y.is_leaf
+
+
+@pytest.mark.parametrize("told", [[2, 3], [3]])
 def test_memory_that_gets_a_use_between_the_questions_is_not_used_again(monkeypatch, told):
     """Another thread may make a use of a reference, behind the first question and before that for references."""
-    y = fresh()
-    place = y.data_ptr()
-    del y
+    place = fresh().data_ptr()
     asked = internals.told_uses(monkeypatch, told)
-    assert fresh().data_ptr() != place
+    held = [fresh()]
+    assert held[0].data_ptr() != place
     assert asked == told
-    assert fresh().data_ptr() == place
+    held.append(fresh())
+    assert held[1].data_ptr() == place
 
 
 def test_memory_that_an_array_has_fixed_is_given_up():
