@@ -22,7 +22,7 @@ from msgdrop_numba.call.plan import (
     mask_plan,
     row_arguments,
 )
-from msgdrop_numba.call.request import Job, Request, ShortDoor, perform, prepare, prepare_mask, turned
+from msgdrop_numba.call.request import Job, Request, perform, prepare, prepare_mask, turned
 from msgdrop_numba.call.select import (
     PACKED,
     How,
@@ -37,6 +37,7 @@ from msgdrop_numba.call.select import (
     source,
 )
 from msgdrop_numba.call.threads import launch
+from msgdrop_numba.call.usual import Usual, row_address, seed_bits, usual
 from msgdrop_numba.call.ways import ARRAY, ARRAY_APART, Answer
 from msgdrop_numba.kernels.records import COPY, FLOAT16, FLOAT32, FLOAT64
 
@@ -182,28 +183,53 @@ def message_dropout(x: np.ndarray, request: Request) -> Any:
     return turned(partial(perform, NUMPY), np.ndarray, np.transpose, x, request)
 
 
-def _address(x: np.ndarray) -> int:
-    return address(x) if x.flags.c_contiguous else 0
-
-
 @lru_cache(maxsize=1024, typed=True)
-def _usual_plan(
-    shape: tuple[int, ...], dtype: np.dtype[Any], scale: bool, message_dims: Any, *rule: Any
-) -> Plan | None:
+def _usual(shape: tuple[int, ...], dtype: np.dtype[Any], scale: bool, message_dims: Any, *rule: Any) -> Usual | None:
     if isinstance(message_dims, tuple):
         return None
     plan = make_plan(shape, dtype.itemsize, _kind(dtype, scale), message_dims, rule)
-    return plan if plan.messages and not obstacle(plan, dtype) else None
+    return usual(plan) if plan.messages and not obstacle(plan, dtype) else None
 
 
-def _run(plan: Plan, x: np.ndarray, start: int) -> np.ndarray:
-    """The usual call, by a fresh seed."""
-    result = np.empty(x.shape, x.dtype)
-    launch(plan, PLAIN, NUMPY.seed(None, None, None), start, address(result), 0)
-    return result
+def short(
+    x: np.ndarray, p: float, rule: tuple[Any, ...], scale: Any, message_dims: Any, inplace: Any, lengths: Any,
+    seed: Any, keys: Any, out: Any,
+) -> np.ndarray | None:  # fmt: skip
+    """The usual call, see `call.usual`; None: it is another, and nothing was done."""
+    try:
+        how = _usual(x.shape, x.dtype, bool(scale), message_dims, p, *rule) if x.flags.c_contiguous else None
+    except TypeError:  # what is wrong is said elsewhere
+        return None
+    if how is None:
+        return None
+    start, target = address(x), None
+    if inplace or out is not None:
+        target, to = _target(x, start, how, inplace, out)
+        if not to:
+            return None
+    at_lengths = 0 if lengths is None else row_address(lengths, how.rows)
+    at_keys = 0 if keys is None else row_address(keys, how.rows)
+    if (lengths is not None and not at_lengths) or (keys is not None and not at_keys):
+        return None
+    if not how.small and (at_lengths or at_keys):
+        return None
+    seed = NUMPY.seed(None, None, None) if seed is None else seed_bits(seed)
+    if seed is None:
+        return None
+    if target is None:
+        target = np.empty(x.shape, x.dtype)
+        to = address(target)
+    return target if how.drop(how.told, at_lengths, at_keys, 0, seed, start, to) >= 0 else None
 
 
-SHORT_DOOR = ShortDoor(_address, _usual_plan, _run)
+def _target(x: np.ndarray, start: int, how: Usual, inplace: Any, out: Any) -> tuple[Any, int]:
+    """The array to write and its address; 0: all there is to know of it must be asked."""
+    target = x if inplace else out
+    if type(target) is not np.ndarray or not target.flags.carray or (inplace and out is not None):
+        return None, 0
+    to = start if target is x else address(target)
+    apart = to == start or abs(to - start) >= how.nbytes
+    return target, to if apart and target.shape == x.shape and target.dtype == x.dtype else 0
 
 
 def _write(job: Job, plan: Plan, x: np.ndarray, result: np.ndarray, mask: np.ndarray) -> None:

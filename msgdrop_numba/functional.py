@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 import numpy as np
 
 from msgdrop_numba import arrays
-from msgdrop_numba.call.arguments import ZERO, check_key, check_seed, is_zero, row_lengths
+from msgdrop_numba.call.arguments import ZERO, check_key, check_seed, is_masked, is_zero, row_lengths
 from msgdrop_numba.call.keys import row_key as row_key
 from msgdrop_numba.call.plan import mask_shape
-from msgdrop_numba.call.request import Request, ShortDoor
+from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.ways import Answer
 from msgdrop_numba.kernels import philox
 
@@ -169,20 +169,16 @@ def message_dropout(
 
     Source: the mask contract, version 1.1 (CONTRACT.md), on Philox4x32-10 (Salmon et al., SC'11).
     """
-    door = _short_doors.get(type(x))
+    rule, short = (exact, span, min_keep, prefix), _short.get(type(x))
     if (
-        door is not None and lengths is None and keys is None and seed is None and protect is None and positions is None
-        and generator is None and out is None and type(p) is float and p and (fill is ZERO or is_zero(fill))
-        and training is True and not inplace and not return_mask and (address := door.address(x))
+        short is not None and type(p) is float and p and training is True and protect is None and positions is None
+        and generator is None and not return_mask and (fill is ZERO or is_zero(fill))
     ):  # fmt: skip
-        try:
-            plan = door.plan(x.shape, x.dtype, bool(scale), message_dims, p, exact, span, min_keep, prefix)
-        except TypeError:  # what is wrong is said below
-            plan = None
-        if plan is not None:
-            return door.run(plan, x, address)
+        y = short(x, p, rule, scale, message_dims, inplace, lengths, seed, keys, out)
+        if y is not None:
+            return y
     told = (
-        p, (exact, span, min_keep, prefix), scale, fill, message_dims, training, inplace, lengths, seed, keys, protect,
+        p, rule, scale, fill, message_dims, training, inplace, lengths, seed, keys, protect,
         positions, generator, out, return_mask, False,
     )  # fmt: skip
     request = tuple.__new__(Request, told)  # twice as fast as the constructor
@@ -205,7 +201,7 @@ def library_of(x: Any) -> Any:
 
 
 _libraries: dict[type, Any] = {np.ndarray: arrays}  # of exact types; torch's once a tensor has come
-_short_doors: dict[type, ShortDoor] = {np.ndarray: arrays.SHORT_DOOR}
+_short: dict[type, Any] = {np.ndarray: arrays.short}  # what takes the usual call
 
 
 def _library(x: Any) -> Any:
@@ -219,9 +215,9 @@ def _library(x: Any) -> Any:
         from msgdrop_numba.tensors import dropout
 
         remember(_libraries, dropout, torch.Tensor, torch.nn.Parameter)
-        remember(_short_doors, dropout.SHORT_DOOR, torch.Tensor, torch.nn.Parameter)
+        remember(_short, dropout.short, torch.Tensor, torch.nn.Parameter)
         return dropout
-    if isinstance(x, np.ma.MaskedArray):
+    if is_masked(x):
         raise TypeError("x must be a plain NumPy array, but got a masked one, whose mask would be lost: give filled()")
     if isinstance(x, np.ndarray):
         return arrays

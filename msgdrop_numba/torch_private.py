@@ -20,14 +20,25 @@ All of them are in torch 2.9 and 2.13, the oldest and the newest that are tested
     Tell whether anybody still uses an output's memory. Without: large outputs are new memory each time, and slower.
 `_C._cuda_getCurrentRawStream`
     1 us a launch. Without: `torch.cuda.current_stream`.
+`aoti_torch_cpu_randint_low_out` and what it needs, of torch's stable interface for C (`aoti_torch/c/shim.h`)
+    Lets compiled code draw a seed: 4 us of a small call. Without it: `Tensor.random_`.
+`_C._increment_version`
+    0.3 us a call in place. Without: `torch.autograd.graph.increment_version`.
+`autograd.Function._backward_cls`
+    1 us a backward: no look for another name of `backward`. Without: that look.
 The base's `apply` of an `autograd.Function`
     1.2 us a call: no search for transforms, which no plain tensor is in. Without: `apply` itself.
+`_C._dynamo.guards.TensorGuards`
+    What compiled code asks before it runs, whether tensors are what it was compiled for: all samples of a batch are
+    asked in one call, in a third of the time. Without it, or where it says no, each is asked by getters.
 `UntypedStorage._new_shared`, `Tensor._is_view`, `Tensor._base`, `NestedTensor._ragged_idx`
     What torch's own default collate, its in-place rules and its nested tensors go by. Without one, those calls raise.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
@@ -52,13 +63,14 @@ try:
     _PLAIN_CUDA = _ordinary(_Key.CUDA, _Key.AutocastCUDA, _Key.AutogradCUDA)
     _dispatch_keys: Any = torch._C._dispatch_keys
     _modes = torch._C._len_torch_dispatch_stack
-    _tracing = torch._C._get_tracing_state
+    _tracing, _is_tracing = torch._C._get_tracing_state, torch._C._is_tracing
     _transform = torch._C._functorch.peek_interpreter_stack
 except AttributeError:  # another torch: nothing is known to be plain
     _dispatch_keys = None
 
 
 _is_compiling = torch.compiler.is_compiling
+_is_traced = torch.compiler.is_dynamo_compiling  # asked for less: what else compiles has a mode
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -138,26 +150,66 @@ def not_eager_because() -> str:
     return "" if _transform() is None else "a transform of torch.func is under way"
 
 
-def all_dense(tensors: list[torch.Tensor]) -> bool:
-    """Whether tensors of the exact type are ordinary CPU tensors in C order, where operations are eager.
+def all_alike(tensors: list[Any], varying: bool) -> bool:
+    """Whether these are ordinary CPU tensors in C order, alike in dtype and shape, where operations are eager.
 
-    Asked of a whole batch at once, and by what a getter tells: dispatch keys cost more than a small sample's copy. Of
-    the tensors that only keys tell apart, a transform's wrappers refuse to give their address.
+    Asked of a whole batch at once: asking each takes longer than to copy it, where it is small.
+
+    Args:
+        varying: their first dims may differ.
     """
+    # Nested ones have no shape; guards that are asked about one end the process.
+    if {*map(type, tensors)} != {torch.Tensor} or any(map(_is_nested, tensors)) or not is_eager():
+        return False
+    first = tensors[0]
+    shape = first.shape
+    told = (
+        len(tensors),
+        varying,
+        len(shape),
+        shape[varying:],
+        first.dtype,
+        first.requires_grad,
+        torch.is_inference_mode_enabled(),
+    )
+    guards = _guards.get(told)
+    if guards is None and _TensorGuards is not None and len(shape) and is_plain_too(first):
+        if len(_guards) >= 256:
+            _guards.clear()
+        sizes, strides = [*shape], [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+        sizes[:varying] = [None] * varying
+        count = len(tensors)
+        guards = _guards[told] = _TensorGuards(
+            *tensors[:1] * count, dynamic_dims_sizes=[sizes] * count, dynamic_dims_strides=[strides] * count
+        )
+    # It says no, too, where a tensor comes twice or the thread's state is another one than when it was made.
+    return (guards is not None and guards.check(*tensors)) or _alike_by_getters(tensors, varying)
+
+
+_TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+_guards: dict[Any, Any] = {}
+
+
+def _alike_by_getters(tensors: list[Any], varying: bool) -> bool:
+    """The same of tensors that aren't nested, where operations are known to be eager.
+
+    Of the tensors that only dispatch keys tell apart, a transform's wrappers refuse to give their address.
+    """
+    first = tensors[0]
     return (
-        not tensors[0].is_quantized  # the others have its dtype, or are refused for that
-        and not any(map(_is_nested, tensors))
+        not first.is_quantized  # the others have its dtype, or are refused for that
         and all(map(_is_cpu, tensors))
-        and set(map(_layout, tensors)) == _STRIDED
+        and set(map(_layout, tensors)) == {_strided}
+        and set(map(_dtype, tensors)) == {first.dtype}
+        and {shape[varying:] for shape in set(map(_shape, tensors))} == {first.shape[varying:]}
         and all(map(torch.Tensor.is_contiguous, tensors))
         and not any(map(torch.Tensor.is_neg, tensors))
-        and not (tensors[0].is_complex() and any(map(torch.Tensor.is_conj, tensors)))
+        and not (first.is_complex() and any(map(torch.Tensor.is_conj, tensors)))
     )
 
 
-_is_cpu, _is_nested, _layout = attrgetter("is_cpu"), attrgetter("is_nested"), attrgetter("layout")
+_is_cpu, _is_nested, _layout, _dtype, _shape = map(attrgetter, ("is_cpu", "is_nested", "layout", "dtype", "shape"))
 _strided = torch.strided
-_STRIDED = {_strided}
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -191,20 +243,25 @@ def not_plain_because(tensor: torch.Tensor) -> str:
 
 
 def dense_address(tensor: torch.Tensor) -> int:
-    """Where the elements of a plain tensor of a real dtype in C order lie; 0: it is none, or has none.
+    """Where the elements of a plain tensor in C order lie, of a dtype known to be real; 0: it is none, or has none.
 
-    Asked by what a getter tells, in one function: dispatch keys cost more than a small tensor's kernel. Wrappers, which
-    only keys tell apart, have no address.
+    Asked by what a getter tells, in one function: dispatch keys cost more than a small tensor's kernel. Those without
+    ordinary memory, which only keys tell apart, have no address, or refuse to be asked for it or for their order.
     """
     if (
-        type(tensor) not in _PLAIN_TYPES or _is_compiling() or _dispatch_keys is None or _modes()
-        or _tracing() is not None or forward_ad._current_level >= 0 or _transform() is not None
-        or not tensor.is_cpu or tensor.is_nested or tensor.layout is not _strided or tensor.is_neg()
-        or tensor.is_complex() or not tensor.is_contiguous()
+        _is_traced() or _dispatch_keys is None or _modes() or _is_tracing() or forward_ad._current_level >= 0
+        or _transform() is not None
     ):  # fmt: skip
         return 0
+    return dense_address_too(tensor)
+
+
+def dense_address_too(tensor: torch.Tensor) -> int:
+    """`dense_address`, where operations are known to be eager."""
+    if type(tensor) not in _PLAIN_TYPES or not tensor.is_cpu or tensor.is_nested or tensor.is_neg():
+        return 0
     try:
-        return tensor.data_ptr()
+        return tensor.data_ptr() if tensor.is_contiguous() else 0
     except RuntimeError:
         return 0
 
@@ -221,15 +278,48 @@ _raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 def quick_apply(function: type[torch.autograd.Function]) -> Any:
     """A function's `apply` for plain tensors."""
+    if hasattr(function, "_backward_cls"):
+        function._backward_cls.apply = function.backward  # type: ignore[attr-defined]
     return getattr(super(torch.autograd.Function, function), "apply", function.apply)
 
 
+increment_versions: Any = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
+
+
+class SeedTensor:
+    """A tensor of one int64 that C draws seeds into, from the CPU's default generator.
+
+    Attributes:
+        draw: the address of a function, (tensor, low, high, shape, dims); 0: there is none.
+        tensor: what it takes for this one. address: where its element lies.
+    """
+
+    def __init__(self) -> None:
+        self.draw, tensor, address, one = 0, ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int64(1)
+        try:
+            c = ctypes.CDLL(torch._C.__file__)  # looks into the libraries that it needs, too
+            self._delete, draw = c.aoti_torch_delete_tensor_object, c.aoti_torch_cpu_randint_low_out
+            self._delete.argtypes = (ctypes.c_void_p,)
+            dtype, device = c.aoti_torch_dtype_int64(), c.aoti_torch_device_type_cpu()
+            told = one, ctypes.byref(one), ctypes.byref(one), dtype, device, 0, ctypes.byref(tensor)
+            if not (c.aoti_torch_empty_strided(*told) or c.aoti_torch_get_data_ptr(tensor, ctypes.byref(address))):
+                self.draw = ctypes.cast(draw, ctypes.c_void_p).value or 0
+        except (OSError, AttributeError):
+            pass
+        self.tensor, self.address = tensor.value or 0, address.value or 0
+
+    def __del__(self) -> None:
+        if self.tensor:
+            self._delete(self.tensor)
+
+
 _use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+TELLS_USES = _use_count is not None
 
 
 def storage_uses(storage: Any) -> int:
-    """How many use a storage, this Python object included; 0 where that can't be told."""
-    return 0 if _use_count is None else _use_count(storage._cdata)
+    """How many use a storage, this Python object included."""
+    return _use_count(storage._cdata)  # type: ignore[no-any-return]
 
 
 def shared_storage(nbytes: int) -> Any:

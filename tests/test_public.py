@@ -75,7 +75,7 @@ def made(dropper, **rule):
         return keep_mask((40, 6), 0.6, seed=1, **rule)
     if dropper is message_dropout:
         generator = torch.manual_seed(5)
-        short = message_dropout(torch.from_numpy(x), 0.6, **rule)[..., 0]  # the short door, and the long one
+        short = message_dropout(torch.from_numpy(x), 0.6, **rule)[..., 0]  # the short way, and the long one
         generator.manual_seed(5)
         _, mask = message_dropout(torch.from_numpy(x), 0.6, return_mask=True, **rule)
         assert torch.equal(short.bool(), mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import numbers
 import sys
@@ -96,9 +97,15 @@ def check_source(seed: Any, generator: Any, kind: type) -> int | None:
     return None if seed is None else check_seed(seed)
 
 
+def is_masked(value: Any) -> bool:
+    """Whether it is one of NumPy's masked arrays; where nobody has imported them, none is."""
+    masked = sys.modules.get("numpy.ma")
+    return masked is not None and isinstance(value, masked.MaskedArray)
+
+
 def refuse_masked(name: str, values: Any) -> None:
     """NumPy's masked arrays: their masks would be lost."""
-    if isinstance(values, np.ma.MaskedArray):
+    if is_masked(values):
         raise TypeError(f"{name} must be a plain array, but got a masked one, whose mask would be lost: give filled()")
 
 
@@ -275,7 +282,17 @@ def address(array: Any) -> int:
     """Where the bytes of an array or a tensor begin; 0 for None."""
     if array is None:
         return 0
-    return int(array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data_ptr())
+    if not isinstance(array, np.ndarray):
+        return int(array.data_ptr())
+    if array.flags.carray:
+        try:
+            return ctypes.addressof(_from_buffer(array))  # of what NumPy's own interface says, a description costs most
+        except (TypeError, ValueError):  # it has no bytes, or its dtype no buffer
+            pass
+    return int(array.__array_interface__["data"][0])
+
+
+_from_buffer: Any = ctypes.c_char.from_buffer
 
 
 ZERO = 0.0  # the fill that nobody gave; known by its identity, which spares a call

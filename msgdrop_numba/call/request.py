@@ -88,22 +88,6 @@ class Job(NamedTuple):
     given: Any = None
 
 
-class ShortDoor(NamedTuple):
-    """The way of the usual small call, of numbers alone, out of place, in as few steps as it takes.
-
-    Its steps are those of `perform`, less what such a call can't need; tests hold the two equal.
-
-    Fields:
-        address: of an array; 0: it must take the long way.
-        plan: for its shape, dtype, scale and message dims and the arguments of `DropRule`; None: the same.
-        run: the call, by plan, array and address.
-    """
-
-    address: Any
-    plan: Any
-    run: Any
-
-
 class Library(Protocol):
     """The primitives of an array library. All but the last five check, and write nothing."""
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from msgdrop_numba.call.plan import GIVEN, PLAIN, Draw, Places, Plan
 from msgdrop_numba.call.request import Job
+from msgdrop_numba.call.usual import Usual
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import operations
-from msgdrop_numba.tensors.write import draw_mask, where, write, write_new
+from msgdrop_numba.tensors.seeds import fresh_seed
+from msgdrop_numba.tensors.write import draw_mask, like, where, write
 from msgdrop_numba.torch_private import dense_address, is_plain, is_plain_cuda, quick_apply
 
 
@@ -39,10 +41,6 @@ class _DropMessages(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         plan, draw, seed = ctx.again
         needs_x, needs_fill, _ = ctx.needs_input_grad
-        differentiable = grad.requires_grad and torch.is_grad_enabled()
-        usual = plan.followed and draw is PLAIN and type(seed) is int and not (needs_fill or differentiable)
-        if usual and (start := dense_address(grad)):
-            return write_new(plan, PLAIN, seed, grad, start), None, None
         # Hooks may have changed the layout of what was saved.
         given = ctx.saved_tensors[0].contiguous() if draw.given else None
         job = tuple.__new__(Job, (plan, draw, seed, None, None, given))
@@ -52,13 +50,40 @@ class _DropMessages(torch.autograd.Function):
         if needs_fill:
             grad_fill = _fill_gradient(grad, draw_mask(job))
         if needs_x:
-            if not (is_plain if type(seed) is int else is_plain_cuda)(grad):
-                grad_x = where(job, grad, draw_mask(job))
-            elif differentiable:
-                grad_x = run_job(grad, None, job)
-            else:
-                grad_x = write(job, grad)
+            grad_x = _dropped(grad, job)
         return grad_x, grad_fill, None
+
+
+class _DropUsual(torch.autograd.Function):
+    """The same of the usual call, see `call.usual`: what plan and seed alone decide."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, told: tuple[Usual, int, int, int]) -> Tensor:
+        how, source, seed, start = told
+        result = like(x, how.nbytes)
+        drawn = how.drop(how.told, 0, 0, source, seed, start, result.data_ptr())
+        if drawn < 0:  # compiled code couldn't draw
+            source, seed = 0, fresh_seed(None)
+            how.drop(how.told, 0, 0, source, seed, start, result.data_ptr())
+        ctx.told = how, drawn if source else seed
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        how, seed = ctx.told
+        if not (grad.requires_grad and torch.is_grad_enabled()) and (start := dense_address(grad)):
+            result = like(grad, how.nbytes)
+            how.drop(how.told, 0, 0, 0, seed, start, result.data_ptr())
+            return result, None
+        grad = grad.to_dense() if grad.layout != torch.strided else grad
+        return _dropped(grad, Job(how.plan, PLAIN, seed % 2**64)), None
+
+
+def _dropped(grad: Tensor, job: Job) -> Any:
+    """The gradient of x."""
+    if not (is_plain if type(job.seed) is int else is_plain_cuda)(grad):
+        return where(job, grad, draw_mask(job))
+    return run_job(grad, None, job) if grad.requires_grad and torch.is_grad_enabled() else write(job, grad)
 
 
 def _scales_again(plan: Plan, draw: Draw) -> Draw:
@@ -69,6 +94,8 @@ def _scales_again(plan: Plan, draw: Draw) -> Draw:
 
 # What autograd runs for a tensor, its fill or None, and a job whose target is None or the tensor itself.
 run_job: Any = quick_apply(_DropMessages)
+# For a tensor and a tuple: its Usual, a source, a seed where that is 0, and where the tensor lies.
+run_usual: Any = quick_apply(_DropUsual)
 
 
 def _fill_gradient(grad: Tensor, keep: Tensor) -> Tensor:

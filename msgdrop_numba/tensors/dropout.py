@@ -8,37 +8,95 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.plan import PLAIN, Plan, make_plan
-from msgdrop_numba.call.request import Request, ShortDoor, perform, prepare_mask, turned
+from msgdrop_numba.call.plan import make_plan
+from msgdrop_numba.call.request import Request, perform, prepare_mask, turned
+from msgdrop_numba.call.usual import Usual, row_address, seed_bits, usual
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import nested, traced, ways
 from msgdrop_numba.tensors.arguments import WITHOUT_ZERO, check_device, scaled_kind
-from msgdrop_numba.tensors.autograd import run_job
-from msgdrop_numba.tensors.seeds import fresh_seed
-from msgdrop_numba.tensors.write import draw_mask, write_new
-from msgdrop_numba.torch_private import dense_address
+from msgdrop_numba.tensors.autograd import run_usual
+from msgdrop_numba.tensors.seeds import drawing, fresh_seed
+from msgdrop_numba.tensors.write import draw_mask, like
+from msgdrop_numba.torch_private import dense_address, dense_address_too, increment_versions
 
 _QUANTIZED = {torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4}
 
 
 @lru_cache(maxsize=1024, typed=True)
-def _usual_plan(shape: tuple[int, ...], dtype: torch.dtype, scale: bool, message_dims: Any, *rule: Any) -> Plan | None:
+def _usual(shape: tuple[int, ...], dtype: torch.dtype, scale: bool, message_dims: Any, *rule: Any) -> Usual | None:
     """The plan where the kernels do it all; None otherwise. Cached once more: what is asked here takes longer."""
-    if isinstance(message_dims, tuple):
+    if isinstance(message_dims, tuple) or dtype.is_complex:  # which may be conjugated
         return None
     plan = make_plan(shape, dtype.itemsize, scaled_kind(dtype) if scale else COPY, message_dims, rule)
-    return plan if plan.followed and dtype not in WITHOUT_ZERO | _QUANTIZED else None
+    return usual(plan) if plan.followed and dtype not in WITHOUT_ZERO | _QUANTIZED else None
 
 
-def _run(plan: Plan, x: Tensor, address: int) -> Tensor:
-    """The usual call, by a seed drawn from torch's default generator."""
-    seed = fresh_seed(None)
-    if x.requires_grad and torch.is_grad_enabled():
-        return run_job(x, None, (plan, PLAIN, seed, None, None, None))  # type: ignore[no-any-return]
-    return write_new(plan, PLAIN, seed, x, address)
+def short(
+    x: Tensor, p: float, rule: tuple[Any, ...], scale: Any, message_dims: Any, inplace: Any, lengths: Any, seed: Any,
+    keys: Any, out: Any,
+) -> Tensor | None:  # fmt: skip
+    """The usual call, see `call.usual`; None: it is another, and nothing was done. What the plan refuses is raised."""
+    start = dense_address(x)
+    try:
+        how = _usual(x.shape, x.dtype, bool(scale), message_dims, p, *rule) if start else None
+    except (TypeError, RuntimeError):  # what is wrong is said elsewhere
+        return None
+    if how is None:
+        return None
+    tracked, target = x.requires_grad and torch.is_grad_enabled(), None
+    if inplace or out is not None:
+        target, to = _target(x, start, how.nbytes, inplace, out)
+        if not to or tracked:
+            return None
+    at_lengths = at_keys = source = 0
+    if lengths is not None or keys is not None:
+        at_lengths = 0 if lengths is None else _row_address(lengths, how.rows)
+        at_keys = 0 if keys is None else _row_address(keys, how.rows)
+        if tracked or not how.small or (lengths is not None and not at_lengths) or (keys is not None and not at_keys):
+            return None
+    if seed is not None:
+        seed = seed_bits(seed)
+        if seed is None:
+            return None
+    elif how.small and drawing.source:
+        source, seed = drawing.source, 0
+    elif lengths is None:  # they are checked before a seed is drawn
+        seed = fresh_seed(None)
+    else:
+        return None
+    if tracked:
+        return run_usual(x, (how, source, seed, start))  # type: ignore[no-any-return]
+    if target is None:
+        result = like(x, how.nbytes)
+        done = how.drop(how.told, at_lengths, at_keys, source, seed, start, result.data_ptr())
+        return result if done >= 0 else None
+    if how.drop(how.told, at_lengths, at_keys, source, seed, start, to) < 0:
+        return None
+    increment_versions((target,))  # torch can't see a write through a pointer
+    return target  # type: ignore[no-any-return]
 
 
-SHORT_DOOR = ShortDoor(dense_address, _usual_plan, _run)
+def _target(x: Tensor, start: int, nbytes: int, inplace: Any, out: Any) -> tuple[Any, int]:
+    """The tensor to write and its address; 0: all there is to know of it must be asked."""
+    target = x if inplace else out
+    to = start if target is x else dense_address_too(out)
+    if (inplace and out is not None) or not to or target.is_inference():
+        return None, 0
+    if target is not x:
+        if out.dtype is not x.dtype or out.shape != x.shape or (out.requires_grad and torch.is_grad_enabled()):
+            return None, 0
+        if to != start and abs(to - start) < nbytes:
+            return None, 0
+    return target, to
+
+
+def _row_address(values: Any, rows: tuple[int, ...]) -> int:
+    """Where int64 lie, one a row; 0: they are others."""
+    if type(values) is not Tensor:
+        return row_address(values, rows)
+    return dense_address_too(values) if values.dtype is torch.int64 and values.shape == rows else 0
+
+
 explain = ways.explain
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 
 from msgdrop_numba.call.arguments import message_dims
@@ -25,6 +24,7 @@ from msgdrop_numba.tensors.pieces import agreed, check_agreed, is_outside, local
 from msgdrop_numba.tensors.select import scales_of
 from msgdrop_numba.tensors.traced import TRACED
 from msgdrop_numba.tensors.write import draw_mask
+from msgdrop_numba.torch_private import increment_versions
 
 
 def message_dropout(x: DTensor, request: Request) -> Any:
@@ -65,7 +65,7 @@ def _perform(x: DTensor, here: Here, request: Request) -> tuple[Any, Any]:
     written = request.out if request.out is not None else x if told.inplace and job.seed is not None else None
     if written is not None:
         if not written.is_inference():
-            increment_version(written)  # what was written is the local tensor, whose version is another
+            increment_versions((written,))  # what was written is the local tensor, whose version is another
         return written, keep
     if made is local:
         return x, keep

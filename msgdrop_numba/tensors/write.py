@@ -11,23 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from msgdrop_numba import outputs
-from msgdrop_numba.call.plan import Draw, Plan, follow, kept_scales, make_plan
+from msgdrop_numba.call.plan import Draw, follow, kept_scales, make_plan
 from msgdrop_numba.call.request import Job
 from msgdrop_numba.call.rule import DEFAULTS
 from msgdrop_numba.call.threads import launch
-from msgdrop_numba.kernels.cpu import drop_range
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import cuda, operations
+from msgdrop_numba.torch_private import increment_versions
 
 
 def write(job: Job, x: Tensor) -> Tensor:
     """x with its messages dropped, in the job's target or in a new tensor."""
     plan, draw, seed, target, mask, given = job
     if target is None and plan.followed and type(seed) is int and x.is_contiguous() and (start := x.data_ptr()):
-        return write_new(plan, draw, seed, x, start, mask if given is None else given)
+        result, mask = like(x, plan.nbytes), mask if given is None else given
+        launch(plan, draw, seed, start, result.data_ptr(), 0 if mask is None else mask.data_ptr())
+        return result
     # A mask alone doesn't tell what to scale by.
     if plan.nbytes >= outputs.HUGE_BYTES and type(seed) is int and plan.kind == COPY and not x.is_contiguous():
         order = _memory_order(x, len(plan.shape))
@@ -39,15 +40,9 @@ def write(job: Job, x: Tensor) -> Tensor:
     return _write_over(job, x, result)
 
 
-def write_new(plan: Plan, draw: Draw, seed: int, x: Tensor, start: int, mask: Tensor | None = None) -> Tensor:
-    """`write` into a new tensor on the CPU, from x in C order at the address `start`; `mask` as for the kernels."""
-    if plan.serial and mask is None and seed < 2**63:  # what `launch` would do, for the smallest
-        result = torch.empty_like(x)
-        drop_range(0, plan.messages, plan.address, draw.address, start, result.data_ptr(), 0, seed)
-        return result
-    result = torch.empty_like(x) if plan.nbytes < outputs.HUGE_BYTES else outputs.empty(x.shape, x.dtype)
-    launch(plan, draw, seed, start, result.data_ptr(), 0 if mask is None else mask.data_ptr())
-    return result
+def like(x: Tensor, nbytes: int) -> Tensor:
+    """A tensor like x, which lies in C order."""
+    return torch.empty_like(x) if nbytes < outputs.REUSED_BYTES else outputs.empty(x.shape, x.dtype)
 
 
 def _memory_order(x: Tensor, dims: int) -> list[int] | None:
@@ -86,7 +81,7 @@ def _write_over(job: Job, x: Tensor, result: Tensor) -> Tensor:
         run = launch if type(seed) is int else cuda.launch
         if run(plan, draw, seed, start, result.data_ptr(), 0 if mask is None else mask.data_ptr()):
             if target is not None and not target.is_inference():
-                increment_version(target)  # torch can't see a write through a pointer
+                increment_versions((target,))  # torch can't see a write through a pointer
             return result
     return result.copy_(where(job, x, draw_mask(job)))
 

@@ -61,7 +61,6 @@ def test_the_gradient_of_a_sum_takes_the_kernel(monkeypatch):
     y = message_dropout(x, seed=3, scale=True)
     y.sum().backward()
     assert [launch.x == launch.out != 0 for launch in launches] == [False, True]
-    assert [launch.usual for launch in launches] == [True, False]  # forward is too small for `launch`
     assert torch.equal(x.grad, message_dropout(torch.ones(2, 4, 3), seed=3, scale=True))
 
 

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from helpers import internals
+from helpers.cases import both
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from msgdrop_numba import MessageDropout, keep_mask, message_dropout
@@ -69,6 +71,87 @@ def test_the_short_way_refuses_what_the_long_one_does(options):
     assert errors[0] == errors[1]
 
 
+ARGUMENTS = {
+    "seed": {"seed": 2**63 + 5},
+    "keys": {"seed": 3, "keys": [5, -1, 2**62, 0]},
+    "lengths": {"seed": 3, "lengths": [6, 0, 2, 5]},
+    "all": {"seed": 2**64 - 1, "keys": [1, 2, 3, 4], "lengths": [6, 0, 2, 5], "scale": True, "exact": True},
+}
+
+
+@both
+@pytest.mark.parametrize("told", ARGUMENTS.values(), ids=ARGUMENTS)
+@pytest.mark.parametrize("size", [3, 30_000], ids="{} features".format)
+def test_arguments_go_the_short_way(make, told, size, monkeypatch):
+    """New, into a target and in place; keys and lengths of large calls alone go the long one."""
+    told = {name: make(np.array(value)) if isinstance(value, list) else value for name, value in told.items()}
+    values = np.random.default_rng(1).standard_normal((4, 6, size), np.float32)
+    with monkeypatch.context() as patch:
+        internals.no_short_way(patch)
+        want = np.asarray(message_dropout(values, 0.4, **told))
+    if size == 3 or len(told) == 1:
+        internals.no_long_way(monkeypatch)
+    x, out = make(values), make(np.empty_like(values))
+    assert np.array_equal(message_dropout(x, 0.4, **told), want)
+    assert message_dropout(x, 0.4, out=out, **told) is out
+    assert message_dropout(x, 0.4, inplace=True, **told) is x
+    assert np.array_equal(out, want)
+    assert np.array_equal(x, want)
+    if isinstance(x, torch.Tensor):
+        assert x._version == out._version == 1
+
+
+@both
+@pytest.mark.parametrize("lengths", [[6, 0, 2, 7], [-1, 0, 2, 5], [1, 2, 3], [1.0, 2.0, 3.0, 4.0]], ids=str)
+def test_wrong_lengths_are_refused_before_anything_happens(make, lengths):
+    x, state = make(np.ones((4, 6, 3), np.float32)), torch.get_rng_state()
+    for more in ({"inplace": True}, {"out": make(np.ones((4, 6, 3), np.float32))}):
+        with pytest.raises((TypeError, ValueError), match="lengths"):
+            message_dropout(x, 0.9, lengths=make(np.array(lengths)), **more)
+        for array in (x, more.get("out", x)):
+            assert (np.asarray(array) == 1).all()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@both
+def test_targets_that_must_be_looked_at(make):
+    """What the short way doesn't take, the long one does, or refuses."""
+    memory = make(np.arange(100, dtype=np.float32))
+    x, beside = memory[:72].reshape(4, 6, 3), memory[18:90].reshape(4, 6, 3)
+    with pytest.raises(ValueError, match="out"):
+        message_dropout(x, 0.4, seed=1, out=beside)
+    for out in (make(np.ones((4, 6, 3), np.float64)), make(np.ones((4, 6, 4), np.float32)), [1]):
+        with pytest.raises((TypeError, ValueError), match="out"):
+            message_dropout(x, 0.4, seed=1, out=out)
+    with pytest.raises(ValueError, match="inplace"):
+        message_dropout(x, 0.4, seed=1, out=x, inplace=True)
+    want, apart = message_dropout(x, 0.4, seed=1), make(np.ones((4, 6, 5), np.float32))[..., :3]
+    assert np.array_equal(message_dropout(x, 0.4, seed=1, out=apart), want)
+    assert np.array_equal(message_dropout(x, 0.4, seed=1, out=x), want)
+
+
+@pytest.mark.parametrize("size", [3, 30_000], ids="{} features".format)
+def test_seeds_are_the_same_however_they_are_drawn(size, monkeypatch):
+    x = torch.ones(4, 6, size, requires_grad=True)
+    seen = []
+    for without in ((), ("draw",)):
+        internals.torch_without(monkeypatch, *without)
+        torch.manual_seed(7)
+        ys = [message_dropout(x.detach(), 0.4), message_dropout(x, 0.4)]
+        ys += torch.autograd.grad(ys[1], x, torch.ones_like(x))
+        seen.append([*ys, message_dropout(x.detach(), 0.4, inplace=False, out=torch.empty_like(x)), torch.rand(3)])
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    assert torch.equal(seen[0][1], seen[0][2])
+    assert not torch.equal(seen[0][0], seen[0][1])
+
+
+def test_more_rows_than_the_short_way_takes():
+    x = torch.ones(2000, 2, 3)
+    keys, lengths = torch.arange(2000), torch.arange(2000) % 3
+    keep = torch.from_numpy(keep_mask((2000, 2), 0.4, seed=3, keys=keys.numpy(), lengths=lengths.numpy()))
+    assert torch.equal(message_dropout(x, 0.4, seed=3, keys=keys, lengths=lengths).any(-1), keep)
+
+
 def test_tensors_that_only_look_plain():
     """What torch.func leaves behind, and what has no memory of its own, takes the long way."""
     kept = []
@@ -77,7 +160,7 @@ def test_tensors_that_only_look_plain():
     kept += [torch._neg_view(torch.randn(4, 6, 3)), torch._efficientzerotensor((4, 6, 3))]
     kept += [torch.randn(4, 6, 3, dtype=torch.complex64).conj()]
     for x in kept:
-        assert torch_state.dense_address(x) == 0
+        assert x.is_complex() or torch_state.dense_address(x) == 0
         assert torch_state.is_plain(x) == (torch_state.not_plain_because(x) == "")
         for request in (REQUEST, REQUEST._replace(keys=x), REQUEST._replace(fill=kept[0], lengths=torch.ones(2))):
             for tensor in (x, torch.randn(4, 6, 3)):
