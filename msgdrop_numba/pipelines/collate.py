@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -282,14 +282,16 @@ class MessageDropoutCollate:
         extras: dict[str, dict[str | None, Any]] = {}
         if self.collate_fn is None:
             fields = self._find(samples[0])
-            kind = Removal if self.remove else Stack
-            stacks: dict[str | None, Any] = {
-                mask: kind(self._options, self._padding, _mask_seed(seed, mask), ids, keys, own)
-                for mask in [field.mask for field in fields.values()]
-            }
-            build = self._beside(samples, fields, brought, stacks)
-            build |= {path: partial(stacks[field.mask].build, field.label) for path, field in fields.items()}
-            batch = collate(samples, build, lambda path, values: build[path](values))
+            kind: type[Stack] = Removal if self.remove else Stack
+            stacks: dict[str | None, Any] = {}
+            for field in fields.values():
+                if field.mask not in stacks:
+                    seed_of = _mask_seed(seed, field.mask)
+                    stacks[field.mask] = kind(self._options, self._padding, seed_of, ids, keys, own)
+            build = self._beside(samples, fields, brought, stacks) if brought or self._companions else {}
+            for path, field in fields.items():
+                build[path] = partial(stacks[field.mask].build, field.label)
+            batch = collate(samples, build)
             if self._padding.wanted:
                 extras["lengths"] = {mask: torch.tensor(stack.counts(), device="cpu") for mask, stack in stacks.items()}
             if self.return_indices:
@@ -349,7 +351,7 @@ class MessageDropoutCollate:
         epoch = self._epoch.of_batch(epochs, ids)
         if epoch is None and watched and self._draws:
             self._epoch.warn_of_repeats(keys, ids)
-        return fold_in(self.seed, epoch or 0)
+        return _epoch_seed(self.seed, epoch or 0)
 
     def _read_own(self, samples: list[Any], ids: list[Any] | None) -> tuple[Own, dict[Path, Each]]:
         """What the samples bring, and the leaves of it that have a value for each message, by their paths."""
@@ -368,6 +370,9 @@ class MessageDropoutCollate:
             if path is not None:
                 found[path] = read[argument]
         return Own(name, **read), found
+
+
+_epoch_seed = lru_cache(maxsize=64)(fold_in)  # the same for all batches of an epoch
 
 
 def _mask_seed(seed: int, mask: str | None) -> int:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from msgdrop_numba.call.arguments import is_masked
 from msgdrop_numba.call.keys import sample_keys
 
 
@@ -258,7 +259,7 @@ def plain(name: str, column: Any) -> np.ndarray:
         if column.null_count:
             raise ValueError(f"column {name!r} has {column.null_count} nulls: filter those rows out before")
         column = column.to_numpy(zero_copy_only=False)
-    if isinstance(column, np.ma.MaskedArray):
+    if is_masked(column):
         raise TypeError(f"column {name!r} must be a plain array, but is a masked one")
     array = np.asarray(column, None if isinstance(column, np.ndarray) else object)
     if array.ndim != 1:

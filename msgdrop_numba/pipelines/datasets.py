@@ -43,7 +43,7 @@ class Keyed(_Pair):
     epoch: int | None = None
 
     def __new__(cls, key: Any, sample: Any, epoch: int | None = None) -> Keyed:
-        self = super().__new__(cls, key, sample)
+        self = tuple.__new__(cls, (key, sample))
         if epoch is not None:
             self.epoch = epoch
         return self
@@ -177,10 +177,14 @@ class KeyedDataset(Dataset[Keyed]):
         return self._keyed(index, self.dataset[index], epoch)
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Keyed]:
-        epochs, bare = zip(*map(self._split, indices), strict=True) if len(indices) else ((), ())
+        epochs: Sequence[int | None]
+        if EpochIndex in map(type, indices):
+            epochs, indices = zip(*map(self._split, indices), strict=True)
+        else:
+            epochs = [self._epoch.get()] * len(indices)
         fetch = getattr(self.dataset, "__getitems__", None)
-        samples = fetch(list(bare)) if fetch else [self.dataset[index] for index in bare]
-        return [self._keyed(*told) for told in zip(bare, samples, epochs, strict=True)]
+        samples = fetch(list(indices)) if fetch else [self.dataset[index] for index in indices]
+        return [self._keyed(*told) for told in zip(indices, samples, epochs, strict=True)]
 
     def _split(self, index: Any) -> tuple[int | None, Any]:
         """The epoch of the sample that is asked for, and its index alone."""
@@ -189,6 +193,8 @@ class KeyedDataset(Dataset[Keyed]):
     def _keyed(self, index: Any, sample: Any, epoch: int | None) -> Keyed:
         if self.key is not None:
             return Keyed(_id_of(self.key, sample, f"the sample at index {index}"), sample, epoch)
+        if type(index) is int and 0 <= index < 2**64:  # the usual one, asked first
+            return Keyed(index, sample, epoch)
         if type(index) is not int:
             index = index.item() if isinstance(index, (Tensor, np.ndarray)) else index
         if isinstance(index, numbers.Integral) and index < 0:  # the same sample has the same key

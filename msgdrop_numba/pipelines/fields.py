@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import numbers
 from collections.abc import Callable, Mapping, MutableMapping
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -199,20 +200,20 @@ def column(samples: list[Any], path: Path) -> list[Any]:
     """What lies there in each of the samples, which must be alike on the way."""
     for depth, name in enumerate(path):
         _check_alike(samples, path[:depth])
-        samples = [sample[name] for sample in samples]
+        samples = [*map(itemgetter(name), samples)]
     return samples
 
 
-def collate(samples: list[Any], paths: Any, build: Callable[[Path, list[Any]], Any], path: Path = ()) -> Any:
-    """The samples' structure, with `build` of what lies at `paths` and torch's default_collate of the rest."""
-    if path in paths:
-        return build(path, samples)
-    if not any(wanted[: len(path)] == path for wanted in paths):
+def collate(samples: list[Any], build: dict[Path, Callable[[list[Any]], Any]], path: Path = ()) -> Any:
+    """The samples' structure: what `build` makes of what lies at its paths, torch's default_collate of the rest."""
+    if path in build:
+        return build[path](samples)
+    if not any(wanted[: len(path)] == path for wanted in build):
         return _default(samples, path)
     first = samples[0]
     _check_alike(samples, path)
     names = first if isinstance(first, Mapping) else range(len(first))
-    leaves = [collate([sample[name] for sample in samples], paths, build, (*path, name)) for name in names]
+    leaves = [collate([*map(itemgetter(name), samples)], build, (*path, name)) for name in names]
     if isinstance(first, Mapping):
         return _with(first, dict(zip(first, leaves, strict=True)))
     if hasattr(first, "_fields"):
@@ -235,6 +236,10 @@ def _check_alike(samples: list[Any], path: Path) -> None:
     first = samples[0]
     kind, is_dict = type(first), isinstance(first, Mapping)
     keys, size = (first.keys(), 0) if is_dict else (None, len(first))
+    if {*map(type, samples)} == {kind} and (
+        all(sample.keys() == keys for sample in samples) if is_dict else {*map(len, samples)} == {size}
+    ):
+        return
     for position, sample in enumerate(samples):
         if type(sample) is not kind or (sample.keys() != keys if is_dict else len(sample) != size):
             where = f"field {label(path)} of " if path else ""

@@ -13,7 +13,8 @@ from msgdrop_numba.call.request import Job
 from msgdrop_numba.call.select import PADDED, Selection, Source, move, moving, of_slots, place, slot_scales
 from msgdrop_numba.kernels.records import COPY, OTHER
 from msgdrop_numba.pipelines.rows import PADDING
-from msgdrop_numba.pipelines.stack import Samples, Stack, new, sent
+from msgdrop_numba.pipelines.samples import Samples
+from msgdrop_numba.pipelines.stack import Stack, new, sent
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.arguments import scaled_kind
 from msgdrop_numba.tensors.write import draw_mask
@@ -76,9 +77,9 @@ class Removal(Stack):
         """What is kept of rows wherever they lie, padded to the longest."""
         index, kind = self._selected().numbers, scaled_kind(rows.dtype) if scale else COPY
         out = new((*index.shape, *rows.features), rows.dtype)
-        starts, padding = np.array(rows.starts, np.int64), self._pad_message(out)
+        padding = self._pad_message(out)
         width = int(np.prod(rows.features, dtype=np.int64)) * rows.dtype.itemsize
-        source = Source(0, max(1, max(self._lengths)), 0, width, address(starts))
+        source = Source(0, max(1, self.size), 0, width, address(rows.starts))
         scales = self._scales if kind not in (COPY, OTHER) else None
         move(moving(source, out.data_ptr(), index, width, (address(padding), 0), scales, kind), index.size)
         if kind == OTHER and self._scales is not None:  # a dtype that kernels can't multiply

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,19 +10,16 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from msgdrop_numba import outputs
-from msgdrop_numba.call.arguments import address, scales, split_positions, thresholds
+from msgdrop_numba.call.arguments import scales, split_positions, thresholds
 from msgdrop_numba.call.plan import USUAL, Draw, Plan, Rows, make_plan, row_places
 from msgdrop_numba.call.request import Job, Options, Request
 from msgdrop_numba.call.rule import for_rows
 from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.pipelines.rows import Each, Own, Told, laid_out
+from msgdrop_numba.pipelines.samples import Samples, read, torch_dtype
 from msgdrop_numba.tensors.arguments import check_number, fill_message, scaled_kind
 from msgdrop_numba.tensors.write import draw_mask, where
-from msgdrop_numba.torch_private import all_dense, is_eager, is_plain
-
-# One call for a whole batch: an expression in a loop of Python's would cost more than a small sample's copy.
-_start, _shape, _dtype = Tensor.data_ptr, attrgetter("shape"), attrgetter("dtype")
 
 
 class Padding(NamedTuple):
@@ -35,22 +29,15 @@ class Padding(NamedTuple):
     value: Any
 
 
-class Samples(NamedTuple):
-    """The samples of one field: contiguous memory, kept alive by `owners`."""
-
-    owners: list[Any]
-    starts: list[int]
-    lengths: list[int]
-    features: tuple[int, ...]
-    dtype: torch.dtype
-
-
 class Stack:
     """The fields of one batch that share a mask, by sharing rule, seed, keys, lengths and what samples bring.
 
     Attributes:
         lengths: each sample's messages; None until a field is known.
+        size: the longest sample's.
     """
+
+    size: int
 
     def __init__(
         self, options: Options, padding: Padding, seed: int, ids: list[Any] | None, keys: np.ndarray | None,
@@ -63,9 +50,10 @@ class Stack:
     def build(self, field: str, samples: list[Any]) -> Tensor:
         """The batch `(samples, messages, *features)` of one field."""
         options, rows = self.options, self.look(field, samples)
-        out = new((len(samples), max(rows.lengths), *rows.features), rows.dtype)
-        plan = self._plan(tuple(out.shape), rows.dtype.itemsize, scaled_kind(rows.dtype) if options.scale else COPY)
-        starts = Rows(np.array(rows.starts, np.int64), self._pad_message(out))
+        shape = (len(samples), self.size, *rows.features)
+        out = new(shape, rows.dtype)
+        plan = self._plan(shape, rows.dtype.itemsize, scaled_kind(rows.dtype) if options.scale else COPY)
+        starts = Rows(rows.starts, self._pad_message(out))
         draw = self._draw(plan, fill_message(options.fill, out, 2), starts)
         if plan.messages and plan.followed:
             launch(plan, draw, self.seed, 0, out.data_ptr(), 0)
@@ -78,7 +66,7 @@ class Stack:
         rows, first = self._rows(field, samples), self.lengths is None
         self._check_lengths(field, rows.lengths)
         if first and self.own is not None:
-            self.told = self.own.told(rows.lengths, max(rows.lengths), f" of {field}" if field else "")
+            self.told = self.own.told(rows.lengths, self.size, f" of {field}" if field else "")
         return rows
 
     def request(self, field: str, sample: Any) -> tuple[Request, int]:
@@ -115,7 +103,7 @@ class Stack:
 
     def _mask_plan(self) -> Plan:
         assert self.lengths is not None
-        return self._plan((len(self.lengths), max(self.lengths), 0), 0, COPY)
+        return self._plan((len(self.lengths), self.size, 0), 0, COPY)
 
     def _plan(self, shape: tuple[int, ...], itemsize: int, kind: int) -> Plan:
         p, rule = self.options.p, self.options.rule
@@ -137,60 +125,7 @@ class Stack:
         return Draw(fill, lengths, self.keys, row_thresholds, row_scales, rows=rows, places=places)
 
     def _rows(self, field: str, samples: list[Any], dims: int = 2) -> Samples:
-        """Where the samples lie; refused if they don't fit together, or have fewer dims."""
-        if is_eager() and set(map(type, samples)) == {Tensor} and all_dense(samples):
-            owners, starts = samples, [*map(_start, samples)]
-            shapes, dtypes = [*map(_shape, samples)], [*map(_dtype, samples)]
-        else:
-            laid_out = [self._laid_out(field, row, sample) for row, sample in enumerate(samples)]
-            owners, starts, shapes, dtypes = map(list, zip(*laid_out, strict=True))
-        dtype, features = dtypes[0], tuple(shapes[0][1:])
-        even = shapes.count(shapes[0]) == len(shapes)
-        if not even or len(shapes[0]) < dims or dtypes.count(dtype) < len(dtypes):
-            self._check_alike(field, shapes, dtypes, dims)
-        lengths = [shapes[0][0]] * len(shapes) if even else [shape[0] for shape in shapes]
-        if 0 in starts and math.prod(features):
-            self._check_memory(field, starts, lengths)
-        return Samples(owners, starts, lengths, features, dtype)
-
-    def _laid_out(self, field: str, row: int, sample: Any) -> tuple[Any, int, Any, torch.dtype]:
-        """A sample as contiguous memory: the array that owns it, its address, shape and dtype."""
-        if isinstance(sample, Tensor):
-            owner = sample.detach().resolve_conj().resolve_neg()
-            if not is_plain(owner):
-                raise TypeError(
-                    f"{self._at(field, row)} must be an ordinary CPU tensor, outside torch's transforms and "
-                    f"dispatch modes, but got {type(sample).__name__} on {sample.device}"
-                )
-            owner = owner.contiguous()
-            return owner, owner.data_ptr(), owner.shape, owner.dtype
-        if not isinstance(sample, np.ndarray) or isinstance(sample, np.ma.MaskedArray):
-            raise TypeError(f"{self._at(field, row)} must be an array or a tensor, but got {type(sample).__name__}")
-        try:
-            native = np.ascontiguousarray(sample, sample.dtype.newbyteorder("="))
-            dtype = _torch_dtype(native.dtype)
-        except TypeError:
-            raise TypeError(
-                f"{self._at(field, row)} must have a dtype that torch has, but got {sample.dtype}"
-            ) from None
-        return native, address(native), sample.shape, dtype
-
-    def _check_alike(self, field: str, shapes: list[Any], dtypes: list[torch.dtype], dims: int) -> None:
-        for row, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
-            if len(shape) < dims:
-                raise ValueError(f"{self._at(field, row)} must be (messages, *features), but got shape {tuple(shape)}")
-            if dtype != dtypes[0] or shape[1:] != shapes[0][1:]:
-                raise ValueError(
-                    f"{self._at(field, row)} must be like the batch's first, {dtypes[0]} with features "
-                    f"{tuple(shapes[0][1:])}, but got {dtype} with {tuple(shape[1:])}"
-                )
-
-    def _check_memory(self, field: str, starts: list[int], lengths: list[int]) -> None:
-        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            if length and not start:
-                raise ValueError(
-                    f"{self._at(field, row)} must have memory behind its messages, but has none: copy it first"
-                )
+        return read(samples, dims, self.padding.wanted, lambda row: self._at(field, row))
 
     def _check_lengths(self, field: str, lengths: list[int]) -> None:
         if not self.padding.wanted and lengths.count(lengths[0]) < len(lengths):
@@ -205,11 +140,11 @@ class Stack:
                 f"{self._at(field, row)} must have {self.lengths[row]} messages, as the sample's other fields, but got "
                 f"{lengths[row]}: they share one mask; give it one of its own with fields={{name: mask name, ...}}"
             )
-        self.lengths = lengths
+        self.lengths, self.size = lengths, max(lengths)
         p = self.options.p
-        if isinstance(p, np.ndarray) and max(lengths) > len(p):
+        if isinstance(p, np.ndarray) and self.size > len(p):
             raise ValueError(
-                f"p must have one probability for each of the {max(lengths)} messages of a sample, but has {len(p)}"
+                f"p must have one probability for each of the {self.size} messages of a sample, but has {len(p)}"
             )
 
     def _at(self, field: str, row: int) -> str:
@@ -229,12 +164,7 @@ def padded(each: Each) -> Tensor:
 
 def sent(array: np.ndarray) -> Tensor:
     """A copy of an array as a part of the batch."""
-    return new(array.shape, _torch_dtype(array.dtype)).copy_(torch.from_numpy(array))
-
-
-@lru_cache(maxsize=64)
-def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, dtype)).dtype
+    return new(array.shape, torch_dtype(array.dtype)).copy_(torch.from_numpy(array))
 
 
 def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

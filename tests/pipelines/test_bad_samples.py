@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers import internals
 from helpers.samples import EVEN, SAMPLES
 from torch.utils.data import DataLoader, default_collate
 
@@ -96,6 +97,33 @@ def test_tensors_of_other_kinds():
             MessageDropoutCollate(0.5)([make()] * 2)
     with pytest.raises(TypeError, match="sample 1 must be an ordinary CPU tensor"):
         MessageDropoutCollate(0.5)([EVEN[0], torch.nested.nested_tensor([EVEN[0]])])
+
+
+@pytest.mark.parametrize("without", [(), ("guards",)])
+def test_samples_that_are_asked_together(without, monkeypatch):
+    """What is known of some doesn't hold for others: of other dims, orders, places in memory, or signs."""
+    internals.torch_without(monkeypatch, *without)
+    collate = MessageDropoutCollate(0.5, seed=1)
+    collate.set_epoch(0)
+    labels = MessageDropoutCollate(0.5, remove=True, companions=1, pad=True)
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match="field 1 of sample 0"):
+            labels([(sample, torch.tensor(1.0)) for sample in EVEN])
+        labels([(sample, torch.ones(len(sample))) for sample in EVEN])
+        want = collate([Keyed(i, sample) for i, sample in enumerate(EVEN)])
+        turned = [sample.t().contiguous().t() for sample in EVEN]
+        apart = [torch.stack([sample, sample], 2)[..., 0] for sample in EVEN]
+        negated = [torch._neg_view(-sample) for sample in EVEN]
+        for others in (
+            turned,
+            apart,
+            negated,
+            [sample.clone().requires_grad_() for sample in EVEN],
+            EVEN[:1] + turned[1:],
+        ):
+            assert torch.equal(collate([Keyed(i, sample) for i, sample in enumerate(others)]), want)
+        with torch.inference_mode():
+            assert torch.equal(collate([Keyed(i, sample.clone()) for i, sample in enumerate(EVEN)]), want)
 
 
 @pytest.mark.processes
