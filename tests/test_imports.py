@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import internals
+from numba.core import caching
 
 import msgdrop_numba
 
@@ -111,9 +113,28 @@ print(msgdrop_numba.__file__, type(cpu.drop_range._cache).__name__)
     assert done.stdout.split() == [str(tmp_path / "msgdrop_numba" / "__init__.py"), "NullCache"]
 
 
+READ = """
+import sys
+import msgdrop_numba.kernels.cpu as cpu
+print(sum(cpu.drop_range.stats.cache_hits.values()), "numba.np.arraymath" in sys.modules)
+"""
+
+
 @pytest.mark.processes
 def test_compiled_code_is_cached(tmp_path):
-    code = USE_NUMPY + "import msgdrop_numba.kernels.cpu as cpu\nprint(sum(cpu.drop_range.stats.cache_hits.values()))"
-    outputs = [run(code, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+    """And read without making numba ready to compile, unless it must be."""
+    folder = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    outputs = [run(USE_NUMPY + READ, **folder) for _ in range(2)]
     assert [done.stderr for done in outputs] == ["", ""]
-    assert [done.stdout for done in outputs] == ["0\n", "1\n"]
+    assert [done.stdout for done in outputs] == ["0 True\n", "1 False\n"]
+    then_compile = "print((~msgdrop_numba.keep_mask((3, 8), 0.5, seed=1, exact=True)).sum(axis=1).tolist())"
+    done = run(USE_NUMPY + READ + then_compile, **folder)
+    assert (done.stdout, done.stderr) == ("1 False\n[4, 4, 4]\n", "")
+    without_symbols = "import llvmlite.binding\nllvmlite.binding.address_of_symbol = lambda name: None\n"
+    done = run(without_symbols + USE_NUMPY + READ, **folder)
+    assert (done.stdout, done.stderr) == ("1 True\n", "")
+
+
+def test_another_numba_may_read_its_cache_in_another_way(monkeypatch):
+    monkeypatch.setattr(caching.Cache, "load_overload", lambda cache, *told: told)
+    assert internals.kernel_cache().load_overload("signature", "target") == ("signature", "target")

@@ -11,17 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Column, Table
 
 from msgdrop_numba.call.rule import KEYWORDS
 from msgdrop_numba.command.errors import JobError, one_line
@@ -167,11 +156,16 @@ def verify(output: Path) -> None:
 
 @contextmanager
 def _bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on standard error, with rate and time left; its tick takes how many more are done."""
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-        TextColumn("left"), console=console, disable=not console.is_terminal,
+    """A bar of bytes on a terminal's standard error, with rate and time left; its tick takes how many more are done."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    with rich.Progress(
+        rich.TextColumn(what), rich.BarColumn(), rich.DownloadColumn(), rich.TransferSpeedColumn(),
+        rich.TimeRemainingColumn(), rich.TextColumn("left"), console=Console(stderr=True),
     ) as progress:  # fmt: skip
         task = progress.add_task("", total=total)
         yield lambda count: progress.advance(task, count)
@@ -225,6 +219,9 @@ def info(shape: tuple[int, ...] | None, dtype: str, device: str) -> None:
 
     With --shape: which path arrays of that shape and dtype take on that device, and why.
     """
+    from rich.console import Console
+    from rich.table import Column, Table
+
     from msgdrop_numba.call.ways import WAYS
     from msgdrop_numba.command import info as facts
 
@@ -250,6 +247,9 @@ def bench(shape: tuple[int, ...], p: float, rounds: int) -> None:
 
     F.dropout1d and masked_fill: float32 tensors, medians of interleaved rounds.
     """
+    from rich.console import Console
+    from rich.table import Table
+
     from msgdrop_numba.command import bench as timing
 
     if len(shape) != 3:
@@ -286,6 +286,9 @@ def demo(epochs: int, p: float, seeds: int, output: Path) -> None:
     """
     import matplotlib  # noqa: F401
     import sktime  # noqa: F401
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
 
     from msgdrop_numba.command import demo as experiment
 

@@ -9,10 +9,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Generator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from itertools import islice
 from multiprocessing.connection import wait
 from typing import Any
@@ -25,38 +23,63 @@ from msgdrop_numba.command.shards import Task, Written, run
 Results = Generator[tuple[Task, Written], None, None]
 Engine = Callable[[list[Task]], Results]
 
+_THREADS = "OMP_NUM_THREADS"  # what call.threads reads
+
 
 def local(jobs: int) -> Engine:
-    """Processes on this machine."""
+    """Processes on this machine. One alone is this one: another would first have to import all of it again."""
 
     def engine(tasks: list[Task]) -> Results:
-        if not tasks:
-            return
-        threads.load()  # compiled once, for the processes to read from the cache
-        others = multiprocessing.active_children()
-        pool = ProcessPoolExecutor(min(jobs, len(tasks)), multiprocessing.get_context("spawn"), _begin)
-        try:
-            futures = {pool.submit(run, task): task for task in tasks}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool:
-            raise JobError(
-                "a process of the job died, of too little memory perhaps: run the same command again"
-            ) from None
-        except BaseException:
-            for process in multiprocessing.active_children():
-                if process not in others:
-                    process.terminate()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield from _here(tasks) if min(jobs, len(tasks)) <= 1 else _in_processes(jobs, tasks)
 
     return engine
 
 
+def _here(tasks: list[Task]) -> Results:
+    for task in tasks:
+        with _one_thread():
+            written = run(task)
+        yield task, written
+
+
+def _in_processes(jobs: int, tasks: list[Task]) -> Results:
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
+
+    threads.load()  # compiled once, for the processes to read from the cache
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(min(jobs, len(tasks)), multiprocessing.get_context("spawn"), _begin)
+    try:
+        futures = {pool.submit(run, task): task for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool:
+        raise JobError("a process of the job died, of too little memory perhaps: run the same command again") from None
+    except BaseException:
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_THREADS]
+        else:
+            os.environ[_THREADS] = before
+
+
 def _begin() -> None:
     """In each process: one thread, no interrupts but the parent's, and no life after it."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ[_THREADS] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -111,23 +111,9 @@ def test_an_input_that_changes_meanwhile(source, tmp_path):
         job(source, tmp_path / "out", engine=changing)
 
 
-def command(source, output):
-    return [
-        sys.executable,
-        "-m",
-        "msgdrop_numba",
-        "apply",
-        str(source),
-        str(output),
-        "--p",
-        "0.5",
-        "--seed",
-        "7",
-        "--epochs",
-        "2",
-        "--jobs",
-        "2",
-    ]
+def command(source, output, jobs=2):
+    options = ["--p", "0.5", "--seed", "7", "--epochs", "2", "--jobs", str(jobs)]
+    return [sys.executable, "-m", "msgdrop_numba", "apply", str(source), str(output), *options]
 
 
 def marked(mark):
@@ -185,11 +171,12 @@ def test_killed_at_any_moment(tmp_path, kills):
 
 
 @pytest.mark.processes
-def test_an_interrupt_ends_all_processes(tmp_path):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupt_ends_all_processes(tmp_path, jobs):
     source = save(tmp_path / "in", **{f"{i:02d}": np.ones((64, 32, 128), np.float32) for i in range(40)})
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
-        command(source, tmp_path / "out"),
+        command(source, tmp_path / "out", jobs),
         env={**os.environ, "MSGDROP_TEST": mark},
         stderr=subprocess.PIPE,
         text=True,
@@ -204,10 +191,22 @@ def test_an_interrupt_ends_all_processes(tmp_path):
     assert not list((tmp_path / "out").rglob(f".*{shards.PARTIAL}"))
 
 
+@pytest.mark.parametrize(("jobs", "count"), [(1, 3), (8, 1)])
+@pytest.mark.parametrize("threads", [None, "3"])
+def test_one_process_is_this_one_with_one_thread(jobs, count, threads, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(engines, "run", lambda task: (task, os.getpid(), os.environ["OMP_NUM_THREADS"]))
+    done = list(engines.local(jobs)(list(range(count))))
+    assert done == [(task, (task, os.getpid(), "1")) for task in range(count)]
+    assert os.environ.get("OMP_NUM_THREADS") == threads
+
+
 @pytest.mark.processes
 def test_a_dead_process_of_the_pool_is_an_error(source, tmp_path):
     def kill_one(tasks):
-        for number, done in enumerate(engines.local(1)(tasks * 200)):
+        for number, done in enumerate(engines.local(2)(tasks * 200)):
             if number == 1:
                 for child in psutil.Process().children():
                     if "--multiprocessing-fork" in child.cmdline():

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import naive
 import numpy as np
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
+from pyarrow import parquet
 
 import msgdrop_numba
 from msgdrop_numba.command import demo
@@ -85,7 +87,7 @@ HIDDEN = "import sys\nfor name in {missing!r}.split():\n    sys.modules[name] = 
     ("missing", "arguments", "extra"),
     [
         ("click", ["--help"], "cli"),
-        ("rich", ["--help"], "cli"),
+        ("rich", ["info"], "cli"),
         ("xxhash", ["apply", ".", "out", "--p", "0.5", "--seed", "7"], "cli"),
         ("filelock", ["verify", "."], "cli"),
         ("pyarrow", ["apply", "{parquet}", "out", "--p", "0.5", "--seed", "7", "--columns", "x", "--key", "id"], "cli"),
@@ -109,6 +111,45 @@ def test_missing_packages_are_named_with_the_line_to_install_them(missing, argum
     assert done.stderr.splitlines() == [
         f'Error: msgdrop needs {missing} for this: pip install "msgdrop_numba[{extra}]"'
     ]
+
+
+STARTED = """
+import sys
+from msgdrop_numba.__main__ import main
+sys.argv = ["msgdrop", *{arguments!r}]
+try:
+    main()
+finally:
+    print(*sorted({heavy!r} & sys.modules.keys()))
+"""
+# numba.np.arraymath stands for numba made ready to compile, numpy.ma for what NumPy imports where it is named.
+HEAVY = {
+    "torch", "ray", "dask", "pandas", "pyarrow", "pyarrow.dataset", "matplotlib", "rich", "scipy.linalg", "numpy.ma",
+    "numba.cuda.cudadrv", "numba.np.arraymath", "concurrent.futures.process",
+}  # fmt: skip
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("kind", "needed"), [("npy", ""), ("parquet", "pyarrow")])
+def test_a_shard_imports_what_it_needs(kind, needed, tmp_path):
+    x = np.ones((2, 3, 4), np.float32)
+    np.save(tmp_path / "a.npy", x)
+    table = pa.table({"id": [1, 2], "x": pa.FixedShapeTensorArray.from_numpy_ndarray(x)})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    options = ["--p", "0.5", "--seed", "7", *(["--columns", "x", "--key", "id"] if kind == "parquet" else [])]
+    imported = []
+    for output in ("first", "second"):  # the first one may have kernels to compile
+        code = STARTED.format(arguments=["apply", f"a.{kind}", output, *options], heavy=HEAVY)
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120, check=False,
+            cwd=tmp_path, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")},
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        said, names = done.stdout.splitlines()
+        assert said == f"1 files written, 1 in {output}"
+        imported.append(names.split())
+    assert "numba.np.arraymath" in imported[0]
+    assert imported[1] == needed.split()
 
 
 @pytest.mark.parametrize(
