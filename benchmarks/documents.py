@@ -17,8 +17,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 # Each is a module here with `run(rounds)`, `table(results)` and `bars(results)` or its own `chart`. Table and chart
 # stand in benchmarks/README.md, the table between its marks.
 QUESTIONS = (
-    "cpu", "curve", "overhead", "rules", "select", "removal", "train_step", "loader", "gil", "cold_start", "apply",
-    "ray_data", "ranks", "edges", "gpu",
+    "cpu", "curve", "cache", "overhead", "rules", "select", "removal", "train_step", "loader", "gil", "cold_start",
+    "apply", "ray_data", "ranks", "edges", "gpu",
 )  # fmt: skip
 
 # The documents with such marks.

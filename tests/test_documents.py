@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from benchmarks import __main__ as command
 from benchmarks import (
     apply,
+    cache,
     cold_start,
     cpu,
     curve,
@@ -226,6 +227,8 @@ def test_the_benchmarks_run(monkeypatch):
 @pytest.mark.processes
 def test_the_other_benchmarks_run(monkeypatch, tmp_path):
     monkeypatch.setattr(curve, "KILOBYTES", [1, 4])
+    monkeypatch.setattr(cache, "KILOBYTES", [1])
+    monkeypatch.setattr(cache, "FEATURES", [64])
     monkeypatch.setattr(overhead, "SHAPES", [(3, 5, 20)])
     monkeypatch.setattr(rules, "SHAPE", (8, 256, 64))
     monkeypatch.setattr(rules, "SMALLER", (4, 8, 16))
@@ -237,6 +240,7 @@ def test_the_other_benchmarks_run(monkeypatch, tmp_path):
     monkeypatch.setattr(edges, "CHANNELS_FIRST", [(2, 3, 4)])
     for question in (
         curve,
+        cache,
         overhead,
         rules,
         train_step,

@@ -32,6 +32,13 @@ def thread_layer(patch: pytest.MonkeyPatch, *, usable: bool, forked: bool, threa
     patch.setattr(module.config, "NUMBA_NUM_THREADS", threads)
 
 
+def kernel_cache() -> Any:
+    """A cache of compiled code that lacks all private names."""
+    from msgdrop_numba.kernels import _jit
+
+    return _jit._Cache.__new__(_jit._Cache)
+
+
 def unchecked_lengths(patch: pytest.MonkeyPatch, lengths: Any) -> None:
     """Lengths reach the kernels as nobody who looks at them would let them."""
     from msgdrop_numba.call import arguments
@@ -54,30 +61,37 @@ def stream_removal(patch: pytest.MonkeyPatch) -> None:
 
 
 def reset_plans() -> None:
-    """Forget plans that were made."""
+    """Forget plans that were made, and what usual calls do by them."""
+    from msgdrop_numba import arrays
     from msgdrop_numba.call import plan
+    from msgdrop_numba.tensors import dropout
 
-    plan.reset()
+    for forget in (plan.reset, arrays._usual.cache_clear, dropout._usual.cache_clear):
+        forget()
 
 
 def watch_launches(patch: pytest.MonkeyPatch) -> list[Any]:
-    """A list that grows with each launch: its arguments by name, and whether it was `usual`, without `launch`."""
+    """A list that grows with each call of a kernel that drops, by its arguments' names."""
     from msgdrop_numba import arrays
+    from msgdrop_numba.call import usual
     from msgdrop_numba.tensors import write
 
     seen: list[Any] = []
 
-    def watched(function: Any, usual: bool) -> Any:
-        names = inspect.signature(getattr(function, "py_func", function))
+    def watched(function: Any, named_by: Any) -> Any:
+        names = inspect.signature(getattr(named_by, "py_func", named_by))
 
         def call(*arguments: Any, **named: Any) -> Any:
-            seen.append(SimpleNamespace(usual=usual, **names.bind(*arguments, **named).arguments))
+            seen.append(SimpleNamespace(**names.bind(*arguments, **named).arguments))
             return function(*arguments, **named)
 
         return call
 
-    for module, name in ((arrays, "launch"), (write, "launch"), (write, "drop_range")):
-        patch.setattr(module, name, watched(getattr(module, name), usual=name == "drop_range"))
+    for module in (arrays, write, usual):
+        patch.setattr(module, "launch", watched(module.launch, module.launch))
+    direct = usual.direct
+    patch.setattr(usual, "direct", lambda kernel: watched(direct(kernel), kernel))
+    reset_plans()  # what the usual call of a plan does is known after the first
     return seen
 
 
@@ -90,7 +104,7 @@ def no_tensors_yet(patch: pytest.MonkeyPatch) -> None:
 
     from msgdrop_numba import functional, select
 
-    for known in (functional._libraries, functional._short_doors, select._libraries):
+    for known in (functional._libraries, functional._short, select._libraries):
         for kind in (torch.Tensor, torch.nn.Parameter):
             patch.delitem(known, kind, raising=False)
 
@@ -103,10 +117,29 @@ def no_plain_tensors(patch: pytest.MonkeyPatch) -> None:
     from msgdrop_numba.tensors import autograd, select, ways
 
     functional._library(torch.empty(0))  # torch's door is noted with the first tensor: not in what is patched
-    patch.setattr(functional, "_short_doors", {})
+    patch.setattr(functional, "_short", {})
     for module in (ways, autograd, select):
         patch.setattr(module, "is_plain", lambda _: False)
     patch.setattr(autograd, "dense_address", lambda _: 0)
+
+
+def no_short_way(patch: pytest.MonkeyPatch) -> None:
+    """The usual call takes all steps."""
+    from msgdrop_numba import functional
+
+    patch.setattr(functional, "_short", {})
+
+
+def torch_without(patch: pytest.MonkeyPatch, *names: str) -> None:
+    """A torch without what compiled code draws seeds by ("draw"), or what is asked of a batch at once ("guards")."""
+    from msgdrop_numba import torch_private
+    from msgdrop_numba.tensors import seeds
+
+    if "draw" in names:
+        patch.setattr(seeds.drawing, "source", 0)
+    if "guards" in names:
+        patch.setattr(torch_private, "_TensorGuards", None)
+        patch.setattr(torch_private, "_guards", {})
 
 
 def no_plain_edges(patch: pytest.MonkeyPatch) -> None:
@@ -273,10 +306,10 @@ def large_outputs(patch: pytest.MonkeyPatch, huge: int | None = None, reused: in
 
 
 def kept_outputs() -> Any:
-    """The storages of earlier outputs."""
+    """The tensors over the memory of earlier outputs."""
     from msgdrop_numba import outputs
 
-    return outputs._kept
+    return [tensor for waiting in outputs._kept.alike.values() for tensor, _ in waiting]
 
 
 def reset_outputs() -> None:

@@ -14,6 +14,7 @@ import torch
 
 from helpers import internals
 from msgdrop_numba.kernels import cpu, gather, rules
+from msgdrop_numba.kernels._jit import c_address
 from msgdrop_numba.kernels.memory import view
 from msgdrop_numba.kernels.records import DRAW, GATHER, PLAN
 
@@ -67,13 +68,13 @@ class Kernels:
         rows = messages // plan.size
         if draw.keys and inner:
             keys = np.empty(rows, np.uint64)
-            rules.fold_rows(view(draw.keys, rows // inner, np.uint64), inner, 0, keys)
+            rules.fold_rows(draw.keys, inner, 0, rows, keys.ctypes.data)
             arguments["keys"] = keys.ctypes.data
         if plan.limited and not draw.given:
             view(limits, 2 * rows, np.int64)[:] = -1  # memory that is there
         bits = int(view(seed, 1, np.int64)[0])
         addresses = record.ctypes.data, arguments.ctypes.data
-        cpu.drop_range(0, messages, *addresses, x, out, mask, bits)
+        cpu.drop_range(0, messages, *addresses, x, out, mask, bits, 0 if draw.given else c_address(rules.decide))
 
     def gather(self, job: Any, messages: int, stream: int, device: Any) -> None:
         self.started("gather", job.kind, stream, device)
