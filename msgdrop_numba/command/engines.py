@@ -50,7 +50,8 @@ def _in_processes(jobs: int, tasks: list[Task]) -> Results:
     others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(min(jobs, len(tasks)), multiprocessing.get_context("spawn"), _begin)
     try:
-        futures = {pool.submit(run, task): task for task in tasks}
+        with _deaf_from_birth():
+            futures = {pool.submit(run, task): task for task in tasks}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
@@ -62,6 +63,19 @@ def _in_processes(jobs: int, tasks: list[Task]) -> Results:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _deaf_from_birth() -> Iterator[None]:
+    """Processes that start meanwhile ignore interrupts before they can say so themselves."""
+    if threading.current_thread() is not threading.main_thread():  # others may set no handler
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -130,7 +130,9 @@ HEAVY = {
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("kind", "needed"), [("npy", ""), ("parquet", "pyarrow")])
+@pytest.mark.parametrize(
+    ("kind", "needed"), [("npy", ""), ("parquet", "numpy.ma pandas pyarrow")]
+)  # its dtypes ask pandas
 def test_a_shard_imports_what_it_needs(kind, needed, tmp_path):
     x = np.ones((2, 3, 4), np.float32)
     np.save(tmp_path / "a.npy", x)
