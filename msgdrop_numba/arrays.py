@@ -36,7 +36,7 @@ from msgdrop_numba.call.select import (
     slot_scales,
     source,
 )
-from msgdrop_numba.call.threads import launch
+from msgdrop_numba.call.threads import launch, team
 from msgdrop_numba.call.usual import Usual, row_address, seed_bits, usual
 from msgdrop_numba.call.ways import ARRAY, ARRAY_APART, Answer
 from msgdrop_numba.kernels.records import COPY, FLOAT16, FLOAT32, FLOAT64
@@ -211,15 +211,14 @@ def short(
     at_keys = 0 if keys is None else row_address(keys, how.rows)
     if (lengths is not None and not at_lengths) or (keys is not None and not at_keys):
         return None
-    if not how.small and (at_lengths or at_keys):
-        return None
     seed = NUMPY.seed(None, None, None) if seed is None else seed_bits(seed)
     if seed is None:
         return None
     if target is None:
         target = np.empty(x.shape, x.dtype)
         to = address(target)
-    return target if how.drop(how.told, at_lengths, at_keys, 0, seed, start, to) >= 0 else None
+    done = how.drop(how.told, at_lengths, at_keys, 0, seed, start, to, *team(how.nbytes))
+    return target if done >= 0 else None
 
 
 def _target(x: np.ndarray, start: int, how: Usual, inplace: Any, out: Any) -> tuple[Any, int]:

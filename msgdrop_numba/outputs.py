@@ -22,12 +22,13 @@ from torch import Tensor
 from msgdrop_numba.torch_private import TELLS_USES, shared_storage, storage_uses
 
 HUGE_BYTES = 4 * 2**20
-REUSED_BYTES = 128 * 2**10  # from here on the C library may hand freed memory back to the system
+REUSED_BYTES = 2**20  # below, to ask for memory takes as long as to fault it in, if it has to be
 
 # The most memory that is held for use again, once no output uses it; 0 turns that off.
 KEPT_BYTES = 512 * 2**20
 
 _SWEPT = 16
+_NONE: deque[tuple[Tensor, Any, Any]] = deque()
 _PAGE = 2 * 2**20
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux alone
 
@@ -53,8 +54,8 @@ class Kept:
 
     def __init__(self) -> None:
         self.nbytes = 0
-        # By shape and dtype, each with its storage, the latest last.
-        self.alike: dict[Any, deque[tuple[Tensor, Any]]] = {}
+        # By shape and dtype, each with its storage and what tells that one's uses, the latest last.
+        self.alike: dict[Any, deque[tuple[Tensor, Any, Any]]] = {}
         self.unswept = _SWEPT  # so many may be added before the next sweep
         # Who doesn't get it at once does without: another thread has it, or this one, in whose work a finaliser runs.
         self.lock = threading.Lock()
@@ -64,7 +65,21 @@ class Kept:
         if not self.lock.acquire(blocking=False):
             return None
         try:
-            return self._again(shape, dtype, nbytes)
+            waiting = self.alike.get((shape, dtype), _NONE)
+            # The latest is in the cache yet, where it is freed at once; a training step frees the oldest first. To ask
+            # one takes as long as a page fault: no more are asked than memory of this size has pages.
+            for turn in range(min(len(waiting), nbytes // mmap.PAGESIZE)):
+                kept = waiting.popleft() if turn else waiting.pop()
+                tensor, storage, use = kept
+                if not _as_made(storage, nbytes):
+                    self.nbytes -= nbytes
+                    continue
+                waiting.append(kept)
+                # Uses are this tensor and the storage's Python object. Asked again behind the references to that:
+                # another thread may have made one a use.
+                if storage_uses(use) == 2 and sys.getrefcount(storage) == _references() and storage_uses(use) == 2:
+                    return tensor.data
+            return None
         finally:
             self.lock.release()
 
@@ -77,33 +92,14 @@ class Kept:
         finally:
             self.lock.release()
 
-    def _again(self, shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor | None:
-        waiting: deque[tuple[Tensor, Any]] = self.alike.get((shape, dtype), deque())
-        # The latest is in the cache yet, where it is freed at once; a training step frees the oldest first. To ask one
-        # takes as long as a page fault: no more are asked than memory of this size has pages.
-        for turn in range(min(len(waiting), nbytes // mmap.PAGESIZE)):
-            kept = waiting.popleft() if turn else waiting.pop()
-            tensor, storage = kept
-            if not _as_made(storage, nbytes):
-                self.nbytes -= nbytes
-                continue
-            waiting.append(kept)
-            # Uses are this tensor and the storage's Python object. Asked again behind the references to that: another
-            # thread may have made one a use.
-            if (
-                storage_uses(storage) == 2 and sys.getrefcount(storage) == _references()
-                and storage_uses(storage) == 2
-            ):  # fmt: skip
-                return tensor.data
-        return None
-
     def _add(self, tensor: Tensor, nbytes: int) -> None:
         self.unswept -= 1
         if self.unswept < 0:
             self._sweep()
         key = tensor.shape, tensor.dtype
         waiting = self.alike[key] = self.alike.pop(key, deque())  # these are the latest now
-        waiting.append((tensor, tensor.untyped_storage()))
+        storage = tensor.untyped_storage()
+        waiting.append((tensor, storage, storage._cdata))
         self.nbytes += nbytes
         while self.nbytes > KEPT_BYTES:
             key, oldest = next(iter(self.alike.items()))
@@ -116,7 +112,7 @@ class Kept:
         """Let go of what is never used again: of shapes that don't come again, nobody else would."""
         for key, waiting in list(self.alike.items()):
             whole = deque(kept for kept in waiting if _as_made(kept[1], _bytes(kept[0])))
-            self.nbytes -= sum(_bytes(tensor) for tensor, _ in waiting) - sum(_bytes(tensor) for tensor, _ in whole)
+            self.nbytes -= sum(_bytes(tensor) for tensor, *_ in waiting) - sum(_bytes(tensor) for tensor, *_ in whole)
             self.alike[key] = whole
             if not whole:
                 del self.alike[key]
@@ -134,7 +130,11 @@ def _as_made(storage: Any, nbytes: int) -> bool:
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor in C order."""
-    nbytes = math.prod(shape) * dtype.itemsize
+    return sized(shape, dtype, math.prod(shape) * dtype.itemsize)
+
+
+def sized(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor:
+    """The same, of so many bytes."""
     if nbytes < REUSED_BYTES or not TELLS_USES:
         return _fresh(shape, dtype, nbytes)
     again = _kept.again(shape, dtype, nbytes) if KEPT_BYTES else None

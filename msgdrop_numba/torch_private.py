@@ -30,7 +30,8 @@ The base's `apply` of an `autograd.Function`
     1.2 us a call: no search for transforms, which no plain tensor is in. Without: `apply` itself.
 `_C._dynamo.guards.TensorGuards`
     What compiled code asks before it runs, whether tensors are what it was compiled for: all samples of a batch are
-    asked in one call, in a third of the time. Without it, or where it says no, each is asked by getters.
+    asked in one call, in a third of the time, and so is what the usual call asks of a tensor. Without it, or where it
+    says no, getters are asked.
 `UntypedStorage._new_shared`, `Tensor._is_view`, `Tensor._base`, `NestedTensor._ragged_idx`
     What torch's own default collate, its in-place rules and its nested tensors go by. Without one, those calls raise.
 """
@@ -248,12 +249,14 @@ def dense_address(tensor: torch.Tensor) -> int:
     Asked by what a getter tells, in one function: dispatch keys cost more than a small tensor's kernel. Those without
     ordinary memory, which only keys tell apart, have no address, or refuse to be asked for it or for their order.
     """
-    if (
-        _is_traced() or _dispatch_keys is None or _modes() or _is_tracing() or forward_ad._current_level >= 0
-        or _transform() is not None
-    ):  # fmt: skip
-        return 0
-    return dense_address_too(tensor)
+    return 0 if has_modes() or _transform() is not None else dense_address_too(tensor)
+
+
+def has_modes() -> bool:
+    """Whether a mode, a tracer or forward AD sees what is asked of tensors; a transform may see it, too."""
+    return (
+        _is_traced() or _dispatch_keys is None or _modes() > 0 or _is_tracing() or forward_ad._current_level >= 0
+    )  # fmt: skip
 
 
 def dense_address_too(tensor: torch.Tensor) -> int:
@@ -264,6 +267,36 @@ def dense_address_too(tensor: torch.Tensor) -> int:
         return tensor.data_ptr() if tensor.is_contiguous() else 0
     except RuntimeError:
         return 0
+
+
+class Alike:
+    """Where tensors of one shape and dtype lie, asked in one call of C what `dense_address` asks in ten."""
+
+    def __init__(self) -> None:
+        self._checks: list[Any] = [_never, _never]  # of those that need no gradient, and those that do
+
+    def known(self, tensor: torch.Tensor) -> int:
+        """The address of a tensor like one that `address` was asked for, where `has_modes` says no; 0: it is another.
+
+        One made in inference mode is.
+        """
+        return tensor.data_ptr() if self._checks[tensor.requires_grad](tensor) else 0
+
+    def address(self, tensor: torch.Tensor) -> int:
+        """`dense_address` of a tensor of the one shape and dtype, where `has_modes` says no."""
+        needs = tensor.requires_grad
+        if self._checks[needs](tensor):
+            return tensor.data_ptr()
+        start = dense_address(tensor)
+        if start and _TensorGuards is not None and not tensor.is_inference():
+            sizes, strides = [*tensor.shape], [*tensor.stride()]
+            guards = _TensorGuards(tensor, dynamic_dims_sizes=[sizes], dynamic_dims_strides=[strides])
+            self._checks[needs] = guards.check
+        return start
+
+
+def _never(tensor: torch.Tensor) -> bool:
+    return False
 
 
 def raw_stream(device: int) -> int:
@@ -313,13 +346,9 @@ class SeedTensor:
             self._delete(self.tensor)
 
 
-_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
-TELLS_USES = _use_count is not None
-
-
-def storage_uses(storage: Any) -> int:
-    """How many use a storage, this Python object included."""
-    return _use_count(storage._cdata)  # type: ignore[no-any-return]
+# How many use a storage, its Python object included, whose `_cdata` is given.
+storage_uses: Any = getattr(torch._C, "_storage_Use_Count", None)
+TELLS_USES = storage_uses is not None
 
 
 def shared_storage(nbytes: int) -> Any:

@@ -133,7 +133,6 @@ class Plan(NamedTuple):
     kind: int  # what is done to kept elements, see kernels.records
     obstacle: str  # why the kernels can't follow; empty: they can
     followed: bool  # whether there is none
-    serial: bool  # whether followed, not empty and too little for threads
     plain: bool  # whether each message drops by a draw of its own, at one p
     rule: DropRule
     arguments: tuple[Any, ...]  # that it was made from, but for strides
@@ -193,7 +192,6 @@ def _make(
     nbytes = messages * (message or 1)
     return Plan(
         tuple(shape[:dims]), messages, shape[dims - 1], nbytes, kind, obstacle, not obstacle,
-        not obstacle and 0 < nbytes < PARALLEL_BYTES,
         rule.plain, rule, (shape, itemsize, kind, message_dims, told), record,
         record.__array_interface__["data"][0], PlanNumbers._make(record[0].item()),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from numba.core.compiler_lock import global_compiler_lock
 
 from msgdrop_numba.call.plan import PARALLEL_BYTES, PLAIN, Draw, Plan, make_plan
 from msgdrop_numba.call.rule import DEFAULTS
-from msgdrop_numba.kernels._jit import c_address
+from msgdrop_numba.kernels._jit import c_address, direct
 from msgdrop_numba.kernels.cpu import drop_parallel, drop_range
 from msgdrop_numba.kernels.gather import in_parallel
 from msgdrop_numba.kernels.records import COPY
@@ -32,12 +32,11 @@ class _Layer:
     """What is known of this process's threading layer."""
 
     def __init__(self, forked: bool) -> None:
-        self.forked = forked  # its parent's threads are not here, nor can it know whether there were any
-        self.usable: bool | None = None  # whether parallel kernels may run on it; None until the first one asks
+        # Whether parallel kernels may run on it; None until the first one asks. Not in a forked process: its parent's
+        # threads are not here, nor can it know whether there were any.
+        self.usable: bool | None = False if forked else None
 
     def may_start(self) -> bool:
-        if self.forked:
-            return False
         if self.usable is None:
             numba.get_num_threads()  # starts the layer, which alone tells its name
             self.usable = numba.threading_layer() != "workqueue"
@@ -56,13 +55,22 @@ def chunks(nbytes: int) -> int:
     """
     if nbytes < PARALLEL_BYTES:
         return 1
-    torch = sys.modules.get("torch")
     budget: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    if torch is not None and hasattr(torch, "get_num_threads"):  # not there yet in a half-done import
-        budget = min(budget, torch.get_num_threads())
+    of_torch = getattr(sys.modules.get("torch"), "get_num_threads", None)  # not there yet in a half-done import
+    if of_torch is not None:
+        budget = min(budget, of_torch())
     elif (asked := os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()).isdecimal():
         budget = min(budget, int(asked[:9]))
-    return budget if budget > 1 and _layer.may_start() else 1
+    return budget if budget > 1 and (_layer.usable or _layer.may_start()) else 1
+
+
+def team(nbytes: int) -> tuple[int, int]:
+    """The address of `drop_parallel`, and how many parts a job that writes `nbytes` is cut into; 0: it isn't."""
+    parts = chunks(nbytes)
+    return (c_address(drop_parallel), parts) if parts > 1 else _ALONE
+
+
+_ALONE = 0, 1
 
 
 def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> bool:
@@ -73,9 +81,10 @@ def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> bo
         nbytes = plan.messages * (SEARCHED if plan.numbers.limited else 1)
     parts, rule = chunks(nbytes), rule_address(plan, draw)
     if parts == 1:
-        drop_range(0, plan.messages, plan.address, draw.address, x, out, mask, bits, rule)
+        direct(drop_range)(0, plan.messages, plan.address, draw.address, x, out, mask, bits, rule)
     else:
-        drop_parallel(c_address(drop_range), plan.messages, plan.address, draw.address, x, out, mask, bits, rule, parts)
+        together = direct(drop_parallel)
+        together(c_address(drop_range), plan.messages, plan.address, draw.address, x, out, mask, bits, rule, parts)
     return True
 
 
@@ -107,7 +116,7 @@ _NOTHING = make_plan((1, 1), 1, COPY, 1, (0.0, *DEFAULTS.values()))
 
 
 def _after_fork_in_child() -> None:
-    _layer.forked = True
+    _layer.usable = False
 
 
 if hasattr(os, "register_at_fork"):  # Windows never forks

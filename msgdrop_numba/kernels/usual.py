@@ -64,13 +64,16 @@ def _drawn(address: int) -> Any:
 
 
 @jit
-def drop_usual(usual: int, lengths: int, keys: int, source: int, seed: int, x: int, out: int) -> int:
+def drop_usual(
+    usual: int, lengths: int, keys: int, source: int, seed: int, x: int, out: int, parallel: int, parts: int
+) -> int:
     """Drop among all messages, by the USUAL at that address. Returns the seed that it drew; negative: nothing is done.
 
     Args:
         lengths, keys: addresses of int64, one a row, read before anything is written; 0: there are none.
         source: of a SOURCE, to draw the seed from; 0: `seed` is it.
         x, out: addresses.
+        parallel: the address of `drop_parallel`, to do it in so many `parts`; 0: this thread does it.
     """
     told = view(usual, 1, USUAL)[0]
     draw, memory = told["draw"], stack(MEMORY)
@@ -83,5 +86,9 @@ def drop_usual(usual: int, lengths: int, keys: int, source: int, seed: int, x: i
         seed = drawn = _drawn(source)
         if drawn < 0:
             return -1
-    call(told["kernel"], 0, told["messages"], told["plan"], draw, x, out, 0, seed, told["rule"])
+    kernel, messages, plan, rule = told["kernel"], told["messages"], told["plan"], told["rule"]
+    if parallel:
+        call(parallel, kernel, messages, plan, draw, x, out, 0, seed, rule, parts)
+    else:
+        call(kernel, 0, messages, plan, draw, x, out, 0, seed, rule)
     return drawn

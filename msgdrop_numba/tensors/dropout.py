@@ -10,6 +10,7 @@ from torch import Tensor
 
 from msgdrop_numba.call.plan import make_plan
 from msgdrop_numba.call.request import Request, perform, prepare_mask, turned
+from msgdrop_numba.call.threads import team
 from msgdrop_numba.call.usual import Usual, row_address, seed_bits, usual
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import nested, traced, ways
@@ -17,7 +18,7 @@ from msgdrop_numba.tensors.arguments import WITHOUT_ZERO, check_device, scaled_k
 from msgdrop_numba.tensors.autograd import run_usual
 from msgdrop_numba.tensors.seeds import drawing, fresh_seed
 from msgdrop_numba.tensors.write import draw_mask, like
-from msgdrop_numba.torch_private import dense_address, dense_address_too, increment_versions
+from msgdrop_numba.torch_private import Alike, dense_address_too, has_modes, increment_versions
 
 _QUANTIZED = {torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4}
 
@@ -28,7 +29,7 @@ def _usual(shape: tuple[int, ...], dtype: torch.dtype, scale: bool, message_dims
     if isinstance(message_dims, tuple) or dtype.is_complex:  # which may be conjugated
         return None
     plan = make_plan(shape, dtype.itemsize, scaled_kind(dtype) if scale else COPY, message_dims, rule)
-    return usual(plan) if plan.followed and dtype not in WITHOUT_ZERO | _QUANTIZED else None
+    return usual(plan, Alike()) if plan.followed and dtype not in WITHOUT_ZERO | _QUANTIZED else None
 
 
 def short(
@@ -36,29 +37,28 @@ def short(
     keys: Any, out: Any,
 ) -> Tensor | None:  # fmt: skip
     """The usual call, see `call.usual`; None: it is another, and nothing was done. What the plan refuses is raised."""
-    start = dense_address(x)
-    try:
-        how = _usual(x.shape, x.dtype, bool(scale), message_dims, p, *rule) if start else None
+    try:  # nested ones have no shape
+        how = None if has_modes() or not x.is_cpu else _usual(x.shape, x.dtype, bool(scale), message_dims, p, *rule)
     except (TypeError, RuntimeError):  # what is wrong is said elsewhere
         return None
-    if how is None:
+    if how is None or not (start := how.alike.address(x)):
         return None
     tracked, target = x.requires_grad and torch.is_grad_enabled(), None
     if inplace or out is not None:
-        target, to = _target(x, start, how.nbytes, inplace, out)
+        target, to = _target(x, start, how, inplace, out)
         if not to or tracked:
             return None
     at_lengths = at_keys = source = 0
     if lengths is not None or keys is not None:
         at_lengths = 0 if lengths is None else _row_address(lengths, how.rows)
         at_keys = 0 if keys is None else _row_address(keys, how.rows)
-        if tracked or not how.small or (lengths is not None and not at_lengths) or (keys is not None and not at_keys):
+        if tracked or (lengths is not None and not at_lengths) or (keys is not None and not at_keys):
             return None
     if seed is not None:
         seed = seed_bits(seed)
         if seed is None:
             return None
-    elif how.small and drawing.source:
+    elif drawing.source:
         source, seed = drawing.source, 0
     elif lengths is None:  # they are checked before a seed is drawn
         seed = fresh_seed(None)
@@ -68,29 +68,26 @@ def short(
         return run_usual(x, (how, source, seed, start))  # type: ignore[no-any-return]
     if target is None:
         result = like(x, how.nbytes)
-        done = how.drop(how.told, at_lengths, at_keys, source, seed, start, result.data_ptr())
+        to = result.data_ptr()
+        done = how.drop(how.told, at_lengths, at_keys, source, seed, start, to, *team(how.nbytes))
         return result if done >= 0 else None
-    if how.drop(how.told, at_lengths, at_keys, source, seed, start, to) < 0:
+    if how.drop(how.told, at_lengths, at_keys, source, seed, start, to, *team(how.nbytes)) < 0:
         return None
     increment_versions((target,))  # torch can't see a write through a pointer
     return target  # type: ignore[no-any-return]
 
 
-def _target(x: Tensor, start: int, nbytes: int, inplace: Any, out: Any) -> tuple[Any, int]:
+def _target(x: Tensor, start: int, how: Usual, inplace: Any, out: Any) -> tuple[Any, int]:
     """The tensor to write and its address; 0: all there is to know of it must be asked."""
-    target = x if inplace else out
-    to = start if target is x else dense_address_too(out)
-    if (inplace and out is not None) or not to or target.is_inference():
+    if inplace:
+        return (None, 0) if out is not None or x.is_inference() else (x, start)
+    to = how.alike.known(out) if type(out) is Tensor else 0
+    if not to or (out.requires_grad and torch.is_grad_enabled()) or (to != start and abs(to - start) < how.nbytes):
         return None, 0
-    if target is not x:
-        if out.dtype is not x.dtype or out.shape != x.shape or (out.requires_grad and torch.is_grad_enabled()):
-            return None, 0
-        if to != start and abs(to - start) < nbytes:
-            return None, 0
-    return target, to
+    return out, to
 
 
-def _row_address(values: Any, rows: tuple[int, ...]) -> int:
+def _row_address(values: Any, rows: tuple[int, ...] | None) -> int:
     """Where int64 lie, one a row; 0: they are others."""
     if type(values) is not Tensor:
         return row_address(values, rows)

@@ -42,7 +42,7 @@ def write(job: Job, x: Tensor) -> Tensor:
 
 def like(x: Tensor, nbytes: int) -> Tensor:
     """A tensor like x, which lies in C order."""
-    return torch.empty_like(x) if nbytes < outputs.REUSED_BYTES else outputs.empty(x.shape, x.dtype)
+    return torch.empty_like(x) if nbytes < outputs.REUSED_BYTES else outputs.sized(x.shape, x.dtype, nbytes)
 
 
 def _memory_order(x: Tensor, dims: int) -> list[int] | None:

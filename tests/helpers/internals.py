@@ -27,8 +27,10 @@ def thread_layer(patch: pytest.MonkeyPatch, *, usable: bool, forked: bool, threa
     """What the process knows of its threading layer, and how many threads numba has."""
     from msgdrop_numba.call import threads as module
 
-    patch.setattr(module._layer, "usable", usable)
-    patch.setattr(module._layer, "forked", forked)
+    layer = module._Layer(forked)
+    if not forked:
+        layer.usable = usable
+    patch.setattr(module, "_layer", layer)
     patch.setattr(module.config, "NUMBA_NUM_THREADS", threads)
 
 
@@ -87,7 +89,7 @@ def watch_launches(patch: pytest.MonkeyPatch) -> list[Any]:
 
         return call
 
-    for module in (arrays, write, usual):
+    for module in (arrays, write):
         patch.setattr(module, "launch", watched(module.launch, module.launch))
     direct = usual.direct
     patch.setattr(usual, "direct", lambda kernel: watched(direct(kernel), kernel))
@@ -120,7 +122,7 @@ def no_plain_tensors(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(functional, "_short", {})
     for module in (ways, autograd, select):
         patch.setattr(module, "is_plain", lambda _: False)
-    patch.setattr(autograd, "dense_address", lambda _: 0)
+    patch.setattr(autograd, "has_modes", lambda: True)
 
 
 def no_short_way(patch: pytest.MonkeyPatch) -> None:
@@ -309,7 +311,7 @@ def kept_outputs() -> Any:
     """The tensors over the memory of earlier outputs."""
     from msgdrop_numba import outputs
 
-    return [tensor for waiting in outputs._kept.alike.values() for tensor, _ in waiting]
+    return [tensor for waiting in outputs._kept.alike.values() for tensor, *_ in waiting]
 
 
 def reset_outputs() -> None:

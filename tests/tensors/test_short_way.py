@@ -83,14 +83,13 @@ ARGUMENTS = {
 @pytest.mark.parametrize("told", ARGUMENTS.values(), ids=ARGUMENTS)
 @pytest.mark.parametrize("size", [3, 30_000], ids="{} features".format)
 def test_arguments_go_the_short_way(make, told, size, monkeypatch):
-    """New, into a target and in place; keys and lengths of large calls alone go the long one."""
+    """New, into a target and in place, however large."""
     told = {name: make(np.array(value)) if isinstance(value, list) else value for name, value in told.items()}
     values = np.random.default_rng(1).standard_normal((4, 6, size), np.float32)
     with monkeypatch.context() as patch:
         internals.no_short_way(patch)
         want = np.asarray(message_dropout(values, 0.4, **told))
-    if size == 3 or len(told) == 1:
-        internals.no_long_way(monkeypatch)
+    internals.no_long_way(monkeypatch)
     x, out = make(values), make(np.empty_like(values))
     assert np.array_equal(message_dropout(x, 0.4, **told), want)
     assert message_dropout(x, 0.4, out=out, **told) is out
@@ -159,8 +158,9 @@ def test_tensors_that_only_look_plain():
     torch.func.grad(lambda x: kept.append(x) or x.sum())(torch.randn(4, 6, 3))
     kept += [torch._neg_view(torch.randn(4, 6, 3)), torch._efficientzerotensor((4, 6, 3))]
     kept += [torch.randn(4, 6, 3, dtype=torch.complex64).conj()]
+    alike = known(torch.randn(4, 6, 3))
     for x in kept:
-        assert x.is_complex() or torch_state.dense_address(x) == 0
+        assert x.is_complex() or torch_state.dense_address(x) == alike.known(x) == alike.address(x) == 0
         assert torch_state.is_plain(x) == (torch_state.not_plain_because(x) == "")
         for request in (REQUEST, REQUEST._replace(keys=x), REQUEST._replace(fill=kept[0], lengths=torch.ones(2))):
             for tensor in (x, torch.randn(4, 6, 3)):
@@ -177,12 +177,50 @@ def test_tensors_that_only_look_plain():
     assert torch_state.dense_address(x[:, 1:]) == 0
 
 
+def known(*tensors):
+    """What tells tensors that are like these."""
+    alike = torch_state.Alike()
+    assert all(alike.address(tensor) == tensor.data_ptr() for tensor in tensors)
+    return alike
+
+
+def test_what_is_like_a_tensor():
+    x, leaf = torch.randn(4, 6, 3), torch.randn(4, 6, 3, requires_grad=True)
+    alike = known(x)
+    assert alike.known(leaf) == 0
+    alike = known(x, leaf)
+    with torch.inference_mode():
+        born = torch.randn(4, 6, 3)
+        assert alike.known(born) == 0
+        assert alike.address(born) == born.data_ptr()
+        assert alike.known(born) == 0  # it has no version to be counted on
+    for like in (x.clone(), leaf * 2, leaf.detach()):
+        assert alike.known(like) == like.data_ptr()
+    others = [x.double(), x.to("meta"), x.view(6, 4, 3), x[:, :, :2], x.transpose(0, 1), torch.nn.Parameter(x), born]
+    for other in others:
+        assert alike.known(other) == 0
+    for state in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.no_grad()):
+        with state:  # where threads are in another state, they are asked anew
+            assert alike.address(x) == alike.known(x) == x.data_ptr()
+    x.untyped_storage().resize_(0)
+    assert alike.known(x) == alike.address(x) == 0
+
+
+def test_what_is_like_a_tensor_without_guards(monkeypatch):
+    internals.torch_without(monkeypatch, "guards")
+    x, out = torch.randn(4, 6, 3), torch.empty(4, 6, 3)
+    assert known(x).known(x) == 0
+    assert torch.equal(message_dropout(x, seed=1), message_dropout(x, seed=1, out=out))
+
+
 @pytest.mark.parametrize("state", ["mode", "trace", "dual level", "vmap", "grad"])
 def test_no_address_where_operations_are_not_eager(state):
     x, told, reasons = torch.randn(4, 6, 3), [], []
+    alike = known(x)
 
     def ask(x):
         told.append((torch_state.is_eager(), torch_state.dense_address(x)))
+        assert torch_state.has_modes() or alike.known(x) == alike.address(x) == 0
         reasons.append((torch_state.not_eager_because(), torch_state.not_plain_because(x)))
         assert ways.library(x, REQUEST) is TRACED
         assert ways.why_not_kernels(x, REQUEST)
