@@ -14,7 +14,9 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.measure import machine, markdown
 from msgdrop_numba import message_dropout
+from msgdrop_numba.call.threads import chunks
 from msgdrop_numba.command.bench import seconds
+from msgdrop_numba.kernels._jit import direct
 from msgdrop_numba.kernels.memory import copy_line, view, zero_line
 
 P = 0.3
@@ -28,27 +30,35 @@ ALIVE = 12  # outputs that are kept before all are freed, as those of a model's 
 RATIOS = {
     "new, freed at once: clone": ("clone", "new"),
     "new, freed at once: dropout1d": ("dropout1d", "new"),
+    "a bare call, freed at once: clone": ("clone", "bare, new"),
+    "empty_like and copy_, freed at once: clone": ("clone", "two calls"),
     "new, kept alive: clone": ("clone, kept", "new, kept"),
     "new, kept alive: dropout1d": ("dropout1d, kept", "new, kept"),
     "scaled: clone": ("clone", "scaled"),
     "out=: copy_": ("copy_", "out="),
-    "a bare kernel: copy_": ("copy_", "bare"),
+    "a bare call, out=: copy_": ("copy_", "bare"),
     "two threads for one, out=": ("out=, one thread", "out="),
     "two threads for one, copy_": ("copy_, one thread", "copy_"),
 }
 
 
-@njit(nogil=True, parallel=True)
-def bare(x: int, out: int, mask: int, messages: int, width: int, parts: int) -> None:
+@njit(nogil=True)
+def bare(x: int, out: int, mask: int, width: int, first: int, last: int) -> None:
     """The memory's part alone, of a mask that is there: each message copied or zeroed, line by line."""
-    keep = view(mask, messages, np.bool_)
+    keep = view(mask, last, np.bool_)
+    for j in range(first, last):
+        for at in range(j * width, (j + 1) * width, 64):
+            if keep[j]:
+                copy_line(out + at, x + at)
+            else:
+                zero_line(out + at)
+
+
+@njit(nogil=True, parallel=True)
+def bare_parallel(x: int, out: int, mask: int, width: int, messages: int, parts: int) -> None:
+    """The same in several parts."""
     for part in prange(parts):
-        for j in range(messages * part // parts, messages * (part + 1) // parts):
-            for at in range(j * width, (j + 1) * width, 64):
-                if keep[j]:
-                    copy_line(out + at, x + at)
-                else:
-                    zero_line(out + at)
+        bare(x, out, mask, width, messages * part // parts, messages * (part + 1) // parts)
 
 
 def kept_alive(call: Callable[[], Any]) -> Callable[[], None]:
@@ -67,11 +77,13 @@ def contestants(x: Tensor) -> dict[str, Callable[[], Any]]:
     """Calls on one batch."""
     out, messages = torch.empty_like(x), x.shape[0] * x.shape[1]
     masks = [torch.rand(messages) >= P for _ in range(16)]  # of one alone the processor would learn the branches
-    width, parts = x.shape[2] * x.itemsize, torch.get_num_threads()
+    width, parts = x.shape[2] * x.itemsize, chunks(x.nbytes)
+    kernel, *told = (direct(bare), 0, messages) if parts == 1 else (direct(bare_parallel), messages, parts)
 
-    def lines() -> None:
+    def lines(y: Tensor) -> Tensor:
         masks.append(masks.pop(0))
-        bare(x.data_ptr(), out.data_ptr(), masks[0].data_ptr(), messages, width, parts)
+        kernel(x.data_ptr(), y.data_ptr(), masks[0].data_ptr(), width, *told)
+        return y
 
     calls: dict[str, Callable[[], Any]] = {
         "new": lambda: message_dropout(x, P),
@@ -85,7 +97,9 @@ def contestants(x: Tensor) -> dict[str, Callable[[], Any]]:
             "scaled": lambda: message_dropout(x, P, scale=True),
             "out=": lambda: message_dropout(x, P, out=out),
             "copy_": lambda: out.copy_(x),
-            "bare": lines,
+            "bare": lambda: lines(out),
+            "bare, new": lambda: lines(torch.empty_like(x)),
+            "two calls": lambda: torch.empty_like(x).copy_(x),
         }
     )
 

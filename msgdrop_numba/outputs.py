@@ -22,7 +22,7 @@ from torch import Tensor
 from msgdrop_numba.torch_private import TELLS_USES, shared_storage, storage_uses
 
 HUGE_BYTES = 4 * 2**20
-REUSED_BYTES = 2**20  # below, to ask for memory takes as long as to fault it in, if it has to be
+REUSED_BYTES = 2**20  # below, the C library rarely gives memory back, so that there is little to spare
 
 # The most memory that is held for use again, once no output uses it; 0 turns that off.
 KEPT_BYTES = 512 * 2**20
@@ -130,11 +130,10 @@ def _as_made(storage: Any, nbytes: int) -> bool:
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor in C order."""
-    return sized(shape, dtype, math.prod(shape) * dtype.itemsize)
+    return _empty(shape, dtype, math.prod(shape) * dtype.itemsize)
 
 
-def sized(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor:
-    """The same, of so many bytes."""
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor:
     if nbytes < REUSED_BYTES or not TELLS_USES:
         return _fresh(shape, dtype, nbytes)
     again = _kept.again(shape, dtype, nbytes) if KEPT_BYTES else None
@@ -151,6 +150,11 @@ def _fresh(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor:
     if nbytes >= HUGE_BYTES:
         advise(tensor.data_ptr(), nbytes)
     return tensor
+
+
+def dense(x: Tensor, nbytes: int) -> Tensor:
+    """An uninitialised CPU tensor like x, which lies in C order and has so many bytes."""
+    return torch.empty_like(x) if nbytes < REUSED_BYTES else _empty(x.shape, x.dtype, nbytes)
 
 
 def like(x: Tensor) -> Tensor:

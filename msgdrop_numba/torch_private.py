@@ -2,7 +2,7 @@
 
 All of them are in torch 2.9 and 2.13, the oldest and the newest that are tested.
 
-`_C._dispatch_keys`, `_C.DispatchKey`, `_C.DispatchKeySet`, `_C._len_torch_dispatch_stack`, `_C._get_tracing_state`,
+`_C._dispatch_keys`, `_C.DispatchKey`, `_C.DispatchKeySet`, `_C._len_torch_dispatch_stack`, `_C._is_tracing`,
 `_C._functorch.peek_interpreter_stack`, `forward_ad._current_level`
     Tell an ordinary tensor from those whose memory may not be read by address; no public name does. Without one of them
     nothing is known to be ordinary: all tensors take torch's operations, right and slower.
@@ -31,7 +31,7 @@ The base's `apply` of an `autograd.Function`
 `_C._dynamo.guards.TensorGuards`
     What compiled code asks before it runs, whether tensors are what it was compiled for: all samples of a batch are
     asked in one call, in a third of the time, and so is what the usual call asks of a tensor. Without it, or where it
-    says no, getters are asked.
+    says no, getters are asked; a call with `out=` takes all steps.
 `UntypedStorage._new_shared`, `Tensor._is_view`, `Tensor._base`, `NestedTensor._ragged_idx`
     What torch's own default collate, its in-place rules and its nested tensors go by. Without one, those calls raise.
 """
@@ -64,7 +64,7 @@ try:
     _PLAIN_CUDA = _ordinary(_Key.CUDA, _Key.AutocastCUDA, _Key.AutogradCUDA)
     _dispatch_keys: Any = torch._C._dispatch_keys
     _modes = torch._C._len_torch_dispatch_stack
-    _tracing, _is_tracing = torch._C._get_tracing_state, torch._C._is_tracing
+    _is_tracing = torch._C._is_tracing
     _transform = torch._C._functorch.peek_interpreter_stack
 except AttributeError:  # another torch: nothing is known to be plain
     _dispatch_keys = None
@@ -129,11 +129,18 @@ _current_meta: Any = getattr(traceback, "get_current_meta", dict)
 
 def is_eager() -> bool:
     """Whether operations run as they are called: no tracing, vmap, forward AD or mode."""
-    if _is_compiling() or _dispatch_keys is None:  # asked first: Dynamo can't follow the rest
-        return False
-    if _modes() or _tracing() is not None or forward_ad._current_level >= 0:
-        return False
-    return _transform() is None  # a tensor from outside a transform looks plain inside it
+    # Asked first: Dynamo can't follow the rest. Last: a tensor from outside a transform looks plain inside it.
+    return not _is_compiling() and not is_watched() and _transform() is None
+
+
+def is_watched() -> bool:
+    """Whether a mode, a tracer or forward AD sees all that is asked of tensors, of which these say nothing.
+
+    Of a transform of torch.func, their keys tell.
+    """
+    return (
+        _is_traced() or _dispatch_keys is None or _modes() > 0 or _is_tracing() or forward_ad._current_level >= 0
+    )  # fmt: skip
 
 
 def not_eager_because() -> str:
@@ -144,7 +151,7 @@ def not_eager_because() -> str:
         return f"torch {torch.__version__} lacks the names that tell ordinary tensors from others"
     if _modes():
         return "a torch dispatch mode is active"
-    if _tracing() is not None:
+    if _is_tracing():
         return "torch.jit traces the call"
     if forward_ad._current_level >= 0:
         return "a level of forward AD is open"
@@ -177,14 +184,22 @@ def all_alike(tensors: list[Any], varying: bool) -> bool:
     if guards is None and _TensorGuards is not None and len(shape) and is_plain_too(first):
         if len(_guards) >= 256:
             _guards.clear()
-        sizes, strides = [*shape], [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-        sizes[:varying] = [None] * varying
-        count = len(tensors)
-        guards = _guards[told] = _TensorGuards(
-            *tensors[:1] * count, dynamic_dims_sizes=[sizes] * count, dynamic_dims_strides=[strides] * count
-        )
+        guards = _guards[told] = _guards_of(tensors[:1] * len(tensors), varying)
     # It says no, too, where a tensor comes twice or the thread's state is another one than when it was made.
     return (guards is not None and guards.check(*tensors)) or _alike_by_getters(tensors, varying)
+
+
+def _guards_of(tensors: list[Any], varying: bool) -> Any:
+    """What tells whether so many others are like these, which lie in C order and are alike."""
+    shape = tensors[0].shape
+    sizes: list[Any] = [*shape]
+    strides: list[Any] = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    for dim in range(varying, len(shape)):
+        if shape[dim] == 1:  # whatever its stride is
+            strides[dim] = None
+    sizes[:varying] = [None] * varying
+    told = {"dynamic_dims_sizes": [sizes] * len(tensors), "dynamic_dims_strides": [strides] * len(tensors)}
+    return _TensorGuards(*tensors, **told)
 
 
 _TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
@@ -249,14 +264,7 @@ def dense_address(tensor: torch.Tensor) -> int:
     Asked by what a getter tells, in one function: dispatch keys cost more than a small tensor's kernel. Those without
     ordinary memory, which only keys tell apart, have no address, or refuse to be asked for it or for their order.
     """
-    return 0 if has_modes() or _transform() is not None else dense_address_too(tensor)
-
-
-def has_modes() -> bool:
-    """Whether a mode, a tracer or forward AD sees what is asked of tensors; a transform may see it, too."""
-    return (
-        _is_traced() or _dispatch_keys is None or _modes() > 0 or _is_tracing() or forward_ad._current_level >= 0
-    )  # fmt: skip
+    return 0 if is_watched() or _transform() is not None else dense_address_too(tensor)
 
 
 def dense_address_too(tensor: torch.Tensor) -> int:
@@ -276,22 +284,20 @@ class Alike:
         self._checks: list[Any] = [_never, _never]  # of those that need no gradient, and those that do
 
     def known(self, tensor: torch.Tensor) -> int:
-        """The address of a tensor like one that `address` was asked for, where `has_modes` says no; 0: it is another.
+        """The address of a tensor like one that `address` was asked for, where `is_watched` says no.
 
-        One made in inference mode is.
+        0: it is another, or was made in inference mode, which leaves it no version to count on a write.
         """
         return tensor.data_ptr() if self._checks[tensor.requires_grad](tensor) else 0
 
     def address(self, tensor: torch.Tensor) -> int:
-        """`dense_address` of a tensor of the one shape and dtype, where `has_modes` says no."""
+        """`dense_address` of a tensor of the one shape and dtype, where `is_watched` says no."""
         needs = tensor.requires_grad
         if self._checks[needs](tensor):
             return tensor.data_ptr()
         start = dense_address(tensor)
         if start and _TensorGuards is not None and not tensor.is_inference():
-            sizes, strides = [*tensor.shape], [*tensor.stride()]
-            guards = _TensorGuards(tensor, dynamic_dims_sizes=[sizes], dynamic_dims_strides=[strides])
-            self._checks[needs] = guards.check
+            self._checks[needs] = _guards_of([tensor], False).check
         return start
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers import internals
 
 from msgdrop_numba import arrays, message_dropout
 
@@ -20,11 +21,13 @@ def test_the_short_way_is_the_long_one(options, dtype, monkeypatch):
     x = np.random.default_rng(3).integers(0, 2, (4, 6, 3)).astype(dtype)
     for array in (x, x.swapaxes(0, 1), x[:, ::2], x[:0], x[..., :0], x.view(np.ndarray)[::-1]):
         results = []
-        for more in ({}, {"seed": seed}):
-            try:
-                results.append(message_dropout(array, 0.4, **options, **more))
-            except TypeError as error:
-                results.append(str(error))
+        with monkeypatch.context() as patch:
+            for more in ({}, {"seed": seed}):
+                try:
+                    results.append(message_dropout(array, 0.4, **options, **more))
+                except TypeError as error:
+                    results.append(str(error))
+                internals.no_short_way(patch)
         y, want = results
         if isinstance(want, str):
             assert y == want
@@ -37,13 +40,14 @@ def test_the_short_way_is_the_long_one(options, dtype, monkeypatch):
 @pytest.mark.parametrize("options", [{"span": 0}, {"span": [1]}, {"span": True}, {"min_keep": -1}, {"exact": "no"},
                                      {"message_dims": 3}, {"message_dims": True}, {"p": 1.5}, {"p": float("nan")},
                                      {"exact": True, "span": 2}])  # fmt: skip
-def test_the_short_way_refuses_what_the_long_one_does(options):
+def test_the_short_way_refuses_what_the_long_one_does(options, monkeypatch):
     x = np.ones((4, 6, 3), np.float32)
     message_dropout(x)  # the same shape is known
     errors = []
-    for more in ({}, {"seed": 3}):
+    for refuse in (lambda _: None, internals.no_short_way):
+        refuse(monkeypatch)
         with pytest.raises((TypeError, ValueError)) as raised:
-            message_dropout(x, **options, **more)
+            message_dropout(x, **options)
         errors.append((raised.type, str(raised.value)))
     assert errors[0] == errors[1]
 

@@ -61,16 +61,13 @@ def chunks(nbytes: int) -> int:
         budget = min(budget, of_torch())
     elif (asked := os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()).isdecimal():
         budget = min(budget, int(asked[:9]))
-    return budget if budget > 1 and (_layer.usable or _layer.may_start()) else 1
+    return budget if budget > 1 and _layer.may_start() else 1
 
 
 def team(nbytes: int) -> tuple[int, int]:
-    """The address of `drop_parallel`, and how many parts a job that writes `nbytes` is cut into; 0: it isn't."""
+    """Who writes `nbytes`: the address of `drop_parallel`, 0: this thread alone; and in how many parts."""
     parts = chunks(nbytes)
-    return (c_address(drop_parallel), parts) if parts > 1 else _ALONE
-
-
-_ALONE = 0, 1
+    return (c_address(drop_parallel), parts) if parts > 1 else (0, 1)
 
 
 def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> bool:
@@ -79,8 +76,8 @@ def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> bo
     nbytes = plan.nbytes
     if not out:  # a byte a message; where rows must be searched, it takes as long as writing more
         nbytes = plan.messages * (SEARCHED if plan.numbers.limited else 1)
-    parts, rule = chunks(nbytes), rule_address(plan, draw)
-    if parts == 1:
+    (parallel, parts), rule = team(nbytes), rule_address(plan, draw)
+    if not parallel:
         direct(drop_range)(0, plan.messages, plan.address, draw.address, x, out, mask, bits, rule)
     else:
         together = direct(drop_parallel)

@@ -36,7 +36,7 @@ _load_byte, _ = number(np.uint8)
 
 
 class Rule(NamedTuple):
-    """The rule, as the kernels' arguments name it: `rules.RULE`."""
+    """The rule, as the kernels' arguments name it: `records.RULE`."""
 
     threshold: int
     spread: int

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from msgdrop_numba.call.plan import GIVEN, PLAIN, Draw, Places, Plan
 from msgdrop_numba.call.request import Job
-from msgdrop_numba.call.threads import team
 from msgdrop_numba.call.usual import Usual
 from msgdrop_numba.kernels.records import COPY
+from msgdrop_numba.outputs import dense
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.seeds import fresh_seed
-from msgdrop_numba.tensors.write import draw_mask, like, where, write
-from msgdrop_numba.torch_private import has_modes, is_plain, is_plain_cuda, quick_apply
+from msgdrop_numba.tensors.write import draw_mask, where, write
+from msgdrop_numba.torch_private import is_plain, is_plain_cuda, is_watched, quick_apply
 
 
 class _DropMessages(torch.autograd.Function):
@@ -61,12 +61,11 @@ class _DropUsual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, told: tuple[Usual, int, int, int]) -> Tensor:
         how, source, seed, start = told
-        result = like(x, how.nbytes)
-        to, parallel, parts = result.data_ptr(), *team(how.nbytes)
-        drawn = how.drop(how.told, 0, 0, source, seed, start, to, parallel, parts)
+        result = dense(x, how.nbytes)
+        drawn = how.run(0, 0, source, seed, start, result.data_ptr())
         if drawn < 0:  # compiled code couldn't draw
             source, seed = 0, fresh_seed(None)
-            how.drop(how.told, 0, 0, source, seed, start, to, parallel, parts)
+            how.run(0, 0, source, seed, start, result.data_ptr())
         ctx.told = how, drawn if source else seed
         return result
 
@@ -74,9 +73,9 @@ class _DropUsual(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         how, seed = ctx.told
         once = not (grad.requires_grad and torch.is_grad_enabled())
-        if once and not has_modes() and (start := how.alike.address(grad)):
-            result = like(grad, how.nbytes)
-            how.drop(how.told, 0, 0, 0, seed, start, result.data_ptr(), *team(how.nbytes))
+        if once and not is_watched() and (start := how.alike.address(grad)):
+            result = dense(grad, how.nbytes)
+            how.run(0, 0, 0, seed, start, result.data_ptr())
             return result, None
         grad = grad.to_dense() if grad.layout != torch.strided else grad
         return _dropped(grad, Job(how.plan, PLAIN, seed % 2**64)), None

@@ -1,4 +1,4 @@
-"""message_dropout and keep_mask on tensors: the usual small call, and all others by the way that `ways` names."""
+"""message_dropout and keep_mask on tensors: the usual call, and all others by the way that `ways` names."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 
 from msgdrop_numba.call.plan import make_plan
 from msgdrop_numba.call.request import Request, perform, prepare_mask, turned
-from msgdrop_numba.call.threads import team
 from msgdrop_numba.call.usual import Usual, row_address, seed_bits, usual
 from msgdrop_numba.kernels.records import COPY
+from msgdrop_numba.outputs import dense
 from msgdrop_numba.tensors import nested, traced, ways
 from msgdrop_numba.tensors.arguments import WITHOUT_ZERO, check_device, scaled_kind
 from msgdrop_numba.tensors.autograd import run_usual
 from msgdrop_numba.tensors.seeds import drawing, fresh_seed
-from msgdrop_numba.tensors.write import draw_mask, like
-from msgdrop_numba.torch_private import Alike, dense_address_too, has_modes, increment_versions
+from msgdrop_numba.tensors.write import draw_mask
+from msgdrop_numba.torch_private import Alike, dense_address_too, increment_versions, is_watched
 
 _QUANTIZED = {torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4}
 
 
 @lru_cache(maxsize=1024, typed=True)
 def _usual(shape: tuple[int, ...], dtype: torch.dtype, scale: bool, message_dims: Any, *rule: Any) -> Usual | None:
-    """The plan where the kernels do it all; None otherwise. Cached once more: what is asked here takes longer."""
+    """What usual calls share; None: the kernels can't do all of them. Cached: what is asked here takes longer."""
     if isinstance(message_dims, tuple) or dtype.is_complex:  # which may be conjugated
         return None
     plan = make_plan(shape, dtype.itemsize, scaled_kind(dtype) if scale else COPY, message_dims, rule)
@@ -38,7 +38,7 @@ def short(
 ) -> Tensor | None:  # fmt: skip
     """The usual call, see `call.usual`; None: it is another, and nothing was done. What the plan refuses is raised."""
     try:  # nested ones have no shape
-        how = None if has_modes() or not x.is_cpu else _usual(x.shape, x.dtype, bool(scale), message_dims, p, *rule)
+        how = None if is_watched() or not x.is_cpu else _usual(x.shape, x.dtype, bool(scale), message_dims, p, *rule)
     except (TypeError, RuntimeError):  # what is wrong is said elsewhere
         return None
     if how is None or not (start := how.alike.address(x)):
@@ -66,15 +66,15 @@ def short(
         return None
     if tracked:
         return run_usual(x, (how, source, seed, start))  # type: ignore[no-any-return]
+    result = target
     if target is None:
-        result = like(x, how.nbytes)
+        result = dense(x, how.nbytes)
         to = result.data_ptr()
-        done = how.drop(how.told, at_lengths, at_keys, source, seed, start, to, *team(how.nbytes))
-        return result if done >= 0 else None
-    if how.drop(how.told, at_lengths, at_keys, source, seed, start, to, *team(how.nbytes)) < 0:
+    if how.run(at_lengths, at_keys, source, seed, start, to) < 0:
         return None
-    increment_versions((target,))  # torch can't see a write through a pointer
-    return target  # type: ignore[no-any-return]
+    if target is not None:
+        increment_versions((target,))  # torch can't see a write through a pointer
+    return result
 
 
 def _target(x: Tensor, start: int, how: Usual, inplace: Any, out: Any) -> tuple[Any, int]:

@@ -26,7 +26,7 @@ def write(job: Job, x: Tensor) -> Tensor:
     """x with its messages dropped, in the job's target or in a new tensor."""
     plan, draw, seed, target, mask, given = job
     if target is None and plan.followed and type(seed) is int and x.is_contiguous() and (start := x.data_ptr()):
-        result, mask = like(x, plan.nbytes), mask if given is None else given
+        result, mask = outputs.dense(x, plan.nbytes), mask if given is None else given
         launch(plan, draw, seed, start, result.data_ptr(), 0 if mask is None else mask.data_ptr())
         return result
     # A mask alone doesn't tell what to scale by.
@@ -38,11 +38,6 @@ def write(job: Job, x: Tensor) -> Tensor:
     if target is None:
         result = outputs.like(x) if type(seed) is int else torch.empty_like(x)
     return _write_over(job, x, result)
-
-
-def like(x: Tensor, nbytes: int) -> Tensor:
-    """A tensor like x, which lies in C order."""
-    return torch.empty_like(x) if nbytes < outputs.REUSED_BYTES else outputs.sized(x.shape, x.dtype, nbytes)
 
 
 def _memory_order(x: Tensor, dims: int) -> list[int] | None:

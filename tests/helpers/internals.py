@@ -118,11 +118,11 @@ def no_plain_tensors(patch: pytest.MonkeyPatch) -> None:
     from msgdrop_numba import functional
     from msgdrop_numba.tensors import autograd, select, ways
 
-    functional._library(torch.empty(0))  # torch's door is noted with the first tensor: not in what is patched
+    functional._library(torch.empty(0))  # torch's short way is noted with the first tensor: not in what is patched
     patch.setattr(functional, "_short", {})
     for module in (ways, autograd, select):
         patch.setattr(module, "is_plain", lambda _: False)
-    patch.setattr(autograd, "has_modes", lambda: True)
+    patch.setattr(autograd, "is_watched", lambda: True)
 
 
 def no_short_way(patch: pytest.MonkeyPatch) -> None:
@@ -142,6 +142,7 @@ def torch_without(patch: pytest.MonkeyPatch, *names: str) -> None:
     if "guards" in names:
         patch.setattr(torch_private, "_TensorGuards", None)
         patch.setattr(torch_private, "_guards", {})
+        reset_plans()  # those of usual calls hold guards, too
 
 
 def no_plain_edges(patch: pytest.MonkeyPatch) -> None:
@@ -167,9 +168,11 @@ def is_plain(tensor: Any) -> bool:
 
 def no_long_way(patch: pytest.MonkeyPatch) -> None:
     """A call that the short way doesn't take fails."""
+    from msgdrop_numba import arrays
     from msgdrop_numba.tensors import dropout
 
-    patch.setattr(dropout, "message_dropout", None)
+    for module in (arrays, dropout):
+        patch.setattr(module, "message_dropout", None)
 
 
 # ---- CUDA
