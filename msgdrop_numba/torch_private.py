@@ -281,28 +281,32 @@ class Alike:
     """Where tensors of one shape and dtype lie, asked in one call of C what `dense_address` asks in ten."""
 
     def __init__(self) -> None:
-        self._checks: list[Any] = [_never, _never]  # of those that need no gradient, and those that do
+        # Of those that need no gradient, and those that do; the latest first. Of several, since a tensor and a
+        # parameter, or autocast and none, may take turns.
+        self._checks: tuple[list[Any], list[Any]] = [], []
 
     def known(self, tensor: torch.Tensor) -> int:
-        """The address of a tensor like one that `address` was asked for, where `is_watched` says no.
+        """The address of a tensor like one that `address` was asked for, where `is_watched` says no; 0: it is another.
 
-        0: it is another, or was made in inference mode, which leaves it no version to count on a write.
+        Never of a nested one: guards that are asked about it end the process.
         """
-        return tensor.data_ptr() if self._checks[tensor.requires_grad](tensor) else 0
+        for check in self._checks[tensor.requires_grad]:
+            if check(tensor):
+                return tensor.data_ptr()
+        return 0
 
     def address(self, tensor: torch.Tensor) -> int:
         """`dense_address` of a tensor of the one shape and dtype, where `is_watched` says no."""
-        needs = tensor.requires_grad
-        if self._checks[needs](tensor):
-            return tensor.data_ptr()
-        start = dense_address(tensor)
-        if start and _TensorGuards is not None and not tensor.is_inference():
-            self._checks[needs] = _guards_of([tensor], False).check
+        start = self.known(tensor)
+        if not start:
+            start = dense_address(tensor)
+            if start and _TensorGuards is not None:
+                checks = self._checks[tensor.requires_grad]
+                checks[:] = [_guards_of([tensor], False).check, *checks[: _STATES - 1]]
         return start
 
 
-def _never(tensor: torch.Tensor) -> bool:
-    return False
+_STATES = 3
 
 
 def raw_stream(device: int) -> int:

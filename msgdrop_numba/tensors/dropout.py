@@ -81,7 +81,9 @@ def _target(x: Tensor, start: int, how: Usual, inplace: Any, out: Any) -> tuple[
     """The tensor to write and its address; 0: all there is to know of it must be asked."""
     if inplace:
         return (None, 0) if out is not None or x.is_inference() else (x, start)
-    to = how.alike.known(out) if type(out) is Tensor else 0
+    if type(out) is not Tensor or out.is_nested or out.is_inference():
+        return None, 0
+    to = how.alike.known(out)
     if not to or (out.requires_grad and torch.is_grad_enabled()) or (to != start and abs(to - start) < how.nbytes):
         return None, 0
     return out, to

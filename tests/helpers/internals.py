@@ -118,7 +118,7 @@ def no_plain_tensors(patch: pytest.MonkeyPatch) -> None:
     from msgdrop_numba import functional
     from msgdrop_numba.tensors import autograd, select, ways
 
-    functional._library(torch.empty(0))  # torch's short way is noted with the first tensor: not in what is patched
+    functional._library(torch.empty(0))  # before what notes it is patched
     patch.setattr(functional, "_short", {})
     for module in (ways, autograd, select):
         patch.setattr(module, "is_plain", lambda _: False)
@@ -168,9 +168,12 @@ def is_plain(tensor: Any) -> bool:
 
 def no_long_way(patch: pytest.MonkeyPatch) -> None:
     """A call that the short way doesn't take fails."""
-    from msgdrop_numba import arrays
+    import torch
+
+    from msgdrop_numba import arrays, functional
     from msgdrop_numba.tensors import dropout
 
+    functional._library(torch.empty(0))  # torch's short way is noted with the first tensor
     for module in (arrays, dropout):
         patch.setattr(module, "message_dropout", None)
 
