@@ -152,17 +152,19 @@ def _fresh(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor:
     return tensor
 
 
-def dense(x: Tensor, nbytes: int) -> Tensor:
-    """An uninitialised CPU tensor like x, which lies in C order and has so many bytes."""
-    return torch.empty_like(x) if nbytes < REUSED_BYTES else _empty(x.shape, x.dtype, nbytes)
-
-
 def like(x: Tensor) -> Tensor:
     """An uninitialised CPU tensor in the order of memory of `torch.empty_like(x)`."""
-    if x.numel() * x.element_size() < REUSED_BYTES:
+    nbytes = x.numel() * x.element_size()
+    return dense(x, nbytes, torch.empty_like(x, device="meta").stride() if nbytes >= REUSED_BYTES else None)
+
+
+def dense(x: Tensor, nbytes: int, strides: tuple[int, ...] | None) -> Tensor:
+    """The same of x with so many bytes, and with these strides, where they aren't those of C order."""
+    if nbytes < REUSED_BYTES:
         return torch.empty_like(x)
-    strides = torch.empty_like(x, device="meta").stride()
-    return over(empty((x.numel(),), x.dtype).untyped_storage(), x.shape, x.dtype, strides)
+    if strides is None:
+        return _empty(x.shape, x.dtype, nbytes)
+    return over(_empty((x.numel(),), x.dtype, nbytes).untyped_storage(), x.shape, x.dtype, strides)
 
 
 def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -189,16 +189,16 @@ def all_alike(tensors: list[Any], varying: bool) -> bool:
     return (guards is not None and guards.check(*tensors)) or _alike_by_getters(tensors, varying)
 
 
-def _guards_of(tensors: list[Any], varying: bool) -> Any:
-    """What tells whether so many others are like these, which lie in C order and are alike."""
+def _guards_of(tensors: list[Any], varying: bool, strides: tuple[int, ...] | None = None) -> Any:
+    """What tells whether so many others are like these, which are alike: in C order, or with these strides."""
     shape = tensors[0].shape
     sizes: list[Any] = [*shape]
-    strides: list[Any] = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    steps: list[Any] = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))] if strides is None else [*strides]
     for dim in range(varying, len(shape)):
-        if shape[dim] == 1:  # whatever its stride is
-            strides[dim] = None
+        if shape[dim] == 1 and strides is None:  # whatever its stride is
+            steps[dim] = None
     sizes[:varying] = [None] * varying
-    told = {"dynamic_dims_sizes": [sizes] * len(tensors), "dynamic_dims_strides": [strides] * len(tensors)}
+    told = {"dynamic_dims_sizes": [sizes] * len(tensors), "dynamic_dims_strides": [steps] * len(tensors)}
     return _TensorGuards(*tensors, **told)
 
 
@@ -267,20 +267,26 @@ def dense_address(tensor: torch.Tensor) -> int:
     return 0 if is_watched() or _transform() is not None else dense_address_too(tensor)
 
 
-def dense_address_too(tensor: torch.Tensor) -> int:
-    """`dense_address`, where operations are known to be eager."""
+def dense_address_too(tensor: torch.Tensor, strides: tuple[int, ...] | None = None) -> int:
+    """`dense_address`, where operations are known to be eager; or that of a tensor with these strides."""
     if type(tensor) not in _PLAIN_TYPES or not tensor.is_cpu or tensor.is_nested or tensor.is_neg():
         return 0
     try:
-        return tensor.data_ptr() if tensor.is_contiguous() else 0
+        lies = tensor.is_contiguous() if strides is None else tensor.stride() == strides
+        return tensor.data_ptr() if lies else 0
     except RuntimeError:
         return 0
 
 
 class Alike:
-    """Where tensors of one shape and dtype lie, asked in one call of C what `dense_address` asks in ten."""
+    """Where tensors of one shape and dtype lie, asked in one call of C what `dense_address` asks in ten.
 
-    def __init__(self) -> None:
+    Attributes:
+        strides: of those tensors; None: they lie in C order.
+    """
+
+    def __init__(self, strides: tuple[int, ...] | None = None) -> None:
+        self.strides = strides
         # Of those that need no gradient, and those that do; the latest first. Of several, since a tensor and a
         # parameter, or autocast and none, may take turns.
         self._checks: tuple[list[Any], list[Any]] = [], []
@@ -298,11 +304,11 @@ class Alike:
     def address(self, tensor: torch.Tensor) -> int:
         """`dense_address` of a tensor of the one shape and dtype, where `is_watched` says no."""
         start = self.known(tensor)
-        if not start:
-            start = dense_address(tensor)
+        if not start and _transform() is None:
+            start = dense_address_too(tensor, self.strides)
             if start and _TensorGuards is not None:
                 checks = self._checks[tensor.requires_grad]
-                checks[:] = [_guards_of([tensor], False).check, *checks[: _STATES - 1]]
+                checks[:] = [_guards_of([tensor], False, self.strides).check, *checks[: _STATES - 1]]
         return start
 
 

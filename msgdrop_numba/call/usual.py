@@ -40,7 +40,8 @@ class Usual(NamedTuple):
 
     def run(self, lengths: int, keys: int, source: int, seed: int, x: int, out: int) -> int:
         """Drop, by the arguments of `drop_usual`; the seed that it drew, or negative: nothing is done."""
-        return self.drop(self.told, lengths, keys, source, seed, x, out, *team(self.nbytes))  # type: ignore[no-any-return]
+        parallel, parts = team(self.nbytes)
+        return self.drop(self.told, lengths, keys, source, seed, x, out, parallel, parts)  # type: ignore[no-any-return]
 
 
 def usual(plan: Plan, alike: Any = None) -> Usual:

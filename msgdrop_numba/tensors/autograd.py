@@ -17,6 +17,7 @@ from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.outputs import dense
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.seeds import fresh_seed
+from msgdrop_numba.tensors.usual import find_as
 from msgdrop_numba.tensors.write import draw_mask, where, write
 from msgdrop_numba.torch_private import is_plain, is_plain_cuda, is_watched, quick_apply
 
@@ -61,7 +62,7 @@ class _DropUsual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, told: tuple[Usual, int, int, int]) -> Tensor:
         how, source, seed, start = told
-        result = dense(x, how.nbytes)
+        result = dense(x, how.nbytes, how.alike.strides)
         drawn = how.run(0, 0, source, seed, start, result.data_ptr())
         if drawn < 0:  # compiled code couldn't draw
             source, seed = 0, fresh_seed(None)
@@ -72,11 +73,12 @@ class _DropUsual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         how, seed = ctx.told
-        once = not (grad.requires_grad and torch.is_grad_enabled())
-        if once and not is_watched() and (start := how.alike.address(grad)):
-            result = dense(grad, how.nbytes)
-            how.run(0, 0, 0, seed, start, result.data_ptr())
-            return result, None
+        if not (grad.requires_grad and torch.is_grad_enabled()) and not is_watched():
+            here, start = find_as(how, grad)  # it may lie otherwise than x
+            if start:
+                result = dense(grad, here.nbytes, here.alike.strides)
+                here.run(0, 0, 0, seed, start, result.data_ptr())
+                return result, None
         grad = grad.to_dense() if grad.layout != torch.strided else grad
         return _dropped(grad, Job(how.plan, PLAIN, seed % 2**64)), None
 

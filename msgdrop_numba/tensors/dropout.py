@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.plan import make_plan
 from msgdrop_numba.call.request import Request, perform, prepare_mask, turned
-from msgdrop_numba.call.usual import Usual, row_address, seed_bits, usual
-from msgdrop_numba.kernels.records import COPY
+from msgdrop_numba.call.usual import Usual, row_address, seed_bits
 from msgdrop_numba.outputs import dense
 from msgdrop_numba.tensors import nested, traced, ways
-from msgdrop_numba.tensors.arguments import WITHOUT_ZERO, check_device, scaled_kind
+from msgdrop_numba.tensors.arguments import check_device
 from msgdrop_numba.tensors.autograd import run_usual
 from msgdrop_numba.tensors.seeds import drawing, fresh_seed
+from msgdrop_numba.tensors.usual import find
 from msgdrop_numba.tensors.write import draw_mask
-from msgdrop_numba.torch_private import Alike, dense_address_too, increment_versions, is_watched
-
-_QUANTIZED = {torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4}
-
-
-@lru_cache(maxsize=1024, typed=True)
-def _usual(shape: tuple[int, ...], dtype: torch.dtype, scale: bool, message_dims: Any, *rule: Any) -> Usual | None:
-    """What usual calls share; None: the kernels can't do all of them. Cached: what is asked here takes longer."""
-    if isinstance(message_dims, tuple) or dtype.is_complex:  # which may be conjugated
-        return None
-    plan = make_plan(shape, dtype.itemsize, scaled_kind(dtype) if scale else COPY, message_dims, rule)
-    return usual(plan, Alike()) if plan.followed and dtype not in WITHOUT_ZERO | _QUANTIZED else None
+from msgdrop_numba.torch_private import dense_address_too, increment_versions, is_watched
 
 
 def short(
@@ -37,11 +24,13 @@ def short(
     keys: Any, out: Any,
 ) -> Tensor | None:  # fmt: skip
     """The usual call, see `call.usual`; None: it is another, and nothing was done. What the plan refuses is raised."""
-    try:  # nested ones have no shape
-        how = None if is_watched() or not x.is_cpu else _usual(x.shape, x.dtype, bool(scale), message_dims, p, *rule)
+    if is_watched() or not x.is_cpu:
+        return None
+    try:
+        how, start = find(x, bool(scale), message_dims, p, *rule)
     except (TypeError, RuntimeError):  # what is wrong is said elsewhere
         return None
-    if how is None or not (start := how.alike.address(x)):
+    if not start:
         return None
     tracked, target = x.requires_grad and torch.is_grad_enabled(), None
     if inplace or out is not None:
@@ -68,7 +57,7 @@ def short(
         return run_usual(x, (how, source, seed, start))  # type: ignore[no-any-return]
     result = target
     if target is None:
-        result = dense(x, how.nbytes)
+        result = dense(x, how.nbytes, how.alike.strides)
         to = result.data_ptr()
     if how.run(at_lengths, at_keys, source, seed, start, to) < 0:
         return None

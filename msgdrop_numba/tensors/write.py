@@ -26,7 +26,7 @@ def write(job: Job, x: Tensor) -> Tensor:
     """x with its messages dropped, in the job's target or in a new tensor."""
     plan, draw, seed, target, mask, given = job
     if target is None and plan.followed and type(seed) is int and x.is_contiguous() and (start := x.data_ptr()):
-        result, mask = outputs.dense(x, plan.nbytes), mask if given is None else given
+        result, mask = outputs.dense(x, plan.nbytes, None), mask if given is None else given
         launch(plan, draw, seed, start, result.data_ptr(), 0 if mask is None else mask.data_ptr())
         return result
     # A mask alone doesn't tell what to scale by.

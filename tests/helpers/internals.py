@@ -66,9 +66,9 @@ def reset_plans() -> None:
     """Forget plans that were made, and what usual calls do by them."""
     from msgdrop_numba import arrays
     from msgdrop_numba.call import plan
-    from msgdrop_numba.tensors import dropout
+    from msgdrop_numba.tensors import usual
 
-    for forget in (plan.reset, arrays._usual.cache_clear, dropout._usual.cache_clear):
+    for forget in (plan.reset, arrays._usual.cache_clear, usual.reset):
         forget()
 
 

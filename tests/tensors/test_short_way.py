@@ -105,6 +105,28 @@ def test_arguments_go_the_short_way(make, told, size, monkeypatch):
         assert x._version == out._version == 1
 
 
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1), (0, 2, 1)], ids=str)
+@pytest.mark.parametrize("size", [3, 20_000], ids="{} features".format)
+def test_permuted_tensors_go_the_short_way(order, size, monkeypatch):
+    """Such as an RNN's outputs, batch first; 20,000 features are more than outputs.REUSED_BYTES."""
+    torch.manual_seed(1)
+    x, grad = (torch.randn(4, 6, size).permute(order) for _ in range(2))
+    options = {"seed": 3, "message_dims": 2}
+    want, want_grad = (message_dropout(t.contiguous(), 0.4, **options) for t in (x, grad))
+    internals.no_long_way(monkeypatch)
+    y, leaf, out = message_dropout(x, 0.4, **options), x.clone().requires_grad_(), torch.empty_like(x)
+    assert torch.equal(y, want)
+    assert y.stride() == x.stride() != want.stride()
+    assert message_dropout(x, 0.4, out=out, **options) is out
+    assert torch.equal(out, want)
+    for each in (grad, grad.contiguous(), grad.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
+        (got,) = torch.autograd.grad(message_dropout(leaf, 0.4, **options), leaf, each)
+        assert torch.equal(got, want_grad)
+        assert got.stride() == each.stride()
+    assert message_dropout(x, 0.4, inplace=True, **options) is x
+    assert torch.equal(x, want)
+
+
 @both
 @pytest.mark.parametrize("lengths", [[6, 0, 2, 7], [-1, 0, 2, 5], [1, 2, 3], [1.0, 2.0, 3.0, 4.0]], ids=str)
 def test_wrong_lengths_are_refused_before_anything_happens(make, lengths):

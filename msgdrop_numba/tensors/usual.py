@@ -1,0 +1,61 @@
+"""What the usual calls on tensors share, by how these lie: in C order, or dense but permuted, as an RNN's outputs."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msgdrop_numba.call.plan import follow, make_plan
+from msgdrop_numba.call.usual import Usual, usual
+from msgdrop_numba.kernels.records import COPY
+from msgdrop_numba.outputs import HUGE_BYTES
+from msgdrop_numba.tensors.arguments import WITHOUT_ZERO, scaled_kind
+from msgdrop_numba.torch_private import Alike
+
+_QUANTIZED = {torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4}
+
+
+def find(x: Tensor, scale: bool, message_dims: Any, *rule: Any) -> tuple[Any, int]:
+    """What the usual call of an eager tensor is done by, a `Usual`, and where x lies; 0: it is another call.
+
+    What the plan refuses is raised, and so is RuntimeError of a tensor without strides.
+    """
+    how = _usual(x.shape, x.dtype, None if x.is_contiguous() else x.stride(), scale, message_dims, *rule)
+    return how, 0 if how is None else how.alike.address(x)
+
+
+def find_as(how: Usual, x: Tensor) -> tuple[Any, int]:
+    """The same for a tensor of the shape and dtype that `how` is for, by its rule; it may lie otherwise."""
+    start = how.alike.address(x)
+    if start or x.layout is not torch.strided:
+        return how, start
+    *_, kind, message_dims, rule = how.plan.arguments
+    return find(x, kind != COPY, message_dims, *rule)
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _usual(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    strides: tuple[int, ...] | None,
+    scale: bool,
+    message_dims: Any,
+    *rule: Any,
+) -> Usual | None:
+    """None: the kernels can't do all of the call, or not best. Cached once more: what is asked here takes longer."""
+    if isinstance(message_dims, tuple) or dtype.is_complex:  # which may be conjugated
+        return None
+    plan = make_plan(shape, dtype.itemsize, scaled_kind(dtype) if scale else COPY, message_dims, rule)
+    if strides is not None:
+        like = torch.empty_like(torch.empty_strided(shape, strides, device="meta"))
+        if like.stride() != strides or plan.nbytes >= HUGE_BYTES:  # others are written in the order of memory
+            return None
+        steps = tuple(step * dtype.itemsize for step in strides)
+        plan = follow(plan, steps, steps)
+    return usual(plan, Alike(strides)) if plan.followed and dtype not in WITHOUT_ZERO | _QUANTIZED else None
+
+
+reset = _usual.cache_clear
