@@ -54,18 +54,18 @@ class Kept:
 
     def __init__(self) -> None:
         self.nbytes = 0
-        # By shape and dtype, each with its storage and what tells that one's uses, the latest last.
+        # By shape, dtype and strides, each with its storage and what tells that one's uses, the latest last.
         self.alike: dict[Any, deque[tuple[Tensor, Any, Any]]] = {}
         self.unswept = _SWEPT  # so many may be added before the next sweep
         # Who doesn't get it at once does without: another thread has it, or this one, in whose work a finaliser runs.
         self.lock = threading.Lock()
 
-    def again(self, shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor | None:
+    def again(self, likeness: Any, nbytes: int) -> Tensor | None:
         """A tensor over memory that nobody uses, no tensor, view, array or saved tensor; None: there is none."""
         if not self.lock.acquire(blocking=False):
             return None
         try:
-            waiting = self.alike.get((shape, dtype), _NONE)
+            waiting = self.alike.get(likeness, _NONE)
             # The latest is in the cache yet, where it is freed at once; a training step frees the oldest first. To ask
             # one takes as long as a page fault: no more are asked than memory of this size has pages.
             for turn in range(min(len(waiting), nbytes // mmap.PAGESIZE)):
@@ -83,21 +83,20 @@ class Kept:
         finally:
             self.lock.release()
 
-    def add(self, tensor: Tensor, nbytes: int) -> None:
+    def add(self, tensor: Tensor, likeness: Any, nbytes: int) -> None:
         """Keep a tensor, and for it let go of others that were kept long before."""
         if not self.lock.acquire(blocking=False):
             return
         try:
-            self._add(tensor, nbytes)
+            self._add(tensor, likeness, nbytes)
         finally:
             self.lock.release()
 
-    def _add(self, tensor: Tensor, nbytes: int) -> None:
+    def _add(self, tensor: Tensor, likeness: Any, nbytes: int) -> None:
         self.unswept -= 1
         if self.unswept < 0:
             self._sweep()
-        key = tensor.shape, tensor.dtype
-        waiting = self.alike[key] = self.alike.pop(key, deque())  # these are the latest now
+        waiting = self.alike[likeness] = self.alike.pop(likeness, deque())  # these are the latest now
         storage = tensor.untyped_storage()
         waiting.append((tensor, storage, storage._cdata))
         self.nbytes += nbytes
@@ -130,23 +129,27 @@ def _as_made(storage: Any, nbytes: int) -> bool:
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor in C order."""
-    return _empty(shape, dtype, math.prod(shape) * dtype.itemsize)
+    return _empty(shape, dtype, math.prod(shape) * dtype.itemsize, None)
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor:
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int, strides: tuple[int, ...] | None) -> Tensor:
     if nbytes < REUSED_BYTES or not TELLS_USES:
-        return _fresh(shape, dtype, nbytes)
-    again = _kept.again(shape, dtype, nbytes) if KEPT_BYTES else None
+        return _fresh(shape, dtype, nbytes, strides)
+    likeness = shape, dtype, strides
+    again = _kept.again(likeness, nbytes) if KEPT_BYTES else None
     if again is None:
         with torch.inference_mode(False):  # what is made in it can't be used in training
-            fresh = _fresh(shape, dtype, nbytes)
-        _kept.add(fresh, nbytes)
+            fresh = _fresh(shape, dtype, nbytes, strides)
+        _kept.add(fresh, likeness, nbytes)
         again = fresh.data
     return again
 
 
-def _fresh(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor:
-    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+def _fresh(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int, strides: tuple[int, ...] | None) -> Tensor:
+    if strides is None:
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    else:
+        tensor = torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
     if nbytes >= HUGE_BYTES:
         advise(tensor.data_ptr(), nbytes)
     return tensor
@@ -160,11 +163,7 @@ def like(x: Tensor) -> Tensor:
 
 def dense(x: Tensor, nbytes: int, strides: tuple[int, ...] | None) -> Tensor:
     """The same of x with so many bytes, and with these strides, where they aren't those of C order."""
-    if nbytes < REUSED_BYTES:
-        return torch.empty_like(x)
-    if strides is None:
-        return _empty(x.shape, x.dtype, nbytes)
-    return over(_empty((x.numel(),), x.dtype, nbytes).untyped_storage(), x.shape, x.dtype, strides)
+    return torch.empty_like(x) if nbytes < REUSED_BYTES else _empty(x.shape, x.dtype, nbytes, strides)
 
 
 def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

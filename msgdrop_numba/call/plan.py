@@ -179,10 +179,13 @@ def _make(
     aligned = (x_row | x_piece | out_row | out_piece) % max(1, min(width, 8)) == 0
     words = beside and aligned and width in (1, 2, 4, 8, 16, 32, 64)
     # Past the cache only what the cache can't hold: reading it soon after would cost more than was saved.
-    whole = beside and width == message and x_row == out_row == width * shape[dims - 1]
-    stream = whole and width % LINE == 0 and messages * width >= STREAM_BYTES
+    size, across = shape[dims - 1], width == message and 0 < x_row < x_step and 0 < out_row < out_step
+    dense = x_row == out_row == width and x_step == out_step == messages // max(1, size) * width
+    whole = beside and width == message and x_row == out_row == width * size
+    stream = (whole or (across and dense)) and width % LINE == 0 and messages * width >= STREAM_BYTES
     values = {
-        "size": shape[dims - 1], "width": width, "kind": kind, "scale": rule.scale, "words": words, "stream": stream,
+        "size": size, "width": width, "kind": kind, "scale": rule.scale, "words": words, "stream": stream,
+        "across": across,
         "x_row": x_row, "x_step": x_step, "out_row": out_row, "out_step": out_step,
         "pieces": message // width if width else 1, "x_piece": x_piece, "out_piece": out_piece,
         **{name: getattr(rule, name) for name, _ in RULE},

@@ -34,9 +34,12 @@ from msgdrop_numba.kernels.rules import (
     message_scales,
     row_scale,
     row_valid,
+    whole_groups,
 )
 
 TOGETHER = 512  # messages of fewer bytes are scaled many at once, which passes over them once more
+TILE = 8 * BLOCK  # flags of rows that are written across
+PLAN_BYTES = PLAN.itemsize
 
 
 class Memory(NamedTuple):
@@ -48,9 +51,12 @@ class Memory(NamedTuple):
     known: int  # see `rules.decide`
     flags: int  # a block's; they are made in whole groups, a row's limit by a block of them behind those of the block
     scales: int  # of a block's messages
+    tile: int  # flags of several rows, each in whole groups
+    across: int  # the same by position
+    turned: int  # a PLAN
 
 
-SIZES = (8 * BLOCK, SCRATCH, 4 * (BLOCK + GROUP), 3 * 8, 2 * BLOCK + GROUP, 8 * BLOCK)
+SIZES = (8 * BLOCK, SCRATCH, 4 * (BLOCK + GROUP), 3 * 8, 2 * BLOCK + GROUP, 8 * BLOCK, TILE, TILE, PLAN_BYTES)
 MEMORY = sum(SIZES)
 
 
@@ -76,7 +82,9 @@ def _reserve() -> Memory:
     flags = known + SIZES[3]
     zero_bytes(scratch, NARROW)  # what narrow messages drop to; only `multiply_by_way` writes here, where none is
     view(known, 1, np.int64)[0] = -1
-    return Memory(found, scratch, words, known, flags, flags + SIZES[4])
+    scales = flags + SIZES[4]
+    tile = scales + SIZES[5]
+    return Memory(found, scratch, words, known, flags, scales, tile, tile + TILE, tile + 2 * TILE)
 
 
 @inlined_jit
@@ -183,7 +191,7 @@ def _write_words(target: int, source: int, keep: Array, width: int, fill: int, f
 
 
 @inlined_jit
-def _writing(plan: Any, draw: Any, x: int, out: int, messages: int) -> Writing:
+def _writing(plan: Any, draw: Any, x: int, out: int, messages: int, memory: Memory) -> Writing:
     """How a call that writes so many messages does it."""
     apart = draw["scales"] or draw["protect"] or plan["prefix"]  # messages have scales of their own
     width, kind, fill = plan["width"], plan["kind"], draw["fill"]
@@ -194,15 +202,20 @@ def _writing(plan: Any, draw: Any, x: int, out: int, messages: int) -> Writing:
     together = together and not (apart or stream)
     first = (COPY, 0) if together else (kind, fill)
     then = (kind, fill) if together else (COPY, 0)
-    return Writing(first[0], first[1], then[0], then[1], stream, foresee, zeros, _reserve())
+    return Writing(first[0], first[1], then[0], then[1], stream, foresee, zeros, memory)
 
 
 @inlined_jit
-def _is_even(plan: Any, draw: Any) -> bool:
-    """Whether rows are written as one: they lie behind each other, and what is done to a message is the same in all."""
+def _is_alike(plan: Any, draw: Any) -> Any:
+    """Whether what is done to a message is the same in all rows."""
     own = draw["scales"] or draw["protect"] or draw["lengths"] or plan["prefix"] or plan["exact"] or plan["ranged"]
-    beside = plan["x_row"] == plan["size"] * plan["x_step"] and plan["out_row"] == plan["size"] * plan["out_step"]
-    return beside and not draw["sources"] and (plan["kind"] == COPY or not own)
+    return not draw["sources"] and (plan["kind"] == COPY or not own)
+
+
+@inlined_jit
+def _is_even(plan: Any) -> Any:
+    """Whether rows lie behind each other."""
+    return plan["x_row"] == plan["size"] * plan["x_step"] and plan["out_row"] == plan["size"] * plan["out_step"]
 
 
 @inner_jit
@@ -249,6 +262,56 @@ def _write_block(
             part, some, as_some = behind, 0, 0
 
 
+@inner_jit
+def _decide(
+    flags: int, plan_address: int, draw_address: int, seed: int, rule: int, index: int, position: int, count: int,
+    memory: Memory,
+) -> None:  # fmt: skip
+    """Set the flags of messages of a row."""
+    if rule:
+        call(rule, flags, memory.words, plan_address, draw_address, seed, index, position, count, memory.known)
+    else:
+        plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
+        keep_plain(flags, memory.words, plan, draw, seed, index, position, count)
+
+
+@inner_jit
+def _drop_across(
+    index: int, rows: int, plan_address: int, draw_address: int, x: int, out: int, mask: int, seed: int, rule: int,
+    memory: Memory,
+) -> None:  # fmt: skip
+    """Drop among the messages of so many rows, which are decided row by row and written position by position."""
+    plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
+    copy_bytes(memory.turned, plan_address, PLAN_BYTES)
+    turned, width, size = view(memory.turned, 1, PLAN)[0], plan["width"], plan["size"]
+    turned["x_step"], turned["out_step"] = plan["x_row"], plan["out_row"]
+    beside = turned["x_step"] == turned["out_step"] == width and width <= LINE and width & (width - 1) == 0
+    as_words = beside and (x | out) & (min(width, 8) - 1) == 0 and (width <= 8 or draw["fill"] == 0)
+    how = _writing(turned, draw, x, out, rows * size, memory)
+    for position in range(0, size, BLOCK):
+        count = min(BLOCK, size - position)
+        pitch = whole_groups(count)
+        for row in range(rows):
+            flags, at = memory.tile + row * pitch, (index + row) * size + position
+            inside = max(0, min(count, row_valid(plan, draw, index + row) - position))
+            if draw["given"]:
+                copy_bytes(flags, mask + at, count)
+            else:
+                _decide(flags, plan_address, draw_address, seed, rule, index + row, position, inside, memory)
+                keep_rest(flags, inside, count)
+                if mask:
+                    copy_bytes(mask + at, flags, count)
+        tile, across = view(memory.tile, rows * pitch, np.bool_), view(memory.across, rows * count, np.bool_)
+        for j in range(count):
+            for row in range(rows):
+                across[j * rows + row] = tile[row * pitch + j]
+        to, from_ = out + index * plan["out_row"], x + index * plan["x_row"]
+        for j in range(count):
+            keep = view(memory.across + j * rows, rows, np.bool_)
+            there, here = to + (position + j) * plan["out_step"], from_ + (position + j) * plan["x_step"]
+            _write_part(there, here, keep, turned, how, as_words, plan["scale"], 0)
+
+
 @jit
 def drop_range(
     first: int, last: int, plan_address: int, draw_address: int, x: int, out: int, mask: int, seed: int, rule: int
@@ -263,11 +326,17 @@ def drop_range(
     Messages are decided row by row, and written a block of them at a time, of several rows where those are short.
     """
     plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
-    size, given, even = plan["size"], draw["given"], _is_even(plan, draw)
-    how = _writing(plan, draw, x, out, last - first)
-    memory = how.memory
+    size, given, alike, memory = plan["size"], draw["given"], _is_alike(plan, draw), _reserve()
+    even = alike and _is_even(plan)
+    across = alike and out and plan["across"] and (size <= BLOCK or not rule)  # each row's limit is found once
+    how = _writing(plan, draw, x, out, last - first, memory)
     index, position, count = first // size, first % size, 0
     while first < last:
+        if across and position == 0 and last - first >= size:
+            rows = min((last - first) // size, TILE // whole_groups(min(size, BLOCK)))
+            _drop_across(index, rows, plan_address, draw_address, x, out, mask, seed, rule, memory)
+            index, first = index + rows, first + rows * size
+            continue
         valid, source = row_valid(plan, draw, index), x + index * plan["x_row"]
         if draw["sources"]:
             source = view(draw["sources"] + 8 * index, 1, np.int64)[0]
@@ -275,10 +344,8 @@ def drop_range(
         while position < stop:
             more, flags = min(stop - position, BLOCK - count), memory.flags + count
             inside = max(0, min(more, valid - position))
-            if rule:
-                call(rule, flags, memory.words, plan_address, draw_address, seed, index, position, inside, memory.known)
-            elif not given:
-                keep_plain(flags, memory.words, plan, draw, seed, index, position, inside)
+            if not given:
+                _decide(flags, plan_address, draw_address, seed, rule, index, position, inside, memory)
             keep_rest(flags, inside, more)
             position, count = position + more, count + more
             if even and count < BLOCK and first + count < last:

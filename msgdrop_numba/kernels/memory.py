@@ -8,6 +8,7 @@ counts are int64, since pointers passed as integers cost the least on the way in
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -30,7 +31,9 @@ def view(address: int, count: int, dtype: Any) -> Any:
 
 def stack(count: int) -> int:
     """The address of `count` bytes, a constant, on the stack: theirs until the kernel that asks for them returns."""
-    held = _held.__dict__.setdefault("memory", deque(maxlen=8))  # calls nest where a finaliser runs in one
+    # Of each kernel the last few: it may call others, many times, and be called again where a finaliser runs in it.
+    by_kernel = _held.__dict__.setdefault("memory", {})
+    held = by_kernel.setdefault(sys._getframe(1).f_code, deque(maxlen=8))
     held.append(np.empty(count, np.uint8))
     return int(held[-1].ctypes.data)
 

@@ -51,10 +51,12 @@ def _usual(
     plan = make_plan(shape, dtype.itemsize, scaled_kind(dtype) if scale else COPY, message_dims, rule)
     if strides is not None:
         like = torch.empty_like(torch.empty_strided(shape, strides, device="meta"))
-        if like.stride() != strides or plan.nbytes >= HUGE_BYTES:  # others are written in the order of memory
+        if like.stride() != strides:
             return None
         steps = tuple(step * dtype.itemsize for step in strides)
         plan = follow(plan, steps, steps)
+        if plan.nbytes >= HUGE_BYTES and not (plan.plain and plan.numbers.across):  # see `write`
+            return None
     return usual(plan, Alike(strides)) if plan.followed and dtype not in WITHOUT_ZERO | _QUANTIZED else None
 
 

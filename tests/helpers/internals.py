@@ -34,6 +34,13 @@ def thread_layer(patch: pytest.MonkeyPatch, *, usable: bool, forked: bool, threa
     patch.setattr(module.config, "NUMBA_NUM_THREADS", threads)
 
 
+def compiles() -> bool:
+    """Whether kernels are compiled: else they take a thousand times as long."""
+    from numba import config
+
+    return not config.DISABLE_JIT
+
+
 def kernel_cache() -> Any:
     """A cache of compiled code that lacks all private names."""
     from msgdrop_numba.kernels import _jit

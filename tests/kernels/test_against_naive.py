@@ -196,6 +196,30 @@ def test_words_and_streaming_stores(reset_plans, monkeypatch):
                     assert np.array_equal(message_dropout(out, 0.4, seed=width, fill=fill, inplace=True), want)
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("stream", [False, True], ids=["", "stream"])
+@pytest.mark.parametrize("rules", [{}, {"exact": True}, {"span": 3, "min_keep": 2}], ids=str)
+def test_rows_beside_each_other(rules, stream, reset_plans, monkeypatch, chunks):
+    """An RNN's outputs, batch first: more rows, and longer ones, than are written across at once."""
+    if stream:
+        internals.stream_everything(monkeypatch)
+    rng = random.Random(5)
+    for rows, size in ((3, 5), (70, 130), (9, 1030)) if internals.compiles() else ((3, 5), (9, 70)):
+        keep = naive.keep_mask((rows, size), 0.4, seed=size, **rules)
+        for width in (1, 3, 8, 16, 64, 192):
+            x = torch.from_numpy(numbers(rng, (size, rows, width + 1), "uint8"))
+            for offset, gap in ((0, 0), (0, 1), (1, 0)):
+                memory = torch.empty(x.numel() + 1, dtype=torch.uint8)[offset : offset + x.numel()].view_as(x).copy_(x)
+                y = memory if gap else memory.view(-1)[: size * rows * width].view(size, rows, width)
+                y = y[..., :width].transpose(0, 1)
+                want = np.where(keep[..., None], y, 0)
+                got, mask = message_dropout(y, 0.4, seed=size, return_mask=True, **rules)
+                assert np.array_equal(mask, keep)
+                assert np.array_equal(got, want)
+                assert np.array_equal(message_dropout(y.numpy(), 0.4, seed=size, **rules), want)
+                assert np.array_equal(message_dropout(y, 0.4, seed=size, inplace=True, **rules), want)
+
+
 @settings(max_examples=300, derandomize=True, deadline=None, database=None)
 @given(rng=st.randoms(use_true_random=False), parts=st.integers(1, 8))
 def test_property(rng, parts):
