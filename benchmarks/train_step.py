@@ -1,7 +1,9 @@
-"""What does dropout add to a training step? The step's time less that of the same step without it. float32, p = 0.3."""
+"""What does dropout take of a training step? Its forward and its backward, timed within the step. float32, p = 0.3."""
 
 from __future__ import annotations
 
+import random
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +13,6 @@ from torch import Tensor, nn
 
 from benchmarks.measure import machine, markdown
 from msgdrop_numba import MessageDropout
-from msgdrop_numba.command.bench import medians
 
 P = 0.3
 BATCH = (64, 128, 64)  # small models, so that the layer's part isn't lost in the noise of the rest
@@ -63,39 +64,62 @@ def step(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] = lambda 
     return run_step
 
 
+class Timed(nn.Module):
+    """A layer, and the milliseconds of its forward and its backward: what it adds to a step is lost in noise."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.forward_ms: list[float] = []
+        self.backward_ms: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer makes of x."""
+        start = time.perf_counter()
+        y: Tensor = self.layer(x)
+        self.forward_ms.append(1e3 * (time.perf_counter() - start))
+        started = [0.0]
+
+        def before(*_: Any) -> None:
+            started[0] = time.perf_counter()
+
+        def after(*_: Any) -> None:
+            self.backward_ms.append(1e3 * (time.perf_counter() - started[0]))
+
+        node: Any = y.grad_fn
+        node.register_prehook(before)
+        node.register_hook(after)
+        return y
+
+
 def run(rounds: int) -> dict[str, Any]:
-    """Milliseconds of a step, the steps of all contestants taking turns."""
-    x, times = torch.randn(BATCH), {}
-    layers: dict[str, Callable[[], nn.Module]] = {
-        "none": nn.Identity, "message dropout": lambda: MessageDropout(P), "dropout1d": lambda: nn.Dropout1d(P),
-    }  # fmt: skip
+    """Milliseconds of each layer within a step, the steps of all contestants taking turns, and of the whole step."""
+    x, rows = torch.randn(BATCH), []
     for name, model in (("GRU", Recurrent), ("transformer", Attention)):
-        steps = {}
-        for layer, make in layers.items():
-            torch.manual_seed(0)
-            steps[f"{name}, {layer}"] = step(model(make()), x)
-        times |= medians(steps, rounds * STEPS)
-    print({label: round(t, 3) for label, t in times.items()}, flush=True)
-    return {"machine": machine(), "p": P, "batch": BATCH, "rounds": rounds, "milliseconds": times}
+        layers = {"message dropout": Timed(MessageDropout(P)), "dropout1d": Timed(nn.Dropout1d(P))}
+        steps = {layer: step(model(timed), x) for layer, timed in layers.items()}
+        turns = [random.sample(sorted(steps), len(steps)) for _ in range(rounds * STEPS)]
+        whole = [steps[layer]() for turn in turns for layer in turn]
+        row: dict[str, Any] = {"step": name, "whole": statistics.median(whole)}
+        for layer, timed in layers.items():
+            row[layer] = [statistics.median(times[2:]) for times in (timed.forward_ms, timed.backward_ms)]
+        rows.append(row)
+        print(row, flush=True)
+    return {"machine": machine(), "p": P, "batch": BATCH, "rounds": rounds, "milliseconds": rows}
 
 
 def table(results: dict[str, Any]) -> str:
     """The table of benchmarks/README.md."""
     rows = []
-    for name in ("GRU", "transformer"):
-        none, ours, theirs = (
-            results["milliseconds"][f"{name}, {layer}"] for layer in ("none", "message dropout", "dropout1d")
-        )
-        rows.append([name, f"{none:.2f}", f"{ours - none:+.3f}", f"{theirs - none:+.3f}"])
-    return markdown(["step", "without dropout, ms", "message dropout adds, ms", "`nn.Dropout1d` adds, ms"], rows)
+    for row in results["milliseconds"]:
+        layers = (" + ".join(f"{part:.3f}" for part in row[layer]) for layer in ("message dropout", "dropout1d"))
+        rows.append([row["step"], f"{row['whole']:.1f}", *layers])
+    return markdown(["step", "whole, ms", "message dropout, forward + backward, ms", "`nn.Dropout1d`, ms"], rows)
 
 
 def bars(results: dict[str, Any]) -> dict[str, float]:
-    """A step's time with each layer over its time without."""
-    t = results["milliseconds"]
-    layers = ("message dropout", "dropout1d")
+    """How many times as fast as dropout1d, both ways."""
     return {
-        f"{name}, {layer}": t[f"{name}, {layer}"] / t[f"{name}, none"]
-        for name in ("GRU", "transformer")
-        for layer in layers
+        f"{row['step']}: dropout1d / message dropout": sum(row["dropout1d"]) / sum(row["message dropout"])
+        for row in results["milliseconds"]
     }

@@ -190,7 +190,7 @@ def _write_words(target: int, source: int, keep: Array, width: int, fill: int, f
         _select(target, source, _spread(keep, flags, width // 8), np.uint64(0), np.uint64)
 
 
-@inlined_jit
+@inner_jit
 def _writing(plan: Any, draw: Any, x: int, out: int, messages: int, memory: Memory) -> Writing:
     """How a call that writes so many messages does it."""
     apart = draw["scales"] or draw["protect"] or plan["prefix"]  # messages have scales of their own
@@ -220,7 +220,7 @@ def _is_even(plan: Any) -> Any:
 
 @inner_jit
 def _write_part(
-    to: int, from_: int, keep: Array, plan: Any, how: Writing, as_words: bool, scale: float, scales: int
+    to: int, from_: int, keep: Array, plan: Any, how: Writing, as_words: Any, scale: float, scales: Any
 ) -> None:
     """Write the messages of `keep` in the way that is quickest for their width."""
     width, memory = plan["width"], how.memory
@@ -286,7 +286,7 @@ def _drop_across(
     turned, width, size = view(memory.turned, 1, PLAN)[0], plan["width"], plan["size"]
     turned["x_step"], turned["out_step"] = plan["x_row"], plan["out_row"]
     beside = turned["x_step"] == turned["out_step"] == width and width <= LINE and width & (width - 1) == 0
-    as_words = beside and (x | out) & (min(width, 8) - 1) == 0 and (width <= 8 or draw["fill"] == 0)
+    as_words = np.int64(beside and (x | out) & (min(width, 8) - 1) == 0 and (width <= 8 or draw["fill"] == 0))
     how = _writing(turned, draw, x, out, rows * size, memory)
     for position in range(0, size, BLOCK):
         count = min(BLOCK, size - position)
@@ -309,7 +309,7 @@ def _drop_across(
         for j in range(count):
             keep = view(memory.across + j * rows, rows, np.bool_)
             there, here = to + (position + j) * plan["out_step"], from_ + (position + j) * plan["x_step"]
-            _write_part(there, here, keep, turned, how, as_words, plan["scale"], 0)
+            _write_part(there, here, keep, turned, how, as_words, plan["scale"], np.int64(0))  # a 0 is its own type
 
 
 @jit
