@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.torch_private import TELLS_USES, shared_storage, storage_uses
+from msgdrop_numba.torch_private import TELLS_USES, handle, shared_storage, storage_uses
 
 HUGE_BYTES = 4 * 2**20
 REUSED_BYTES = 2**20  # below, the C library rarely gives memory back, so that there is little to spare
@@ -98,7 +98,7 @@ class Kept:
             self._sweep()
         waiting = self.alike[likeness] = self.alike.pop(likeness, deque())  # these are the latest now
         storage = tensor.untyped_storage()
-        waiting.append((tensor, storage, storage._cdata))
+        waiting.append((tensor, storage, handle(storage)))
         self.nbytes += nbytes
         while self.nbytes > KEPT_BYTES:
             key, oldest = next(iter(self.alike.items()))

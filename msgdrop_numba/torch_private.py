@@ -362,7 +362,12 @@ class SeedTensor:
             self._delete(self.tensor)
 
 
-# How many use a storage, its Python object included, whose `_cdata` is given.
+def handle(storage: Any) -> int:
+    """What torch's own functions know a storage by."""
+    return storage._cdata  # type: ignore[no-any-return]
+
+
+# How many use a storage, its Python object included, whose `handle` is given.
 storage_uses: Any = getattr(torch._C, "_storage_Use_Count", None)
 TELLS_USES = storage_uses is not None
 

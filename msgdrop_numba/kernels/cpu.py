@@ -286,7 +286,8 @@ def _drop_across(
     turned, width, size = view(memory.turned, 1, PLAN)[0], plan["width"], plan["size"]
     turned["x_step"], turned["out_step"] = plan["x_row"], plan["out_row"]
     beside = turned["x_step"] == turned["out_step"] == width and width <= LINE and width & (width - 1) == 0
-    as_words = np.int64(beside and (x | out) & (min(width, 8) - 1) == 0 and (width <= 8 or draw["fill"] == 0))
+    aligned = (x | out | plan["x_step"] | plan["out_step"]) & (min(width, 8) - 1) == 0
+    as_words = np.int64(beside and aligned and (width <= 8 or draw["fill"] == 0))
     how = _writing(turned, draw, x, out, rows * size, memory)
     for position in range(0, size, BLOCK):
         count = min(BLOCK, size - position)
@@ -323,7 +324,8 @@ def drop_range(
     `rule` (of `rules.decide`, where more than a draw of its own decides on a message). All are Python integers, the
     seed as the int64 of its bits: one compiled version serves every call.
 
-    Messages are decided row by row, and written a block of them at a time, of several rows where those are short.
+    Messages are decided row by row, and written a block of them at a time, of several rows where those are short, or
+    position by position where rows lie beside each other.
     """
     plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
     size, given, alike, memory = plan["size"], draw["given"], _is_alike(plan, draw), _reserve()
