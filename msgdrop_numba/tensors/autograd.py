@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.plan import GIVEN, PLAIN, Draw, Places, Plan
+from msgdrop_numba.call.plan import GIVEN, PLAIN, Draw, Places, Plan, make_plan
 from msgdrop_numba.call.request import Job
 from msgdrop_numba.call.usual import Usual
 from msgdrop_numba.kernels.records import COPY
@@ -80,7 +80,8 @@ class _DropUsual(torch.autograd.Function):
                 here.run(0, 0, 0, seed, start, result.data_ptr())
                 return result, None
         grad = grad.to_dense() if grad.layout != torch.strided else grad
-        return _dropped(grad, Job(how.plan, PLAIN, seed % 2**64)), None
+        in_order = make_plan(*how.plan.arguments)  # the plan itself may be of x's strides
+        return _dropped(grad, Job(in_order, PLAIN, seed % 2**64)), None
 
 
 def _dropped(grad: Tensor, job: Job) -> Any:

@@ -127,6 +127,23 @@ def test_permuted_tensors_go_the_short_way(order, size, monkeypatch):
     assert torch.equal(x, want)
 
 
+@pytest.mark.parametrize("scale", [False, True])
+def test_gradients_that_take_all_steps_for_permuted_tensors(scale):
+    message_dropout(torch.ones(2, 3, 4))  # the first call of a process takes all steps
+    for rows, size, features in ((5, 7, 4), (3, 70, 16)):
+        x = torch.randn(size, rows, features).transpose(0, 1).detach().requires_grad_()
+        options = {"p": 0.5, "seed": 3, "scale": scale}
+        y, factor = message_dropout(x, **options), message_dropout(torch.ones(rows, size, features), **options)
+        for grad in (torch.randn(rows, size, features), torch.randn(size, rows, features).transpose(0, 1)):
+            (got,) = torch.autograd.grad(y, x, grad.to_sparse(), retain_graph=True)
+            assert torch.equal(got, factor * grad)
+            again = grad.clone().requires_grad_()
+            (got,) = torch.autograd.grad(y, x, again, create_graph=True)
+            assert torch.equal(got, factor * grad)
+            (second,) = torch.autograd.grad(got.pow(2).sum(), again)
+            assert torch.equal(second, factor * (2 * factor * grad))
+
+
 @both
 @pytest.mark.parametrize("lengths", [[6, 0, 2, 7], [-1, 0, 2, 5], [1, 2, 3], [1.0, 2.0, 3.0, 4.0]], ids=str)
 def test_wrong_lengths_are_refused_before_anything_happens(make, lengths):
