@@ -36,7 +36,7 @@ from msgdrop_numba.call.select import (
     slot_scales,
     source,
 )
-from msgdrop_numba.call.threads import launch
+from msgdrop_numba.call.threads import launch, team
 from msgdrop_numba.call.usual import Usual, row_address, seed_bits, usual
 from msgdrop_numba.call.ways import ARRAY, ARRAY_APART, Answer
 from msgdrop_numba.kernels.records import COPY, FLOAT16, FLOAT32, FLOAT64
@@ -217,7 +217,8 @@ def short(
     if target is None:
         target = np.empty(x.shape, x.dtype)
         to = address(target)
-    return target if how.run(at_lengths, at_keys, 0, seed, start, to) >= 0 else None
+    drawn = how.drop(how.told, at_lengths, at_keys, 0, seed, start, to, *team(how.nbytes))
+    return target if drawn >= 0 else None
 
 
 def _target(x: np.ndarray, start: int, how: Usual, inplace: Any, out: Any) -> tuple[Any, int]:

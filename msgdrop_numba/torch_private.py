@@ -258,17 +258,13 @@ def not_plain_because(tensor: torch.Tensor) -> str:
     return "it is conjugated, negated, quantised or wrapped by a transform"
 
 
-def dense_address(tensor: torch.Tensor) -> int:
-    """Where the elements of a plain tensor in C order lie, of a dtype known to be real; 0: it is none, or has none.
+def dense_address(tensor: torch.Tensor, strides: tuple[int, ...] | None = None) -> int:
+    """Where the elements of a plain tensor in C order, or with these strides, lie; 0: it is none, or has none.
 
-    Asked by what a getter tells, in one function: dispatch keys cost more than a small tensor's kernel. Those without
-    ordinary memory, which only keys tell apart, have no address, or refuse to be asked for it or for their order.
+    Of a dtype known to be real, where operations are known to be eager. Asked by what a getter tells, in one function:
+    dispatch keys cost more than a small tensor's kernel. Those without ordinary memory, which only keys tell apart,
+    have no address, or refuse to be asked for it or for their order.
     """
-    return 0 if is_watched() or _transform() is not None else dense_address_too(tensor)
-
-
-def dense_address_too(tensor: torch.Tensor, strides: tuple[int, ...] | None = None) -> int:
-    """`dense_address`, where operations are known to be eager; or that of a tensor with these strides."""
     if type(tensor) not in _PLAIN_TYPES or not tensor.is_cpu or tensor.is_nested or tensor.is_neg():
         return 0
     try:
@@ -287,28 +283,28 @@ class Alike:
 
     def __init__(self, strides: tuple[int, ...] | None = None) -> None:
         self.strides = strides
-        # Of those that need no gradient, and those that do; the latest first. Of several, since a tensor and a
+        # What tells those that need no gradient, and those that do; the latest first. Of several, since a tensor and a
         # parameter, or autocast and none, may take turns.
-        self._checks: tuple[list[Any], list[Any]] = [], []
+        self.checks: tuple[list[Any], list[Any]] = [], []
 
     def known(self, tensor: torch.Tensor) -> int:
         """The address of a tensor like one that `address` was asked for, where `is_watched` says no; 0: it is another.
 
         Never of a nested one: guards that are asked about it end the process.
         """
-        for check in self._checks[tensor.requires_grad]:
+        for check in self.checks[tensor.requires_grad]:
             if check(tensor):
                 return tensor.data_ptr()
         return 0
 
     def address(self, tensor: torch.Tensor) -> int:
         """`dense_address` of a tensor of the one shape and dtype, where `is_watched` says no."""
-        checks = self._checks[tensor.requires_grad]
-        for check in checks:  # as `known` does: a call of a function costs as much as a check
-            if check(tensor):
-                return tensor.data_ptr()
-        start = 0 if _transform() is not None else dense_address_too(tensor, self.strides)
+        start = self.known(tensor)
+        if start or _transform() is not None:
+            return start
+        start = dense_address(tensor, self.strides)
         if start and _TensorGuards is not None:
+            checks = self.checks[tensor.requires_grad]
             checks[:] = [_guards_of([tensor], False, self.strides).check, *checks[: _STATES - 1]]
         return start
 

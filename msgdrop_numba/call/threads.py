@@ -48,13 +48,14 @@ _layer = _Layer(forked=multiprocessing.parent_process() is not None and "--multi
 
 
 def chunks(nbytes: int) -> int:
-    """How many parts a job that writes `nbytes` is cut into; 1 stands for the serial kernel.
+    """How many parts a job that writes `nbytes` is cut into; 1 stands for the serial kernel."""
+    return 1 if nbytes < PARALLEL_BYTES else _budget()
 
-    The budget is torch's thread count where torch is loaded (1 in a DataLoader worker), else OMP_NUM_THREADS where that
-    is set (Ray sets it to a task's CPUs), and at most numba's.
+
+def _budget() -> int:
+    """Torch's thread count where torch is loaded (1 in a DataLoader worker), else OMP_NUM_THREADS where that is set (Ray
+    sets it to a task's CPUs), and at most numba's.
     """
-    if nbytes < PARALLEL_BYTES:
-        return 1
     budget: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     of_torch = getattr(sys.modules.get("torch"), "get_num_threads", None)  # not there yet in a half-done import
     if of_torch is not None:
@@ -66,8 +67,9 @@ def chunks(nbytes: int) -> int:
 
 def team(nbytes: int) -> tuple[int, int]:
     """Who writes `nbytes`: the address of `drop_parallel`, 0: this thread alone; and in how many parts."""
-    parts = chunks(nbytes)
-    return (c_address(drop_parallel), parts) if parts > 1 else (0, 1)
+    if nbytes < PARALLEL_BYTES or (parts := _budget()) == 1:  # `chunks`, without a call that a small one feels
+        return 0, 1
+    return c_address(drop_parallel), parts
 
 
 def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.plan import PLAIN, Plan
-from msgdrop_numba.call.threads import rule_address, team
+from msgdrop_numba.call.threads import rule_address
 from msgdrop_numba.kernels._jit import c_address, direct
 from msgdrop_numba.kernels.cpu import drop_range
 from msgdrop_numba.kernels.usual import ROWS, USUAL, drop_usual
@@ -24,10 +24,10 @@ class Usual(NamedTuple):
     """What all usual calls of one plan share.
 
     Fields:
-        drop: `drop_usual`. told: its first argument, the address of `record`.
+        drop: `drop_usual`. told: its first argument, the address of `record`. The last two are from `threads.team`.
         nbytes: of an array.
         rows: the shape of what is one a row; None: there are too many.
-        alike: tells tensors that lie as the plan says.
+        alike: tells tensors that lie as the plan says. strides: theirs; None: those of C order.
     """
 
     plan: Plan
@@ -37,11 +37,7 @@ class Usual(NamedTuple):
     nbytes: int
     rows: tuple[int, ...] | None
     alike: Any
-
-    def run(self, lengths: int, keys: int, source: int, seed: int, x: int, out: int) -> int:
-        """Drop, by the arguments of `drop_usual`; the seed that it drew, or negative: nothing is done."""
-        parallel, parts = team(self.nbytes)
-        return self.drop(self.told, lengths, keys, source, seed, x, out, parallel, parts)  # type: ignore[no-any-return]
+    strides: tuple[int, ...] | None
 
 
 def usual(plan: Plan, alike: Any = None) -> Usual:
@@ -50,7 +46,8 @@ def usual(plan: Plan, alike: Any = None) -> Usual:
     told |= {"messages": plan.messages, "size": plan.size, "rule": rule_address(plan, PLAIN)}
     record = np.array([tuple(told[name] for name in USUAL.names or ())], USUAL)
     rows = plan.shape[:-1] if plan.messages <= ROWS * plan.size else None
-    return Usual(plan, direct(drop_usual), address(record), record, plan.nbytes, rows, alike)
+    strides = None if alike is None else alike.strides
+    return Usual(plan, direct(drop_usual), address(record), record, plan.nbytes, rows, alike, strides)
 
 
 def seed_bits(seed: Any) -> int | None:

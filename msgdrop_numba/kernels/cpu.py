@@ -13,6 +13,7 @@ from numba import prange
 from msgdrop_numba.kernels._jit import inlined_jit, inner_jit, jit, parallel_jit
 from msgdrop_numba.kernels.copying import (
     AHEAD,
+    GAPS,
     NARROW,
     PREFETCH_BYTES,
     SCRATCH,
@@ -107,9 +108,11 @@ def _fill_dropped(target: int, step: int, keep: Array, fill: int, width: int, st
 def _write_narrow(target: int, source: int, keep: Array, plan: Any, how: Writing, scale: float) -> None:
     """Write messages of a few bytes: without a branch, of which a third would be guessed wrong. Scaled, 0 stays 0."""
     width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]
-    fill = how.fill if how.fill else how.memory.scratch
+    fill, distance, asked = how.fill if how.fill else how.memory.scratch, AHEAD // width, width if how.foresee else 0
     for j in range(keep.size):
         to, from_ = target + j * target_step, fill + keep[j] * (source + j * source_step - fill)
+        for at in range(0, asked, LINE):
+            prefetch(source + min(j + distance, keep.size - 1) * source_step + at)
         if how.kind == COPY:
             copy_narrow(to, from_, width)
         else:
@@ -196,7 +199,7 @@ def _writing(plan: Any, draw: Any, x: int, out: int, messages: int, memory: Memo
     apart = draw["scales"] or draw["protect"] or plan["prefix"]  # messages have scales of their own
     width, kind, fill = plan["width"], plan["kind"], draw["fill"]
     stream = plan["stream"] and out % LINE == 0
-    foresee = x != out and width >= 4 * LINE and messages * width >= PREFETCH_BYTES
+    foresee = x != out and width >= LINE and messages * width >= PREFETCH_BYTES
     zeros = kind in (FLOAT32, FLOAT64) and x != out and fill == 0
     together = kind != COPY and width < (LINE if zeros else TOGETHER) and plan["out_step"] == width
     together = together and not (apart or stream)
@@ -228,7 +231,7 @@ def _write_part(
         _write_words(to, from_, keep, width, how.fill, memory.found)
     elif to == from_ and how.kind == COPY:
         _fill_dropped(to, plan["out_step"], keep, how.fill, width, how.stream, memory.found)
-    elif width < NARROW and not (how.foresee or how.stream) and (how.kind == COPY or (how.zeros and not scales)):
+    elif width < (GAPS if how.foresee else NARROW) and not how.stream and (how.kind == COPY or (how.zeros and not scales)):
         _write_narrow(to, from_, keep, plan, how, scale)
     else:
         _write_each(to, from_, keep, plan, how, scale, scales)

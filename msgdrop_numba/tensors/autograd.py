@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msgdrop_numba.call.plan import GIVEN, PLAIN, Draw, Places, Plan, make_plan
 from msgdrop_numba.call.request import Job
+from msgdrop_numba.call.threads import team
 from msgdrop_numba.call.usual import Usual
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.outputs import dense
@@ -62,11 +63,11 @@ class _DropUsual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, told: tuple[Usual, int, int, int]) -> Tensor:
         how, source, seed, start = told
-        result = dense(x, how.nbytes, how.alike.strides)
-        drawn = how.run(0, 0, source, seed, start, result.data_ptr())
+        result = dense(x, how.nbytes, how.strides)
+        drawn = how.drop(how.told, 0, 0, source, seed, start, result.data_ptr(), *team(how.nbytes))
         if drawn < 0:  # compiled code couldn't draw
             source, seed = 0, fresh_seed(None)
-            how.run(0, 0, source, seed, start, result.data_ptr())
+            how.drop(how.told, 0, 0, source, seed, start, result.data_ptr(), *team(how.nbytes))
         ctx.told = how, drawn if source else seed
         return result
 
@@ -74,10 +75,12 @@ class _DropUsual(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         how, seed = ctx.told
         if not (grad.requires_grad and torch.is_grad_enabled()) and not is_watched():
-            here, start = find_as(how, grad)  # it may lie otherwise than x
+            here, start = how, how.alike.known(grad)
+            if not start:
+                here, start = find_as(how, grad)  # it may lie otherwise than x
             if start:
-                result = dense(grad, here.nbytes, here.alike.strides)
-                here.run(0, 0, 0, seed, start, result.data_ptr())
+                result = dense(grad, here.nbytes, here.strides)
+                here.drop(here.told, 0, 0, 0, seed, start, result.data_ptr(), *team(here.nbytes))
                 return result, None
         grad = grad.to_dense() if grad.layout != torch.strided else grad
         in_order = make_plan(*how.plan.arguments)  # the plan itself may be of x's strides

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call.request import Request, perform, prepare_mask, turned
+from msgdrop_numba.call.threads import team
 from msgdrop_numba.call.usual import Usual, row_address, seed_bits
 from msgdrop_numba.outputs import dense
 from msgdrop_numba.tensors import nested, traced, ways
 from msgdrop_numba.tensors.arguments import check_device
 from msgdrop_numba.tensors.autograd import run_usual
 from msgdrop_numba.tensors.seeds import drawing, fresh_seed
-from msgdrop_numba.tensors.usual import find
+from msgdrop_numba.tensors.usual import find, latest
 from msgdrop_numba.tensors.write import draw_mask
-from msgdrop_numba.torch_private import dense_address_too, increment_versions, is_watched
+from msgdrop_numba.torch_private import dense_address, increment_versions, is_watched
 
 
 def short(
@@ -24,10 +25,16 @@ def short(
     keys: Any, out: Any,
 ) -> Tensor | None:  # fmt: skip
     """The usual call, see `call.usual`; None: it is another, and nothing was done. What the plan refuses is raised."""
-    if is_watched() or not x.is_cpu:
+    if is_watched() or not x.is_cpu or x.is_nested:  # guards that are asked about a nested one end the process
         return None
+    scale = bool(scale)
     try:
-        how, start = find(x, bool(scale), message_dims, p, *rule)
+        for check, how in latest(scale, message_dims, p, *rule):
+            if check(x):
+                start = x.data_ptr()
+                break
+        else:
+            how, start = find(x, scale, message_dims, p, *rule)
     except (TypeError, RuntimeError):  # what is wrong is said elsewhere
         return None
     if not start:
@@ -57,9 +64,9 @@ def short(
         return run_usual(x, (how, source, seed, start))  # type: ignore[no-any-return]
     result = target
     if target is None:
-        result = dense(x, how.nbytes, how.alike.strides)
+        result = dense(x, how.nbytes, how.strides)
         to = result.data_ptr()
-    if how.run(at_lengths, at_keys, source, seed, start, to) < 0:
+    if how.drop(how.told, at_lengths, at_keys, source, seed, start, to, *team(how.nbytes)) < 0:
         return None
     if target is not None:
         increment_versions((target,))  # torch can't see a write through a pointer
@@ -82,7 +89,7 @@ def _row_address(values: Any, rows: tuple[int, ...] | None) -> int:
     """Where int64 lie, one a row; 0: they are others."""
     if type(values) is not Tensor:
         return row_address(values, rows)
-    return dense_address_too(values) if values.dtype is torch.int64 and values.shape == rows else 0
+    return dense_address(values) if values.dtype is torch.int64 and values.shape == rows else 0
 
 
 explain = ways.explain

@@ -20,7 +20,8 @@ def cut_into(patch: pytest.MonkeyPatch, parts: int | Callable[[], int]) -> None:
     """Every kernel call is cut into so many parts, however small it is."""
     from msgdrop_numba.call import threads
 
-    patch.setattr(threads, "chunks", lambda *_: parts() if callable(parts) else parts)
+    patch.setattr(threads, "_budget", parts if callable(parts) else lambda: parts)
+    patch.setattr(threads, "PARALLEL_BYTES", 0)
 
 
 def thread_layer(patch: pytest.MonkeyPatch, *, usable: bool, forked: bool, threads: int) -> None:
