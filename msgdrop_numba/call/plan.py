@@ -6,6 +6,7 @@ import math
 import numbers
 from array import array
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,17 @@ from msgdrop_numba.kernels.records import COPY, LINE, OTHER, PLAN, RULE, DrawNum
 
 # Below this many bytes written, waking threads costs more than it saves.
 PARALLEL_BYTES = 256 * 1024
-STREAM_BYTES = 32 * 2**20  # the last-level cache of a usual server core complex
+
+
+def _last_level_cache() -> int:
+    """Its bytes, as Linux tells them; elsewhere those of a usual server's core complex."""
+    try:
+        return int(Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 32 * 2**20
+
+
+STREAM_BYTES = _last_level_cache()  # outputs as large, the cache would forget before anybody reads them
 
 # Why the kernels can't follow an array.
 FAR_APART = "its rows, or its features, don't lie evenly"
@@ -134,6 +145,7 @@ class Plan(NamedTuple):
     obstacle: str  # why the kernels can't follow; empty: they can
     followed: bool  # whether there is none
     plain: bool  # whether each message drops by a draw of its own, at one p
+    across: bool  # whether a message's neighbour is the next row's, as in an RNN's outputs, batch first
     rule: DropRule
     arguments: tuple[Any, ...]  # that it was made from, but for strides
     record: np.ndarray[Any, Any]  # one PLAN, what the kernels read
@@ -185,7 +197,7 @@ def _make(
     stream = (whole or (across and dense)) and width % LINE == 0 and messages * width >= STREAM_BYTES
     values = {
         "size": size, "width": width, "kind": kind, "scale": rule.scale, "words": words, "stream": stream,
-        "across": across,
+        "across": 0,
         "x_row": x_row, "x_step": x_step, "out_row": out_row, "out_step": out_step,
         "pieces": message // width if width else 1, "x_piece": x_piece, "out_piece": out_piece,
         **{name: getattr(rule, name) for name, _ in RULE},
@@ -195,7 +207,7 @@ def _make(
     nbytes = messages * (message or 1)
     return Plan(
         tuple(shape[:dims]), messages, shape[dims - 1], nbytes, kind, obstacle, not obstacle,
-        rule.plain, rule, (shape, itemsize, kind, message_dims, told), record,
+        rule.plain, across, rule, (shape, itemsize, kind, message_dims, told), record,
         record.__array_interface__["data"][0], PlanNumbers._make(record[0].item()),
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from msgdrop_numba.call.plan import PARALLEL_BYTES, PLAIN, Draw, Plan, make_plan
 from msgdrop_numba.call.rule import DEFAULTS
 from msgdrop_numba.kernels._jit import c_address, direct
-from msgdrop_numba.kernels.cpu import drop_parallel, drop_range
+from msgdrop_numba.kernels.cpu import drop_across, drop_parallel, drop_range
 from msgdrop_numba.kernels.gather import in_parallel
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.kernels.rules import decide
@@ -53,7 +53,9 @@ def chunks(nbytes: int) -> int:
 
 
 def _budget() -> int:
-    """Torch's thread count where torch is loaded (1 in a DataLoader worker), else OMP_NUM_THREADS where that is set (Ray
+    """How many parts a large job is cut into.
+
+    Torch's thread count where torch is loaded (1 in a DataLoader worker), else OMP_NUM_THREADS where that is set (Ray
     sets it to a task's CPUs), and at most numba's.
     """
     budget: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
@@ -88,7 +90,12 @@ def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> bo
 
 
 def rule_address(plan: Plan, draw: Draw) -> int:
-    """The address of the kernel that decides on messages, compiled where it is needed first; 0: the usual draws do."""
+    """The address of the kernel that decides on messages; 0: the usual draws do.
+
+    What a plan needs beyond `drop_range` is compiled here, where it is needed first.
+    """
+    if plan.across:
+        plan.record["across"] = c_address(drop_across)
     return 0 if (plan.plain and draw.plain) or draw.given else c_address(decide)
 
 

@@ -24,7 +24,7 @@ from msgdrop_numba.kernels.copying import (
     multiply_by_way,
 )
 from msgdrop_numba.kernels.memory import call, copy_bytes, prefetch, stack, view, zero_bytes
-from msgdrop_numba.kernels.records import COPY, DRAW, FLOAT32, FLOAT64, LINE, PLAN
+from msgdrop_numba.kernels.records import COPY, DRAW, LINE, PLAN
 from msgdrop_numba.kernels.rules import (
     BLOCK,
     GROUP,
@@ -70,22 +70,28 @@ class Writing(NamedTuple):
     then_fill: int
     stream: bool  # past the cache
     foresee: bool  # asking for what is read next
-    zeros: bool  # what is dropped may be scaled, too: elements take one instruction, and the fill is 0
+    narrow: bool  # messages of a few bytes, without a branch
+    zeros: bool  # what is dropped may be scaled, too, as zeros that stay such
     memory: Memory
 
 
 @inlined_jit
-def _reserve() -> Memory:
-    found = stack(MEMORY)
+def _memory(found: int) -> Memory:
     scratch = found + SIZES[0]
     words = scratch + SIZES[1]
     known = words + SIZES[2]
     flags = known + SIZES[3]
-    zero_bytes(scratch, NARROW)  # what narrow messages drop to; only `multiply_by_way` writes here, where none is
-    view(known, 1, np.int64)[0] = -1
     scales = flags + SIZES[4]
     tile = scales + SIZES[5]
     return Memory(found, scratch, words, known, flags, scales, tile, tile + TILE, tile + 2 * TILE)
+
+
+@inlined_jit
+def _reserve() -> Memory:
+    memory = _memory(stack(MEMORY))
+    zero_bytes(memory.scratch, NARROW)  # what narrow messages drop to; only `multiply_by_way` writes here, else
+    view(memory.known, 1, np.int64)[0] = -1
+    return memory
 
 
 @inlined_jit
@@ -200,12 +206,13 @@ def _writing(plan: Any, draw: Any, x: int, out: int, messages: int, memory: Memo
     width, kind, fill = plan["width"], plan["kind"], draw["fill"]
     stream = plan["stream"] and out % LINE == 0
     foresee = x != out and width >= LINE and messages * width >= PREFETCH_BYTES
-    zeros = kind in (FLOAT32, FLOAT64) and x != out and fill == 0
+    zeros = kind != COPY and x != out and fill == 0
     together = kind != COPY and width < (LINE if zeros else TOGETHER) and plan["out_step"] == width
     together = together and not (apart or stream)
     first = (COPY, 0) if together else (kind, fill)
     then = (kind, fill) if together else (COPY, 0)
-    return Writing(first[0], first[1], then[0], then[1], stream, foresee, zeros, memory)
+    narrow = width < (GAPS if foresee else NARROW) and not stream
+    return Writing(first[0], first[1], then[0], then[1], stream, foresee, narrow, zeros, memory)
 
 
 @inlined_jit
@@ -231,7 +238,7 @@ def _write_part(
         _write_words(to, from_, keep, width, how.fill, memory.found)
     elif to == from_ and how.kind == COPY:
         _fill_dropped(to, plan["out_step"], keep, how.fill, width, how.stream, memory.found)
-    elif width < (GAPS if how.foresee else NARROW) and not how.stream and (how.kind == COPY or (how.zeros and not scales)):
+    elif how.narrow and (how.kind == COPY or (how.zeros and not scales)):
         _write_narrow(to, from_, keep, plan, how, scale)
     else:
         _write_each(to, from_, keep, plan, how, scale, scales)
@@ -255,13 +262,15 @@ def _write_block(
     for piece in range(plan["pieces"]):
         at, there, here = piece * width, to + piece * plan["out_piece"], from_ + piece * plan["x_piece"]
         fill, then_fill = how.fill + at if how.fill else 0, how.then_fill + at if how.then_fill else 0
-        way = Writing(how.kind, fill, how.then_kind, then_fill, how.stream, how.foresee, how.zeros, how.memory)
+        way = Writing(
+            how.kind, fill, how.then_kind, then_fill, how.stream, how.foresee, how.narrow, how.zeros, how.memory
+        )
         part, some, as_some = keep[:inside], scales, as_words
         for _ in range(2 if behind.size else 1):
             _write_part(there, here, part, plan, way, as_some, scale, some)
             there, here = there + inside * plan["out_step"], here + inside * plan["x_step"]
             fill = draw["padding"] + at if draw["padding"] else 0
-            way = Writing(COPY, fill, COPY, 0, how.stream, False, False, how.memory)
+            way = Writing(COPY, fill, COPY, 0, how.stream, False, how.narrow, False, how.memory)
             part, some, as_some = behind, 0, 0
 
 
@@ -278,13 +287,16 @@ def _decide(
         keep_plain(flags, memory.words, plan, draw, seed, index, position, count)
 
 
-@inner_jit
-def _drop_across(
+@jit
+def drop_across(
     index: int, rows: int, plan_address: int, draw_address: int, x: int, out: int, mask: int, seed: int, rule: int,
-    memory: Memory,
+    found: int,
 ) -> None:  # fmt: skip
-    """Drop among the messages of so many rows, which are decided row by row and written position by position."""
-    plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
+    """Drop among the messages of so many rows, which are decided row by row and written position by position.
+
+    By `drop_range`, in its memory; a kernel of its own, since few arrays need it, and it is long to compile.
+    """
+    plan, draw, memory = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0], _memory(found)
     copy_bytes(memory.turned, plan_address, PLAN_BYTES)
     turned, width, size = view(memory.turned, 1, PLAN)[0], plan["width"], plan["size"]
     turned["x_step"], turned["out_step"] = plan["x_row"], plan["out_row"]
@@ -333,13 +345,13 @@ def drop_range(
     plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
     size, given, alike, memory = plan["size"], draw["given"], _is_alike(plan, draw), _reserve()
     even = alike and _is_even(plan)
-    across = alike and out and plan["across"] and (size <= BLOCK or not rule)  # each row's limit is found once
+    across = plan["across"] if alike and out and (size <= BLOCK or not rule) else 0  # each row's limit is found once
     how = _writing(plan, draw, x, out, last - first, memory)
     index, position, count = first // size, first % size, 0
     while first < last:
         if across and position == 0 and last - first >= size:
             rows = min((last - first) // size, TILE // whole_groups(min(size, BLOCK)))
-            _drop_across(index, rows, plan_address, draw_address, x, out, mask, seed, rule, memory)
+            call(across, index, rows, plan_address, draw_address, x, out, mask, seed, rule, memory.found)
             index, first = index + rows, first + rows * size
             continue
         valid, source = row_valid(plan, draw, index), x + index * plan["x_row"]

@@ -41,7 +41,7 @@ PLAN = np.dtype(
         ("out_piece", np.int64),
         ("words", np.int64),  # whether messages are words, side by side
         ("stream", np.int64),  # whether to write past the cache
-        ("across", np.int64),  # whether a message's neighbour is the next row's, as in an RNN's outputs, batch first
+        ("across", np.int64),  # `drop_across`, by its address, where a plan needs it; else 0
         *RULE,
     ]
 )

@@ -75,12 +75,10 @@ class _DropUsual(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         how, seed = ctx.told
         if not (grad.requires_grad and torch.is_grad_enabled()) and not is_watched():
-            here, start = how, how.alike.known(grad)
-            if not start:
-                here, start = find_as(how, grad)  # it may lie otherwise than x
-            if start:
+            here = how if how.alike.known(grad) else find_as(how, grad)  # it may lie otherwise than x
+            if here is not None:
                 result = dense(grad, here.nbytes, here.strides)
-                here.drop(here.told, 0, 0, 0, seed, start, result.data_ptr(), *team(here.nbytes))
+                here.drop(here.told, 0, 0, 0, seed, grad.data_ptr(), result.data_ptr(), *team(here.nbytes))
                 return result, None
         grad = grad.to_dense() if grad.layout != torch.strided else grad
         in_order = make_plan(*how.plan.arguments)  # the plan itself may be of x's strides

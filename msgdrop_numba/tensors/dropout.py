@@ -29,15 +29,16 @@ def short(
         return None
     scale = bool(scale)
     try:
-        for check, how in latest(scale, message_dims, p, *rule):
-            if check(x):
-                start = x.data_ptr()
+        how: Usual | None
+        for is_like, known in latest(scale, message_dims, p, *rule):
+            if is_like(x):
+                how = known
                 break
         else:
-            how, start = find(x, scale, message_dims, p, *rule)
+            how = find(x, scale, message_dims, p, *rule)
     except (TypeError, RuntimeError):  # what is wrong is said elsewhere
         return None
-    if not start:
+    if how is None or not (start := x.data_ptr()):
         return None
     tracked, target = x.requires_grad and torch.is_grad_enabled(), None
     if inplace or out is not None:

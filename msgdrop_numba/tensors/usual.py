@@ -23,34 +23,33 @@ _LATEST = 4
 
 @lru_cache(maxsize=256, typed=True)
 def latest(scale: bool, message_dims: Any, *rule: Any) -> list[tuple[Any, Usual]]:
-    """What the latest calls of one rule were done by, each with what tells tensors like theirs; the last one first.
+    """What tells the tensors of the latest calls of one rule, and what these were done by; the last one first.
 
     Asked before `find`: a guard looks at shape, dtype and strides in a third of the time that it takes to name them.
     """
     return []
 
 
-def find(x: Tensor, scale: bool, message_dims: Any, *rule: Any) -> tuple[Any, int]:
-    """What the usual call of an eager tensor is done by, a `Usual`, and where x lies; 0: it is another call.
+def find(x: Tensor, scale: bool, message_dims: Any, *rule: Any) -> Usual | None:
+    """What the usual call of an eager tensor is done by; None: it is another call.
 
     What the plan refuses is raised, and so is RuntimeError of a tensor without strides.
     """
     how = _usual(x.shape, x.dtype, None if x.is_contiguous() else x.stride(), scale, message_dims, *rule)
-    start = 0 if how is None else how.alike.address(x)
-    if start:
-        now = [(check, how) for check in how.alike.checks[x.requires_grad] if check(x)]
-        before = latest(scale, message_dims, *rule)
-        before[:] = [*now[:1], *before[: _LATEST - 1]]
-    return how, start
+    if how is None or not how.alike.address(x):
+        return None
+    now = [(check, how) for check in how.alike.checks[x.requires_grad] if check(x)]
+    before = latest(scale, message_dims, *rule)
+    before[:] = [*now[:1], *before[: _LATEST - 1]]
+    return how
 
 
-def find_as(how: Usual, x: Tensor) -> tuple[Any, int]:
+def find_as(how: Usual, x: Tensor) -> Usual | None:
     """The same for a tensor of the shape and dtype that `how` is for, by its rule; it may lie otherwise."""
-    start = how.alike.address(x)
-    if start or x.layout is not torch.strided:
-        return how, start
+    if how.alike.address(x):
+        return how
     *_, kind, message_dims, rule = how.plan.arguments
-    return find(x, kind != COPY, message_dims, *rule)
+    return find(x, kind != COPY, message_dims, *rule) if x.layout is torch.strided else None
 
 
 @lru_cache(maxsize=1024, typed=True)
@@ -72,7 +71,7 @@ def _usual(
             return None
         steps = tuple(step * dtype.itemsize for step in strides)
         plan = follow(plan, steps, steps)
-        if plan.nbytes >= HUGE_BYTES and not (plan.plain and plan.numbers.across):  # see `write`
+        if plan.nbytes >= HUGE_BYTES and not (plan.plain and plan.across):  # see `write`
             return None
     return usual(plan, Alike(strides)) if plan.followed and dtype not in WITHOUT_ZERO | _QUANTIZED else None
 
