@@ -35,6 +35,7 @@ RATIOS = {
     "new, kept alive: clone": ("clone, kept", "new, kept"),
     "new, kept alive: dropout1d": ("dropout1d, kept", "new, kept"),
     "scaled: clone": ("clone", "scaled"),
+    "x / 0.7, which drops nothing: clone": ("clone", "divided"),
     "out=: copy_": ("copy_", "out="),
     "a bare call, out=: copy_": ("copy_", "bare"),
     "two threads for one, out=": ("out=, one thread", "out="),
@@ -95,6 +96,7 @@ def contestants(x: Tensor) -> dict[str, Callable[[], Any]]:
         | {f"{name}, kept": kept_alive(call) for name, call in calls.items()}
         | {
             "scaled": lambda: message_dropout(x, P, scale=True),
+            "divided": lambda: x / (1 - P),
             "out=": lambda: message_dropout(x, P, out=out),
             "copy_": lambda: out.copy_(x),
             "bare": lambda: lines(out),
