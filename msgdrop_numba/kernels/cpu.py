@@ -81,17 +81,8 @@ def _memory(found: int) -> Memory:
     words = scratch + SIZES[1]
     known = words + SIZES[2]
     flags = known + SIZES[3]
-    scales = flags + SIZES[4]
-    tile = scales + SIZES[5]
+    scales, tile = flags + SIZES[4], flags + SIZES[4] + SIZES[5]
     return Memory(found, scratch, words, known, flags, scales, tile, tile + TILE, tile + 2 * TILE)
-
-
-@inlined_jit
-def _reserve() -> Memory:
-    memory = _memory(stack(MEMORY))
-    zero_bytes(memory.scratch, NARROW)  # what narrow messages drop to; only `multiply_by_way` writes here, else
-    view(memory.known, 1, np.int64)[0] = -1
-    return memory
 
 
 @inlined_jit
@@ -114,7 +105,8 @@ def _fill_dropped(target: int, step: int, keep: Array, fill: int, width: int, st
 def _write_narrow(target: int, source: int, keep: Array, plan: Any, how: Writing, scale: float) -> None:
     """Write messages of a few bytes: without a branch, of which a third would be guessed wrong. Scaled, 0 stays 0."""
     width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]
-    fill, distance, asked = how.fill if how.fill else how.memory.scratch, AHEAD // width, width if how.foresee else 0
+    fill = how.fill if how.fill else how.memory.scratch
+    asked, distance = (width, AHEAD // width) if how.foresee else (0, 0)
     for j in range(keep.size):
         to, from_ = target + j * target_step, fill + keep[j] * (source + j * source_step - fill)
         for at in range(0, asked, LINE):
@@ -207,8 +199,8 @@ def _writing(plan: Any, draw: Any, x: int, out: int, messages: int, memory: Memo
     stream = plan["stream"] and out % LINE == 0
     foresee = x != out and width >= LINE and messages * width >= PREFETCH_BYTES
     zeros = kind != COPY and x != out and fill == 0
-    together = kind != COPY and width < (LINE if zeros else TOGETHER) and plan["out_step"] == width
-    together = together and not (apart or stream)
+    few = kind != COPY and width < (LINE if zeros else TOGETHER) and plan["out_step"] == width
+    together = few and not (apart or stream)
     first = (COPY, 0) if together else (kind, fill)
     then = (kind, fill) if together else (COPY, 0)
     narrow = width < (GAPS if foresee else NARROW) and not stream
@@ -292,9 +284,9 @@ def drop_across(
     index: int, rows: int, plan_address: int, draw_address: int, x: int, out: int, mask: int, seed: int, rule: int,
     found: int,
 ) -> None:  # fmt: skip
-    """Drop among the messages of so many rows, which are decided row by row and written position by position.
+    """Drop among the messages of so many rows, decided row by row and written position by position, for `drop_range`.
 
-    By `drop_range`, in its memory; a kernel of its own, since few arrays need it, and it is long to compile.
+    In that one's memory, at `found`. A kernel of its own, since few arrays need it and it is long to compile.
     """
     plan, draw, memory = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0], _memory(found)
     copy_bytes(memory.turned, plan_address, PLAN_BYTES)
@@ -343,7 +335,9 @@ def drop_range(
     position by position where rows lie beside each other.
     """
     plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
-    size, given, alike, memory = plan["size"], draw["given"], _is_alike(plan, draw), _reserve()
+    size, given, alike, memory = plan["size"], draw["given"], _is_alike(plan, draw), _memory(stack(MEMORY))
+    zero_bytes(memory.scratch, NARROW)  # what narrow messages drop to; `multiply_by_way` writes here where none is
+    view(memory.known, 1, np.int64)[0] = -1
     even = alike and _is_even(plan)
     across = plan["across"] if alike and out and (size <= BLOCK or not rule) else 0  # each row's limit is found once
     how = _writing(plan, draw, x, out, last - first, memory)
