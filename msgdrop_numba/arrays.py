@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from msgdrop_numba import outputs
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.plan import (
@@ -161,10 +162,7 @@ class _NumPy:
     def run(self, x: np.ndarray, job: Job, request: Request) -> Any:
         plan, draw, seed, target, mask, _ = job
         in_order = x.flags.c_contiguous
-        if target is not None:
-            result = target
-        else:  # NumPy takes longer to make one like x
-            result = np.empty(x.shape, x.dtype) if in_order else np.empty_like(x, subok=False)
+        result = outputs.array_like(x) if target is None else target
         if not (in_order and result.flags.c_contiguous):
             plan = follow(plan, x.strides, result.strides)
         if plan.messages and not obstacle(plan, x.dtype):
@@ -215,7 +213,7 @@ def short(
     if seed is None:
         return None
     if target is None:
-        target = np.empty(x.shape, x.dtype)
+        target = outputs.array(x.shape, x.dtype)
         to = address(target)
     drawn = how.drop(how.told, at_lengths, at_keys, 0, seed, start, to, *team(how.nbytes))
     return target if drawn >= 0 else None
@@ -332,7 +330,7 @@ def _moved(
             out[...] = fill
         out[index >= 0] = x.reshape(math.prod(x.shape[:dims]), *features)[index[index >= 0]]
         return out
-    out = np.empty((*index.shape, *features), x.dtype)
+    out = outputs.array((*index.shape, *features), x.dtype)
     where = Source(address(x)) if x.flags.c_contiguous else source(address(x), x.shape, x.strides, x.itemsize, dims)
     if where is None:
         x = np.ascontiguousarray(x)

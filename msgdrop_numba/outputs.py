@@ -1,7 +1,9 @@
-"""Memory for large outputs: a page fault for every 4 KB of fresh memory costs more than the whole kernel.
+"""Memory for large outputs, lent and taken back: fresh pages cost more than the kernel that writes them.
 
-Two remedies, each for what it buys (benchmarks/README.md, In the cache and By size): memory of an earlier output that
-nobody uses any more takes no fault; of what is fresh, huge pages take one for 2 MB. Small outputs are torch's alone.
+A block is a private anonymous mapping of ours. `lend` wraps it in a buffer object that torch or NumPy keeps alive as
+long as anything can reach the memory: a view, an array, a storage, a tensor saved for backward. When they free the
+buffer, and only then, the block waits to be lent again. Nobody guesses from use counts whether memory is free.
+Measured in benchmarks/README.md, "In the cache" and "By size"; what it costs users is in LIMITS.md.
 """
 
 from __future__ import annotations
@@ -10,191 +12,150 @@ import ctypes
 import math
 import mmap
 import os
-import sys
-import threading
+import time
+import weakref
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from msgdrop_numba.torch_private import TELLS_USES, handle, shared_storage, storage_uses
+LENT_BYTES = 2**20  # smaller outputs are the C library's, which rarely gives their pages back to the system
+HUGE_BYTES = 4 * 2**20  # blocks of this size ask for huge pages: one fault for 2 MB
 
-HUGE_BYTES = 4 * 2**20
-REUSED_BYTES = 2**20  # below, the C library rarely gives memory back, so that there is little to spare
-
-# The most memory that is held for use again, once no output uses it; 0 turns that off.
+# At most this many bytes of idle blocks wait to be lent again. 0: outputs are torch's and NumPy's own memory.
 KEPT_BYTES = 512 * 2**20
+IDLE_SECONDS = 30.0  # a block that waited longer goes back to the system, when the next one is taken back or made
 
-_SWEPT = 16
-_NONE: deque[tuple[Tensor, Any, Any]] = deque()
-_PAGE = 2 * 2**20
-_ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux alone
-
-try:
-    _madvise: Any = ctypes.CDLL(None).madvise
-    _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-except (OSError, AttributeError, TypeError):
-    _madvise = None
+# mmap's default is a shared mapping, in which a forked child would write over its parent's outputs.
+_FLAGS: Any = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
-@cache
-def _references() -> int:
-    """What getrefcount says of the storage of a tensor that is kept, where nobody else refers to it; torches differ."""
-    with torch.inference_mode(False):
-        tensor = torch.empty(1, device="cpu")
-    kept = tensor, tensor.untyped_storage()
-    _, storage = kept
-    return sys.getrefcount(storage)
+class _Loan(weakref.ref):  # type: ignore[type-arg]
+    """A reference to a buffer that is lent; its callback takes the block back."""
+
+    __slots__ = ()
+    __eq__ = object.__eq__  # a buffer has no hash, and is gone when its loan is looked up
+    __hash__ = object.__hash__
 
 
-class Kept:
-    """Tensors over the memory of earlier outputs, most of it still in use; what is given out is another one over it."""
+# These change by single operations of dicts and deques alone, which are atomic. No lock is held, since a finalizer may
+# run in any thread, and in the middle of `lend`.
+_loans: dict[_Loan, mmap.mmap] = {}
+_idle: dict[int, deque[tuple[float, mmap.mmap]]] = {}  # by size, with the time of return, the latest last
+_trim_time = 0.0  # when `_trim` is due
+_mapped_bytes = 0  # of all blocks, lent or idle, when the latest was made: no more than these can be idle
 
-    def __init__(self) -> None:
-        self.nbytes = 0
-        # By shape, dtype and strides, each with its storage and what tells that one's uses, the latest last.
-        self.alike: dict[Any, deque[tuple[Tensor, Any, Any]]] = {}
-        self.unswept = _SWEPT  # so many may be added before the next sweep
-        # Who doesn't get it at once does without: another thread has it, or this one, in whose work a finaliser runs.
-        self.lock = threading.Lock()
 
-    def again(self, likeness: Any, nbytes: int) -> Tensor | None:
-        """A tensor over memory that nobody uses, no tensor, view, array or saved tensor; None: there is none."""
-        if not self.lock.acquire(blocking=False):
-            return None
+def lend(nbytes: int, wrap: Callable[[mmap.mmap], Any] = memoryview) -> Any:
+    """A writable buffer of at least `nbytes` uninitialised bytes; None if the output is small, or KEPT_BYTES is 0.
+
+    Args:
+        nbytes: of the output.
+        wrap: makes a buffer object of a block. Whoever uses the memory must keep this object alive.
+    """
+    if nbytes < LENT_BYTES or KEPT_BYTES <= 0:
+        return None
+    size = _block_size(nbytes)
+    try:
+        _, block = _idle[size].pop()  # the latest: the cache may still hold it
+    except (KeyError, IndexError):
         try:
-            waiting = self.alike.get(likeness, _NONE)
-            # The latest is in the cache yet, where it is freed at once; a training step frees the oldest first. To ask
-            # one takes as long as a page fault: no more are asked than memory of this size has pages.
-            for turn in range(min(len(waiting), nbytes // mmap.PAGESIZE)):
-                kept = waiting.popleft() if turn else waiting.pop()
-                tensor, storage, use = kept
-                if not _as_made(storage, nbytes):
-                    self.nbytes -= nbytes
-                    continue
-                waiting.append(kept)
-                # Uses are this tensor and the storage's Python object. Asked again behind the references to that:
-                # another thread may have made one a use.
-                if storage_uses(use) == 2 and sys.getrefcount(storage) == _references() and storage_uses(use) == 2:
-                    return tensor.data
+            block = _new_block(size)
+        except OSError:  # no memory, or too many mappings: the library that asks raises its own error
             return None
-        finally:
-            self.lock.release()
-
-    def add(self, tensor: Tensor, likeness: Any, nbytes: int) -> None:
-        """Keep a tensor, and for it let go of others that were kept long before."""
-        if not self.lock.acquire(blocking=False):
-            return
-        try:
-            self._add(tensor, likeness, nbytes)
-        finally:
-            self.lock.release()
-
-    def _add(self, tensor: Tensor, likeness: Any, nbytes: int) -> None:
-        self.unswept -= 1
-        if self.unswept < 0:
-            self._sweep()
-        waiting = self.alike[likeness] = self.alike.pop(likeness, deque())  # these are the latest now
-        storage = tensor.untyped_storage()
-        waiting.append((tensor, storage, handle(storage)))
-        self.nbytes += nbytes
-        while self.nbytes > KEPT_BYTES:
-            key, oldest = next(iter(self.alike.items()))
-            if oldest:
-                self.nbytes -= _bytes(oldest.popleft()[0])
-            else:
-                del self.alike[key]
-
-    def _sweep(self) -> None:
-        """Let go of what is never used again: of shapes that don't come again, nobody else would."""
-        for key, waiting in list(self.alike.items()):
-            whole = deque(kept for kept in waiting if _as_made(kept[1], _bytes(kept[0])))
-            self.nbytes -= sum(_bytes(tensor) for tensor, *_ in waiting) - sum(_bytes(tensor) for tensor, *_ in whole)
-            self.alike[key] = whole
-            if not whole:
-                del self.alike[key]
-        self.unswept = max(_SWEPT, sum(map(len, self.alike.values())))  # one look for each that is added
+    buffer = wrap(block)
+    _loans[_Loan(buffer, _take_back)] = block
+    return buffer
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """An uninitialised array in C order, of a dtype without Python objects."""
+    buffer = lend(math.prod(shape) * dtype.itemsize, _wrap_for_numpy)
+    return np.empty(shape, dtype) if buffer is None else np.ndarray(shape, dtype, buffer)
 
 
-def _as_made(storage: Any, nbytes: int) -> bool:
-    """Whether nobody has resized, shared or fixed it; what a worker has shared holds a file descriptor, too."""
-    return storage.nbytes() == nbytes and storage.resizable() and not storage.is_shared()
+def array_like(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """An uninitialised array in the memory order of `np.empty_like(x, subok=False)`."""
+    if x.flags.c_contiguous:
+        return array(x.shape, x.dtype)
+    if x.nbytes < LENT_BYTES:
+        return np.empty_like(x, subok=False)
+    order = sorted(range(x.ndim), key=lambda dim: -abs(x.strides[dim]))
+    return array(tuple(x.shape[dim] for dim in order), x.dtype).transpose(np.argsort(order))
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised CPU tensor in C order."""
-    return _empty(shape, dtype, math.prod(shape) * dtype.itemsize, None)
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int, strides: tuple[int, ...] | None) -> Tensor:
-    if nbytes < REUSED_BYTES or not TELLS_USES:
-        return _fresh(shape, dtype, nbytes, strides)
-    likeness = shape, dtype, strides
-    again = _kept.again(likeness, nbytes) if KEPT_BYTES else None
-    if again is None:
-        with torch.inference_mode(False):  # what is made in it can't be used in training
-            fresh = _fresh(shape, dtype, nbytes, strides)
-        _kept.add(fresh, likeness, nbytes)
-        again = fresh.data
-    return again
-
-
-def _fresh(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int, strides: tuple[int, ...] | None) -> Tensor:
-    if strides is None:
-        tensor = torch.empty(shape, dtype=dtype, device="cpu")
-    else:
-        tensor = torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
-    if nbytes >= HUGE_BYTES:
-        advise(tensor.data_ptr(), nbytes)
-    return tensor
-
-
-def like(x: Tensor) -> Tensor:
-    """An uninitialised CPU tensor in the order of memory of `torch.empty_like(x)`."""
-    nbytes = x.numel() * x.element_size()
-    return dense(x, nbytes, torch.empty_like(x, device="meta").stride() if nbytes >= REUSED_BYTES else None)
-
-
-def dense(x: Tensor, nbytes: int, strides: tuple[int, ...] | None) -> Tensor:
-    """The same of x with so many bytes, and with these strides, where they aren't those of C order."""
-    return torch.empty_like(x) if nbytes < REUSED_BYTES else _empty(x.shape, x.dtype, nbytes, strides)
-
-
-def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised CPU tensor in C order, in memory that other processes can map."""
-    return over(shared_storage(math.prod(shape) * dtype.itemsize), shape, dtype)
-
-
-def over(storage: Any, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None = None) -> Tensor:
-    """A tensor over the whole of a storage, in C order without `strides`."""
-    if strides is None:
-        strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)
-
-
-def advise(address: int, nbytes: int) -> None:
-    """Ask for huge pages for the whole ones within a range of memory; a wish, which the system may ignore."""
-    start = -(-address // _PAGE) * _PAGE
-    length = (address + nbytes - start) // _PAGE * _PAGE
-    if length > 0 and _madvise is not None and _ADVICE is not None:
-        _madvise(start, length, _ADVICE)
-
-
-_kept = Kept()
+def idle_bytes() -> int:
+    """Bytes of the blocks that wait to be lent again."""
+    total: int = sum(size * len(blocks) for size, blocks in list(_idle.items()))
+    return total
 
 
 def reset() -> None:
-    """Hold nothing."""
-    global _kept
-    _kept = Kept()
+    """Unmap all idle blocks."""
+    for blocks in list(_idle.values()):
+        blocks.clear()
+
+
+def _block_size(nbytes: int) -> int:
+    """`nbytes` rounded up to one of eight sizes between powers of two, so that outputs of varying lengths share blocks.
+
+    The end of a block that no output has written yet is address space, not memory.
+    """
+    step: int = max(mmap.PAGESIZE, 2 ** nbytes.bit_length() // 16)
+    return -(-nbytes // step) * step
+
+
+def _wrap_for_numpy(block: mmap.mmap) -> Any:
+    """A ctypes array: of a memoryview, NumPy would keep the mapping alive instead of the view."""
+    return _ctypes_array(len(block)).from_buffer(block)
+
+
+@cache
+def _ctypes_array(size: int) -> Any:
+    return ctypes.c_char * size
+
+
+def _new_block(size: int) -> mmap.mmap:
+    global _mapped_bytes
+    _idle.setdefault(size, deque())
+    _trim()
+    _mapped_bytes += size
+    block = mmap.mmap(-1, size, **_FLAGS)
+    if size >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):  # Linux alone
+        with suppress(OSError):  # a kernel without huge pages
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
+def _take_back(loan: _Loan) -> None:
+    """Called when a lent buffer was freed."""
+    block, now = _loans.pop(loan), time.monotonic()
+    _idle[len(block)].append((now, block))
+    if now >= _trim_time or _mapped_bytes > KEPT_BYTES:
+        _trim()
+
+
+def _trim() -> None:
+    """Unmap the blocks that waited longest, while they are older than IDLE_SECONDS or exceed KEPT_BYTES together."""
+    global _mapped_bytes, _trim_time
+    now = time.monotonic()
+    _trim_time = now + IDLE_SECONDS / 4
+    while True:
+        with suppress(IndexError):  # another thread took the last block of a size: look again
+            since, oldest = min(
+                ((blocks[0][0], blocks) for blocks in list(_idle.values()) if blocks),
+                key=lambda pair: pair[0],
+                default=(math.inf, None),
+            )
+            if oldest is None or (since > now - IDLE_SECONDS and idle_bytes() <= KEPT_BYTES):
+                break
+            oldest.popleft()
+    _mapped_bytes = idle_bytes() + sum(map(len, list(_loans.values())))
 
 
 if hasattr(os, "register_at_fork"):
-    # A child shares its parent's pages until it writes: it starts with none to use again, and a lock that nobody holds.
+    # A child would copy an idle block page by page as it writes it: a fresh one costs less.
     os.register_at_fork(after_in_child=reset)

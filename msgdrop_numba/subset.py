@@ -29,12 +29,12 @@ class MessageSubset(Layer):
 
     Args:
         module: what is called with the kept messages, `(*rows, K, *features)`, and gives back as many of as many
-            features; with `per="sample"` with the kept samples, `(K, *)`.
+            features; with `per="sample"` with the kept samples, `(K, *)`. Where nothing is kept it isn't called.
         p: probability that a message, or sample, passes by, as for `message_select`.
         exact, span, min_keep, prefix, message_dims: as for `message_select`. Without `exact` rows keep different
             counts: the module then sees zeros behind those of a shorter row, and needs `pass_kept` where messages mix.
-            With `per="sample"` and neither `exact` nor `min_keep`, all samples may skip the module, whose parameters
-            then get no gradient, as `DistributedDataParallel` must be told by `find_unused_parameters`.
+            With neither `exact` nor `min_keep`, all messages or samples may pass by. Then the module isn't called and
+            its parameters get no gradient, as `DistributedDataParallel` must be told by `find_unused_parameters`.
         per: "message" or "sample".
         pass_kept: call `module(y, ..., kept=kept)`, whose `key_padding_mask` tells what is padding.
         per_rank: as for `MessageDropout`.
@@ -109,7 +109,7 @@ class MessageSubset(Layer):
         y, kept = select(x, request, how(None, None))
         if y is not x:
             companions = tuple(kept.take(companion) for companion in companions)  # type: ignore[union-attr]
-        if y.shape[0] == 0 < x.shape[0]:  # no sample is kept
+        if y is not x and kept.max_length == 0:  # type: ignore[union-attr]  # the module has nothing to see
             return x
         made = self.module(y, *companions, **({"kept": kept} if self.pass_kept else {}))
         if made.shape != y.shape:

@@ -16,8 +16,6 @@ All of them are in torch 2.9 and 2.13, the oldest and the newest that are tested
     another, and gradients are wrong.
 `fx.experimental.proxy_tensor.get_proxy_mode`, and that a gradient's placeholder is named "tangents"
     Tell whether the graph being traced has a backward. Without: one that has none can't be compiled at a budget of 0.
-`_C._storage_Use_Count`, `UntypedStorage._cdata`
-    Tell whether anybody still uses an output's memory. Without: large outputs are new memory each time, and slower.
 `_C._cuda_getCurrentRawStream`
     1 us a launch. Without: `torch.cuda.current_stream`.
 `aoti_torch_cpu_randint_low_out` and what it needs, of torch's stable interface for C (`aoti_torch/c/shim.h`)
@@ -166,8 +164,7 @@ def all_alike(tensors: list[Any], varying: bool) -> bool:
     Args:
         varying: their first dims may differ.
     """
-    # Nested ones have no shape; guards that are asked about one end the process.
-    if {*map(type, tensors)} != {torch.Tensor} or any(map(_is_nested, tensors)) or not is_eager():
+    if {*map(type, tensors)} != {torch.Tensor} or not all(map(has_sizes, tensors)) or not is_eager():
         return False
     first = tensors[0]
     shape = first.shape
@@ -189,6 +186,18 @@ def all_alike(tensors: list[Any], varying: bool) -> bool:
     return (guards is not None and guards.check(*tensors)) or _alike_by_getters(tensors, varying)
 
 
+def has_sizes(tensor: torch.Tensor) -> bool:
+    """False for nested tensors, and for the batched ones of a vmap over them, which don't say that they are nested.
+
+    TensorGuards must not be asked about those: they look at sizes in C++, where the error ends the process.
+    """
+    try:
+        tensor.shape  # noqa: B018
+    except RuntimeError:
+        return False
+    return True
+
+
 def _guards_of(tensors: list[Any], varying: bool, strides: tuple[int, ...] | None = None) -> Any:
     """What tells whether so many others are like these, which are alike: in C order, or with these strides."""
     shape = tensors[0].shape
@@ -207,7 +216,7 @@ _guards: dict[Any, Any] = {}
 
 
 def _alike_by_getters(tensors: list[Any], varying: bool) -> bool:
-    """The same of tensors that aren't nested, where operations are known to be eager.
+    """The same of tensors that have sizes, where operations are known to be eager.
 
     Of the tensors that only dispatch keys tell apart, a transform's wrappers refuse to give their address.
     """
@@ -224,7 +233,7 @@ def _alike_by_getters(tensors: list[Any], varying: bool) -> bool:
     )
 
 
-_is_cpu, _is_nested, _layout, _dtype, _shape = map(attrgetter, ("is_cpu", "is_nested", "layout", "dtype", "shape"))
+_is_cpu, _layout, _dtype, _shape = map(attrgetter, ("is_cpu", "layout", "dtype", "shape"))
 _strided = torch.strided
 
 
@@ -288,10 +297,9 @@ class Alike:
         self.checks: tuple[list[Any], list[Any]] = [], []
 
     def known(self, tensor: torch.Tensor) -> int:
-        """The address of a tensor like one that `address` was asked for, where `is_watched` says no; 0: it is another.
-
-        Never of a nested one: guards that are asked about it end the process.
-        """
+        """The address of an eager tensor like one that `address` was asked for; 0: it is another."""
+        if not has_sizes(tensor):
+            return 0
         for check in self.checks[tensor.requires_grad]:
             if check(tensor):
                 return tensor.data_ptr()
@@ -357,16 +365,6 @@ class SeedTensor:
     def __del__(self) -> None:
         if self.tensor:
             self._delete(self.tensor)
-
-
-def handle(storage: Any) -> int:
-    """What torch's own functions know a storage by."""
-    return storage._cdata  # type: ignore[no-any-return]
-
-
-# How many use a storage, its Python object included, whose `handle` is given.
-storage_uses: Any = getattr(torch._C, "_storage_Use_Count", None)
-TELLS_USES = storage_uses is not None
 
 
 def shared_storage(nbytes: int) -> Any:

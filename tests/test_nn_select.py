@@ -99,6 +99,21 @@ def test_messages_that_are_not_kept_pass_by(options):
     assert layer.module.seen is X
 
 
+@pytest.mark.parametrize("per", ["message", "sample"])
+def test_a_module_is_not_called_without_messages(per):
+    """A GRU or attention raises if it gets a sequence of none."""
+    layer = MessageSubset(nn.GRU(8, 8, batch_first=True), 1.0, per=per)
+    x = X.clone().requires_grad_()
+    out = layer(x)
+    assert torch.equal(out, X)
+    out.backward(X)
+    assert torch.equal(x.grad, X)
+    attention = MessageSubset(nn.TransformerEncoderLayer(8, 2, batch_first=True, dropout=0.0), 0.9, per=per)
+    small = X[:2, :3]
+    skipped = sum(torch.equal(attention(small, seed=seed), small) for seed in range(60))
+    assert 0 < skipped < 60
+
+
 def test_gradients_of_what_passes_by():
     x = X.clone().requires_grad_()
     layer = MessageSubset(Noted(), 0.5, exact=True)

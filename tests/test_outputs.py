@@ -1,107 +1,182 @@
-"""Memory for large outputs: used again only when nobody else can see it, bounded, never across a fork."""
+"""Memory for large outputs: lent again only when nobody can reach it, bounded, private to a process."""
 
 from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import naive
 import numpy as np
 import pytest
 import torch
-from helpers import internals
+from helpers import holding, internals
 
-from msgdrop_numba import message_dropout, outputs
+from msgdrop_numba import message_dropout, message_select, outputs
+from msgdrop_numba.tensors import memory
 
-SHAPE = (16, 16, 256)  # 256 KB of float32
+SHAPE = (16, 16, 256)
+NBYTES = 4 * 16 * 16 * 256
+X = torch.from_numpy(np.random.default_rng(3).standard_normal(SHAPE).astype(np.float32))
 
 
 @pytest.fixture(autouse=True)
 def _small(reset_outputs, monkeypatch):
     """Everything counts as large."""
-    internals.large_outputs(monkeypatch, huge=0, reused=0)
+    internals.large_outputs(monkeypatch, 1024)
 
 
 def fresh() -> torch.Tensor:
-    return outputs.empty(SHAPE, torch.float32)
+    return message_dropout(X, 0.5, seed=1)
 
 
-def test_memory_of_a_dead_output_is_used_again():
-    y = fresh()
-    place = y.data_ptr()
-    del y
-    y = fresh()
-    assert y.data_ptr() == place
-    assert y.shape == SHAPE
-    assert y.is_contiguous()
-    assert y.data_ptr() != fresh().data_ptr()
+# ---- lent again
 
 
-def test_outputs_of_other_sizes_do_not_take_turns():
+@pytest.mark.parametrize("numpy", [False, True])
+def test_memory_of_a_dead_output_is_lent_again(numpy):
+    x = X.numpy() if numpy else X
+
+    def place():
+        y = message_dropout(x, 0.5, seed=1)
+        return y.ctypes.data if numpy else y.data_ptr()
+
+    assert place() == place()
+    assert outputs.idle_bytes() >= NBYTES
+    both = [message_dropout(x, 0.5, seed=seed) for seed in (1, 2)]
+    assert not np.shares_memory(np.asarray(both[0]), np.asarray(both[1]))
+
+
+def test_removal_and_gradients_take_part():
+    weight = X.clone().requires_grad_()
+    for run in range(3):
+        before = set(internals.lent_blocks())
+        y, kept = message_select(weight, 0.5, seed=run)
+        back = kept.restore(y)
+        back.sum().backward()
+        assert len(set(internals.lent_blocks()) - before) >= 2
+        weight.grad = None
+        del y, kept, back
+    a, _ = message_select(X.numpy(), 0.5, exact=True, seed=1)
+    assert not a.flags.owndata
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2, torch.complex64, torch.bool, torch.uint16]
+)
+def test_outputs_of_every_dtype_are_ordinary_tensors(dtype):
+    x = X.to(dtype)
+    y = message_dropout(x, 0.5, seed=1)
+    assert (y.dtype, y.shape, y.stride(), y.device) == (x.dtype, x.shape, x.stride(), x.device)
+    assert not y._is_view()
+    assert y.is_leaf
+    assert y.untyped_storage().nbytes() == x.untyped_storage().nbytes()
+
+
+def test_outputs_of_several_sizes_take_no_turns():
     """A model with two large outputs uses the memory of both again."""
-    shapes = [SHAPE, (8, *SHAPE[1:])]
-    places = [{outputs.empty(shape, torch.float32).data_ptr() for shape in shapes} for _ in range(3)]
+    places = [{message_dropout(X[:rows], 0.5).data_ptr() for rows in (16, 8)} for _ in range(3)]
     assert len(places[0]) == 2
     assert places[0] == places[1] == places[2]
 
 
-def test_storages_that_were_emptied_do_not_pile_up(monkeypatch):
-    internals.large_outputs(monkeypatch, huge=0, reused=1024)
-    for _ in range(5):
-        fresh().untyped_storage().resize_(0)
-    assert len(internals.kept_outputs()) <= 1
+def test_outputs_of_nearly_one_size_share_blocks():
+    """As batches that are padded to lengths of their own."""
+    sizes = {outputs._block_size(nbytes) for nbytes in range(2**20, 2**21, 4096)}
+    assert len(sizes) == 9
+    for nbytes in (1024, 4097, 2**20, 2**20 + 1, 3 * 2**30 + 7):
+        size = outputs._block_size(nbytes)
+        assert nbytes <= size <= max(8192, nbytes * 9 // 8)
+        assert size % 4096 == 0
 
 
-def test_shared_memory_of_many_sizes_is_let_go():
-    """A worker that sends outputs of ever other sizes would run out of file descriptors."""
-    for size in range(1, 200):
-        outputs.empty((size, 1024), torch.uint8).share_memory_()
-    assert len(internals.kept_outputs()) <= 32
+def test_an_array_lies_as_numpy_lays_it():
+    for view in (
+        X.numpy(),
+        X.numpy().T,
+        X.numpy()[:, :, ::2],
+        np.flip(X.numpy(), 1).transpose(1, 0, 2),
+        X.numpy()[:1].T,
+    ):
+        assert outputs.array_like(view).strides == np.empty_like(view, subok=False).strides
+
+
+# ---- never while somebody can read it
+
+
+@pytest.mark.parametrize("hold", holding.TENSORS)
+def test_memory_of_a_tensor_that_is_held_is_not_lent(hold):
+    y = fresh()
+    held = holding.TENSORS[hold](y)
+    del y
+    gc.collect()
+    before = np.asarray(held()).tobytes()
+    assert any(before)
+    others = [memory.empty(SHAPE, torch.float32).fill_(7) for _ in range(3)]
+    assert np.asarray(held()).tobytes() == before
+    del held
+    gc.collect()
+    assert outputs.idle_bytes() >= NBYTES, "it is lent again once nobody holds it"
+    del others
+
+
+@pytest.mark.parametrize("hold", holding.ARRAYS)
+def test_memory_of_an_array_that_is_held_is_not_lent(hold):
+    y = message_dropout(X.numpy(), 0.5, seed=1)
+    held = holding.ARRAYS[hold](y)
+    del y
+    gc.collect()
+    before = np.asarray(held()).tobytes()
+    assert any(before)
+    others = [outputs.array(SHAPE, np.dtype(np.float32)) for _ in range(3)]
+    for other in others:
+        other.fill(7)
+    assert np.asarray(held()).tobytes() == before
+    del held
+    gc.collect()
+    assert outputs.idle_bytes() >= NBYTES, "it is lent again once nobody holds it"
 
 
 @pytest.mark.parametrize(
-    "hold",
+    ("change", "error"),
     [
-        lambda y: y,
-        lambda y: y[3:5],
-        lambda y: y.detach(),
-        lambda y: y.numpy(),
-        lambda y: memoryview(y.numpy()),
-        lambda y: y.untyped_storage(),
-        lambda y: y.view(torch.int32).t() if y.ndim == 2 else y.view(torch.int32),
-        lambda y: torch.utils.dlpack.to_dlpack(y),
-        lambda y: (y * torch.ones(1, requires_grad=True)).grad_fn,
+        (lambda y: y.resize_(1, 2, 3), None),
+        (lambda y: y.resize_(99, 99, 99), "not resizable"),
+        (lambda y: y.untyped_storage().resize_(0), "not resizable"),
+        (lambda y: y.set_(torch.ones(3)), None),
+        (lambda y: y.set_(), None),
+        (lambda y: y.share_memory_(), None),
+        (lambda y: (y.untyped_storage().share_memory_(), y)[1], None),
+        (lambda y: torch.add(torch.ones(40, 40, 999), 1, out=y), "not resizable"),
+        (lambda y: (setattr(y, "data", torch.zeros(5)), y)[1], None),
+        (lambda y: y.numpy().resize((3,), refcheck=False), "does not own its data"),
     ],
-    ids=["tensor", "view", "detached", "array", "memoryview", "storage", "dtype view", "dlpack", "saved for backward"],
+    ids=["smaller", "larger", "freed", "set", "emptied", "shared", "shared storage", "out", "data", "NumPy"],
 )
-def test_memory_in_use_is_not_used_again(hold):
-    y = fresh()
-    place = y.data_ptr()
-    held = hold(y)
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized:UserWarning")
+def test_changes_of_an_output_are_torchs_and_reach_no_other(change, error):
+    y, other = fresh(), message_dropout(X, 0.5, seed=2)
+    want = other.clone()
+    if error is None:
+        change(y).fill_(9)
+    else:
+        with pytest.raises((RuntimeError, ValueError), match=error):
+            change(y)  # after a refused resize_ torch leaves y with sizes that its storage doesn't have
+    some = [fresh() for _ in range(3)]
+    assert torch.equal(other, want)
+    assert all(torch.equal(each, some[0]) for each in some)
     del y
-    gc.collect()
-    assert fresh().data_ptr() != place
-    del held
+    assert torch.equal(fresh(), some[0])
 
 
-def test_the_latest_is_taken_first_and_then_the_oldest():
-    """What is freed at once is in the cache yet; a training step frees all, and takes them in their order again."""
-    step = [fresh() for _ in range(6)]
-    places = [y.data_ptr() for y in step]
-    assert len(set(places)) == 6
-    step.clear()
-    assert [fresh().data_ptr() for _ in range(3)] == [places[-1]] * 3
-    step = [fresh() for _ in range(6)]
-    assert {y.data_ptr() for y in step} == set(places)
-
-
-def test_some_that_live_long_do_not_stand_in_the_way():
-    held = [fresh() for _ in range(20)]
-    for _ in range(10):
-        step = [fresh() for _ in range(3)]
-        del step
-    assert len(internals.kept_outputs()) == 23
-    assert held
+def test_an_array_cannot_be_resized_in_place():
+    y = message_dropout(X.numpy(), 0.5, seed=1)
+    with pytest.raises(ValueError, match="does not own its data"):
+        y.resize((3,), refcheck=False)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -109,120 +184,176 @@ def test_memory_goes_from_inference_mode_to_training_and_back(first):
     with torch.inference_mode(first):
         place = fresh().data_ptr()
     with torch.inference_mode(not first):
-        y = fresh().fill_(2)  # what lay there may be NaN
+        y = fresh().fill_(2)
         assert y.data_ptr() == place
-    weight = torch.ones(SHAPE, requires_grad=True)
-    (weight * y).sum().backward()  # what is made in inference mode can't be saved for backward
-    assert torch.equal(weight.grad, y)
+        assert y.is_inference() is not first
+    if first:
+        weight = torch.ones(SHAPE, requires_grad=True)
+        (weight * y).sum().backward()  # what is made in inference mode can't be saved for backward
+        assert torch.equal(weight.grad, y)
 
 
-def test_an_output_has_a_version_of_its_own():
-    y = fresh()
-    y.zero_()
-    del y
-    y = fresh()
-    assert y._version == 0
-    assert not y._is_view()
-    assert y.is_leaf
+def test_a_default_device_does_not_matter():
+    with torch.device("meta"):
+        assert memory.empty(SHAPE, torch.float32).device.type == "cpu"
 
 
-@pytest.mark.parametrize("told", [[2, 3], [3]])
-def test_memory_that_gets_a_use_between_the_questions_is_not_used_again(monkeypatch, told):
-    """Another thread may make a use of a reference, behind the first question and before that for references."""
-    place = fresh().data_ptr()
-    asked = internals.told_uses(monkeypatch, told)
-    held = [fresh()]
-    assert held[0].data_ptr() != place
-    assert asked == told
-    held.append(fresh())
-    assert held[1].data_ptr() == place
+# ---- bounded
 
 
-def test_memory_that_an_array_has_fixed_is_given_up():
-    y = fresh()
-    y.numpy()
-    del y
-    assert fresh().resize_(1, 2, 3).shape == (1, 2, 3)
-
-
-def test_what_was_resized_or_shared_is_given_up():
-    for change in (lambda s: s.resize_(8), lambda s: s.share_memory_()):
-        y = fresh()
-        change(y.untyped_storage())
-        del y
-        assert fresh().untyped_storage().nbytes() == 4 * 16 * 16 * 256
-        assert not fresh().is_shared()
-
-
-def test_what_is_kept_is_bounded_and_can_be_turned_off(monkeypatch):
-    monkeypatch.setattr(outputs, "KEPT_BYTES", 3 * 4 * 16 * 16 * 256)
+def test_idle_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr(outputs, "KEPT_BYTES", 3 * NBYTES)
     held = [fresh() for _ in range(10)]
-    assert len(internals.kept_outputs()) == 3
-    places = {y.data_ptr() for y in held}
-    assert len(places) == 10
-    monkeypatch.setattr(outputs, "KEPT_BYTES", 0)
+    assert len({y.data_ptr() for y in held}) == 10
     held.clear()
-    fresh()
-    assert len(internals.kept_outputs()) == 0
+    assert outputs.idle_bytes() == 3 * NBYTES
+
+
+def test_without_idle_memory_outputs_are_torchs_and_numpys_own(monkeypatch):
+    y = fresh()
+    monkeypatch.setattr(outputs, "KEPT_BYTES", 0)
+    del y
+    assert outputs.idle_bytes() == 0
+    fresh().resize_(40, 40, 999)
+    assert message_dropout(X.numpy(), 0.5).flags.owndata
+
+
+def test_blocks_that_wait_long_are_given_back(monkeypatch):
+    y, z = fresh(), message_dropout(X[:8], 0.5)
+    del y
+    assert outputs.idle_bytes() == NBYTES
+    monkeypatch.setattr(outputs, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(outputs, "_trim_time", 0.0)
+    time.sleep(0.01)
+    monkeypatch.setattr(outputs, "IDLE_SECONDS", 0.005)
+    del z
+    assert outputs.idle_bytes() == NBYTES // 2
+
+
+def test_without_memory_the_library_says_so(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(outputs.mmap, "mmap", refuse)
+    x = X[:, :13]
+    message_dropout(x, 0.5).resize_(40, 40, 999)
+    want = naive.drop(x.numpy(), naive.keep_mask(x.shape[:2], 0.5, seed=1))
+    assert np.array_equal(message_dropout(x, 0.5, seed=1), want)
+    assert np.array_equal(message_dropout(x.numpy(), 0.5, seed=1), want)
+
+
+# ---- threads, finalizers, processes
 
 
 def test_outputs_are_right_while_their_memory_goes_round():
-    x = torch.randn(SHAPE)
-    want = [message_dropout(x.numpy(), 0.5, seed=seed) for seed in range(5)]
-    kept = None
-    for _ in range(20):
-        for seed in range(5):
-            y = message_dropout(x, 0.5, seed=seed)
+    want = [naive.drop(X.numpy(), naive.keep_mask(SHAPE[:2], 0.5, seed=seed)) for seed in range(5)]
+
+    def work(first):
+        kept = None
+        for seed in [*range(first, 5), *range(first)] * 20:
+            y = message_dropout(X if first % 2 else X.numpy(), 0.5, seed=seed)
             assert np.array_equal(y, want[seed])
             if kept is not None:
                 assert np.array_equal(kept[1], want[kept[0]])
             kept = (seed, y)
 
-
-def test_gradients_while_memory_goes_round():
-    weight = torch.randn(256, 4, requires_grad=True)
-    for seed in range(6):
-        x = torch.randn(SHAPE, requires_grad=True)
-        hidden = message_dropout(x, 0.5, seed=seed)
-        (hidden @ weight).sum().backward()
-        keep = (message_dropout(torch.ones(SHAPE), 0.5, seed=seed) != 0)[..., :1]
-        torch.testing.assert_close(x.grad, keep * weight.detach().sum(1))
-        weight.grad = None
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
 
 
-def test_threads_never_get_the_same_memory():
-    wrong = []
+def test_threads_that_share_outputs_while_others_drop():
+    """A queue's feeder thread moves a storage into shared memory, and lets go of it."""
+    stop, wrong = threading.Event(), []
+    sent: list[torch.Tensor] = []
 
-    def work(value: float) -> None:
-        for _ in range(300):
-            y = fresh()
-            y.fill_(value)
-            if not bool((y == value).all()):
-                wrong.append(value)
+    def feed():
+        while not stop.is_set():
+            if sent:
+                y = sent.pop()
+                value = float(y[0, 0, 0])
+                y.share_memory_()
+                view = y.view(-1)
+                del y
+                time.sleep(0)
+                if not bool((view == value).all()):
+                    wrong.append(value)
 
-    threads = [threading.Thread(target=work, args=(float(i),)) for i in range(4)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
+    threads = [threading.Thread(target=feed) for _ in range(2)]
+    [thread.start() for thread in threads]
+    for number in range(600):
+        y = memory.empty(SHAPE, torch.float32).fill_(number)
+        if not bool((y == number).all()):
+            wrong.append(number)
+        sent.append(y)
+        del y
+        while len(sent) > 4:
+            time.sleep(0)
+    stop.set()
+    [thread.join() for thread in threads]
     assert wrong == []
+
+
+def test_a_finalizer_in_the_middle_of_lending(monkeypatch):
+    """The garbage collector may free outputs anywhere, and so may a signal's handler."""
+    held = [fresh() for _ in range(3)]
+    internals.when_a_block_is_wrapped(monkeypatch, lambda: held and held.pop())
+    made = [memory.empty(SHAPE, torch.float32).fill_(number) for number in range(6)]
+    assert [float(y.mean()) for y in made] == [0, 1, 2, 3, 4, 5]
+    assert len({y.data_ptr() for y in made}) == 6
+
+
+def test_an_output_in_a_cycle_that_frees_itself():
+    for number in range(5):
+        y = memory.empty(SHAPE, torch.float32).fill_(number)
+        cycle: list = [y]
+        cycle.append(cycle)
+        del y, cycle
+    gc.collect()
+    assert outputs.idle_bytes() % NBYTES == 0
+    assert len({memory.empty(SHAPE, torch.float32).fill_(1).data_ptr() for _ in range(3)}) == 1
 
 
 @pytest.mark.processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system never forks")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_child_starts_with_none():
-    y = fresh()
-    del y
-    assert len(internals.kept_outputs()) == 1
+def test_a_forked_child_writes_into_memory_of_its_own():
+    """It has no idle blocks, and what it writes into an output that lived at the fork stays its own."""
+    y, idle = fresh(), fresh()
+    want, place = y.clone(), y.data_ptr()
+    del idle
+    assert outputs.idle_bytes() == NBYTES
     child = os.fork()
     if child == 0:
-        os._exit(len(internals.kept_outputs()))
+        started_empty = outputs.idle_bytes() == 0
+        y.numpy().fill(7)  # torch's own operations may hang in a forked child
+        del y
+        again = memory.empty(SHAPE, torch.float32)
+        again.numpy().fill(8)
+        os._exit(0 if started_empty and again.data_ptr() == place else 1)
     assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(y, want)
 
 
-def test_huge_pages_are_asked_for_whole_ones_inside(monkeypatch):
-    asked = internals.watch_advice(monkeypatch, 14)
-    page = outputs._PAGE
-    outputs.advise(page + 1, 3 * page)
-    outputs.advise(page + 1, page)  # holds no whole one
-    outputs.advise(page, page)
-    assert asked == [(2 * page, 2 * page, 14), (page, page, 14)]
+@pytest.mark.processes
+@pytest.mark.parametrize("jobs", ["exit", "exit in a thread", "queue", "pipe"])
+def test_outputs_in_other_processes(jobs):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "helpers.sending", jobs], cwd=os.path.dirname(__file__),
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr, done.stdout.split()[-1:]) == (0, "", ["ok"])
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("strategy", ["file_descriptor", "file_system"])
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("seconds", [4, pytest.param(120, marks=pytest.mark.long)])
+def test_a_loader_whose_dataset_returns_outputs(start, strategy, seconds):
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.sending", "loader", start, strategy, str(seconds)],
+        cwd=os.path.dirname(__file__), capture_output=True, text=True, timeout=seconds + 100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    items, wrong = map(int, done.stdout.split()[:2])
+    assert items > 50
+    assert wrong == 0

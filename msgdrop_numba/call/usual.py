@@ -26,11 +26,13 @@ class Usual(NamedTuple):
     Fields:
         drop: `drop_usual`. told: its first argument, the address of `record`. The last two are from `threads.team`.
         nbytes: of an array.
+        in_order: the plan of an array in C order, for gradients that lie otherwise; `make_plan` can't be traced.
         rows: the shape of what is one a row; None: there are too many.
         alike: tells tensors that lie as the plan says. strides: theirs; None: those of C order.
     """
 
     plan: Plan
+    in_order: Plan
     drop: Any
     told: int
     record: Any
@@ -40,14 +42,14 @@ class Usual(NamedTuple):
     strides: tuple[int, ...] | None
 
 
-def usual(plan: Plan, alike: Any = None) -> Usual:
+def usual(plan: Plan, alike: Any = None, in_order: Plan | None = None) -> Usual:
     """The same of a plan that the kernels follow, of an array that isn't empty."""
     told = {"kernel": c_address(drop_range), "plan": plan.address, "draw": PLAIN.address}
     told |= {"messages": plan.messages, "size": plan.size, "rule": rule_address(plan, PLAIN)}
     record = np.array([tuple(told[name] for name in USUAL.names or ())], USUAL)
     rows = plan.shape[:-1] if plan.messages <= ROWS * plan.size else None
     strides = None if alike is None else alike.strides
-    return Usual(plan, direct(drop_usual), address(record), record, plan.nbytes, rows, alike, strides)
+    return Usual(plan, in_order or plan, direct(drop_usual), address(record), record, plan.nbytes, rows, alike, strides)
 
 
 def seed_bits(seed: Any) -> int | None:

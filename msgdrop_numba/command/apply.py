@@ -14,7 +14,7 @@ from msgdrop_numba.command import journal
 from msgdrop_numba.command.engines import Engine
 from msgdrop_numba.command.errors import JobError, one_line
 from msgdrop_numba.command.inputs import File, Input, look
-from msgdrop_numba.command.shards import PARTIAL, Settings, Task, Written, pieces, sync_folder
+from msgdrop_numba.command.shards import PARTIAL, Settings, State, Task, Written, pieces, sync_folder
 from msgdrop_numba.version import __version__
 
 CONTRACT = "1.1"
@@ -47,7 +47,10 @@ def make(
     """
     output = output.resolve()
     _check_place(source.resolve(), output)
-    tasks = {_task(file, output, settings, epoch): file.bytes for epoch in range(epochs) for file in found.files}
+    states = {str(file.path.absolute()): file.state for file in found.files if file.state is not None}
+    tasks = {
+        _task(file, output, settings, epoch, states): file.bytes for epoch in range(epochs) for file in found.files
+    }
     header = {
         "job": "msgdrop apply", "contract": CONTRACT, "version": __version__, "input": found.digest,
         "epochs": epochs, "files": len(tasks), "parameters": settings.parameters(),
@@ -75,10 +78,12 @@ def make(
     return len(todo)
 
 
-def _task(file: File, output: Path, settings: Settings, epoch: int) -> Task:
-    target = output / f"epoch-{epoch}" / file.name
-    is_mask = file.mask_of is not None
-    return Task(str(file.path.absolute()), str(target), file.mask_of or file.name, settings, epoch, file.first, is_mask)
+def _task(file: File, output: Path, settings: Settings, epoch: int, states: dict[str, State]) -> Task:
+    source, target = file.path.absolute(), output / f"epoch-{epoch}" / file.name
+    is_mask, name = file.mask_of is not None, file.mask_of or file.name
+    task = Task(str(source), str(target), name, settings, epoch, file.first, is_mask)
+    read = [source, *(source.with_name(name) for name in settings.beside)]  # of Parquet, `beside` may name a column
+    return task._replace(states=tuple(states[path] for path in map(str, read) if path in states))
 
 
 def _check_place(source: Path, output: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from msgdrop_numba.command.errors import JobError, one_line
-from msgdrop_numba.command.shards import Npy, Settings, batch_of, kept_shape, npy_request, read_header
+from msgdrop_numba.command.shards import Npy, Settings, State, batch_of, kept_shape, npy_request, read_header
 from msgdrop_numba.functional import drop_messages
 
 
@@ -24,6 +24,7 @@ class File(NamedTuple):
     bytes: int
     first: int = 0  # as a task has it
     mask_of: str | None = None  # of the keep mask that is made of a shard: the shard's name
+    state: State | None = None
 
 
 class Input(NamedTuple):
@@ -83,15 +84,17 @@ def look(source: Path) -> tuple[list[File], str]:
     """The files of an input, and what changes with any one's name, size or time."""
     files, stats = [], []
     for name, path in _walk(source):
-        stat = path.stat()
-        files.append(File(name, path, stat.st_size))
-        stats.append((name, stat.st_size, stat.st_mtime_ns))
+        state = State.of(path.absolute())
+        files.append(File(name, path, state.size, state=state))
+        stats.append((name, state.size, state.modified))
     return files, xxhash.xxh3_64(json.dumps(stats).encode()).hexdigest()
 
 
 def _walk(source: Path) -> list[tuple[str, Path]]:
     if not source.exists():
         raise JobError(f"there is no {source}")
+    if not source.is_dir() and not source.is_file():
+        raise JobError(f"{source} is no folder and no regular file")
     if source.is_file():
         return [(source.name, source)] if source.suffix in (".npy", ".parquet") else []
     found = []
@@ -100,6 +103,8 @@ def _walk(source: Path) -> list[tuple[str, Path]]:
         for name in names:
             path = Path(folder, name)
             if path.suffix in (".npy", ".parquet") and name[0] not in "._":
+                if not path.is_file():  # to read a pipe would wait for a writer
+                    raise JobError(f"{path} is no regular file: leave it out of INPUT")
                 found.append((path.relative_to(source).as_posix(), path))
     return sorted(found)
 
@@ -210,7 +215,8 @@ def _check_parquet(files: list[File], settings: Settings) -> None:
     drop, kinds = batch_of(settings, 0), []
     for file in files:
         try:
-            schema = parquet.read_schema(file.path)
+            with open(file.path, "rb") as opened:  # pyarrow takes no name that isn't UTF-8
+                schema = parquet.read_schema(opened)
             columns.check_names(schema.names, drop.needed, "the file")  # the table has no others
             if settings.mask and MASK in schema.names:
                 raise ValueError(f"it has a column {MASK!r} already: rename it, or leave --mask out")

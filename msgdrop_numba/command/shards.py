@@ -59,6 +59,21 @@ class Settings(NamedTuple):
         return {"p": told.pop("p"), "seed": told.pop("seed"), **rule, **told}
 
 
+class State(NamedTuple):
+    """The state of a file that is read. A backup restores size and time of a file, but not when its inode changed."""
+
+    path: str
+    size: int
+    modified: int  # nanoseconds, as is `changed`
+    changed: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: str | Path) -> State:
+        stat = os.stat(path)
+        return cls(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
 class Task(NamedTuple):
     """One file to make."""
 
@@ -69,6 +84,7 @@ class Task(NamedTuple):
     epoch: int
     first: int = 0  # which row of the files beside it is the shard's first
     is_mask: bool = False  # whether it is the keep mask of a shard of .npy
+    states: tuple[State, ...] = ()  # of the files that it reads, when the job began
 
     @property
     def is_copy(self) -> bool:
@@ -98,6 +114,7 @@ class Npy(NamedTuple):
 def run(task: Task) -> Written:
     """Make one file; it has its name once it is whole and on the disk."""
     try:
+        _check_states(task)
         with _new_file(Path(task.target)) as file:
             if task.name.endswith(".parquet"):
                 _parquet(task, file)
@@ -105,9 +122,20 @@ def run(task: Task) -> Written:
                 _npy_mask(task, file)
             else:
                 _npy(task, file)
+            _check_states(task)  # before the file gets its name
         return Written(file.bytes, file.hash.hexdigest())
     except (OSError, TypeError, ValueError) as error:
         raise JobError(f"{task.name}, epoch {task.epoch}: {one_line(error)}") from error
+
+
+def _check_states(task: Task) -> None:
+    for state in task.states:
+        if State.of(state.path) != state:
+            name = Path(state.path).name
+            raise ValueError(
+                f"{name} has changed since the job began: run the same command again; if it is to stay as it is now, "
+                "give another OUTPUT"
+            )
 
 
 def read_header(path: str) -> Npy:
@@ -302,7 +330,8 @@ def _parquet(task: Task, out: _Hashed) -> None:
         fields = [short.field(f.name) if f.name in drop.needed else f for f in given]
         return pyarrow.schema([*fields, *([short.field(MASK)] if drop.return_mask else [])], given.metadata)
 
-    with parquet.ParquetFile(task.source, pre_buffer=False) as source:
+    # Opened here: pyarrow takes no name that isn't UTF-8.
+    with open(task.source, "rb") as opened, parquet.ParquetFile(opened, pre_buffer=False) as source:
         groups = [source.metadata.row_group(i) for i in range(source.metadata.num_row_groups)]
         columns = [groups[0].column(i) for i in range(groups[0].num_columns)] if groups else []
         with parquet.ParquetWriter(

@@ -68,12 +68,13 @@ def picture(masks: Masks, path: Path) -> None:
 
     names, keep, valid, epochs = masks
     rows, size = valid.shape
-    height = max(1.5, 8 * rows / size + 1)
+    height = max(1.5, 8 * rows / max(1, size) + 1)
     figure = Figure(figsize=(8, min(height * len(keep), 60)), layout="constrained")
     every = figure.subplots(len(keep), squeeze=False, sharex=True)[:, 0]
     for epoch, axes in enumerate(every):
         shades = np.where(valid, ~keep[epoch], 0.3)
-        axes.imshow(shades, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        extent = (-0.5, max(1, size) - 0.5, rows - 0.5, -0.5)  # of no messages, one empty column
+        axes.imshow(shades, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
         axes.set_ylabel(f"key, epoch {epoch}" if epochs else "key")
         if rows <= 32:
             axes.set_yticks(range(rows), names)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba import outputs
 from msgdrop_numba.call.arguments import split_p
 from msgdrop_numba.call.select import PACKED, place
 from msgdrop_numba.functional import keep_mask
 from msgdrop_numba.nn import MessageDropout
 from msgdrop_numba.select import Kept
+from msgdrop_numba.tensors import memory
 from msgdrop_numba.tensors.arguments import check_integers
 from msgdrop_numba.tensors.select import on
 from msgdrop_numba.torch_private import is_plain
@@ -112,7 +112,7 @@ def _columns(edge_index: Tensor, number: Tensor, both_ways: bool) -> Tensor:
         return edge_index.index_select(1, number)
     count = len(number)
     shape = (2, 2 * count if both_ways else count)
-    left = outputs.empty(shape, edge_index.dtype) if is_plain(edge_index) else edge_index.new_empty(shape)
+    left = memory.empty(shape, edge_index.dtype) if is_plain(edge_index) else edge_index.new_empty(shape)
     for side in (0, 1):
         torch.index_select(edge_index[side], 0, number, out=left[side, :count])  # of one dim: ten times as fast
         if both_ways:
@@ -126,7 +126,7 @@ def _attributes(attr: Tensor, number: Tensor, kept: Kept | None, twice: bool) ->
         left: Tensor = attr[number] if kept is None else kept.take(attr)
         return torch.cat([left, left]) if twice else left
     count = len(number)
-    both = outputs.empty((2 * count, *attr.shape[1:]), attr.dtype)
+    both = memory.empty((2 * count, *attr.shape[1:]), attr.dtype)
     torch.index_select(attr, 0, number, out=both[:count])
     both[count:] = both[:count]
     return both

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from msgdrop_numba import outputs
 from msgdrop_numba.call.arguments import is_masked
 from msgdrop_numba.call.keys import sample_keys
 
@@ -196,7 +197,7 @@ def _read_arrow(column: Any, field: Any, copied: bool) -> Rows:
     numbers, owned = [], []
     for chunk in chunks:
         found = arrow.leaf(chunk, field)
-        values = found.values.copy() if copied else found.values
+        values = _copy(found.values) if copied else found.values
         numbers.append(values)
         row = len(blocks)
         blocks += _even_blocks(values, found)
@@ -216,6 +217,12 @@ def _read_arrow(column: Any, field: Any, copied: bool) -> Rows:
         return made[0] if whole else pyarrow.chunked_array(made, kind)
 
     return Rows(blocks, join, beside, shorten, copied)
+
+
+def _copy(values: np.ndarray) -> np.ndarray:
+    copied = outputs.array(values.shape, values.dtype)
+    copied[...] = values
+    return copied
 
 
 def _even_blocks(values: np.ndarray, found: Any) -> Iterator[np.ndarray]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from msgdrop_numba import outputs
 from msgdrop_numba.call.arguments import scales, split_positions, thresholds
 from msgdrop_numba.call.plan import USUAL, Draw, Plan, Rows, make_plan, row_places
 from msgdrop_numba.call.request import Job, Options, Request
@@ -18,6 +17,7 @@ from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.pipelines.rows import Each, Own, Told, laid_out
 from msgdrop_numba.pipelines.samples import Samples, read, torch_dtype
+from msgdrop_numba.tensors import memory
 from msgdrop_numba.tensors.arguments import check_number, fill_message, scaled_kind
 from msgdrop_numba.tensors.write import draw_mask, where
 
@@ -169,4 +169,4 @@ def sent(array: np.ndarray) -> Tensor:
 
 def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A new tensor; in a worker process in shared memory, so that it isn't copied again when it is sent."""
-    return outputs.empty(shape, dtype) if get_worker_info() is None else outputs.shared(shape, dtype)
+    return memory.empty(shape, dtype) if get_worker_info() is None else memory.shared(shape, dtype)

@@ -14,7 +14,7 @@ from msgdrop_numba.call.rule import MAX_ROW, P
 from msgdrop_numba.kernels.records import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, OTHER
 from msgdrop_numba.tensors.operations import Rows
 from msgdrop_numba.tensors.placement import move
-from msgdrop_numba.torch_private import base_of, is_plain
+from msgdrop_numba.torch_private import base_of, has_sizes, is_plain
 
 _SCALED = {
     torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float32: FLOAT32, torch.float64: FLOAT64,
@@ -77,6 +77,8 @@ def check_target(x: Tensor, inplace: bool, out: Any, active: bool, fill: Tensor 
         return None
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a tensor like x, but got {type(out).__name__}")
+    if not has_sizes(out):
+        raise ValueError("out must be like x, but it is a nested tensor, perhaps under vmap: leave it out")
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise ValueError(
             f"out must be like x, {tuple(x.shape)} {x.dtype} on {x.device}, "
@@ -87,6 +89,18 @@ def check_target(x: Tensor, inplace: bool, out: Any, active: bool, fill: Tensor 
     if tracked and torch.is_grad_enabled():
         raise ValueError("out can't be used where a gradient is needed: leave it out, or call under torch.no_grad()")
     return out
+
+
+def check_distinct(name: str, target: Tensor) -> None:
+    """Refuse a tensor to be written whose elements share memory, as those of an expanded one do.
+
+    torch refuses it too, but only after a seed was drawn.
+    """
+    if target.layout is not torch.strided:
+        return
+    strides = target.stride()
+    if any(step == 0 and size > 1 for step, size in zip(strides, target.shape, strict=True)):
+        raise ValueError(f"{name} must not hold elements twice, but got strides {strides}: copy it first")
 
 
 def _is_of_leaf(x: Tensor) -> bool:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.plan import GIVEN, PLAIN, Draw, Places, Plan, make_plan
+from msgdrop_numba.call.plan import GIVEN, PLAIN, Draw, Places, Plan
 from msgdrop_numba.call.request import Job
 from msgdrop_numba.call.threads import team
 from msgdrop_numba.call.usual import Usual
 from msgdrop_numba.kernels.records import COPY
-from msgdrop_numba.outputs import dense
 from msgdrop_numba.tensors import operations
+from msgdrop_numba.tensors.memory import dense
+from msgdrop_numba.tensors.operator import kernel_mask, opaque_seed
 from msgdrop_numba.tensors.seeds import fresh_seed
 from msgdrop_numba.tensors.usual import find_as
 from msgdrop_numba.tensors.write import draw_mask, where, write
@@ -51,7 +52,7 @@ class _DropMessages(torch.autograd.Function):
             grad = grad.to_dense()
         grad_x = grad_fill = None
         if needs_fill:
-            grad_fill = _fill_gradient(grad, draw_mask(job))
+            grad_fill = _fill_gradient(grad, _drawn_again(job))
         if needs_x:
             grad_x = _dropped(grad, job)
         return grad_x, grad_fill, None
@@ -81,14 +82,23 @@ class _DropUsual(torch.autograd.Function):
                 here.drop(here.told, 0, 0, 0, seed, grad.data_ptr(), result.data_ptr(), *team(here.nbytes))
                 return result, None
         grad = grad.to_dense() if grad.layout != torch.strided else grad
-        in_order = make_plan(*how.plan.arguments)  # the plan itself may be of x's strides
-        return _dropped(grad, Job(in_order, PLAIN, seed % 2**64)), None
+        return _dropped(grad, Job(how.in_order, PLAIN, seed % 2**64)), None
+
+
+def _drawn_again(job: Job) -> Tensor:
+    """The mask of forward. Compiled autograd traces this, and can't trace a kernel."""
+    plan, draw, seed, _, _, given = job
+    if given is not None or not torch.compiler.is_dynamo_compiling():
+        return draw_mask(job)
+    if type(seed) is int:
+        seed = opaque_seed(seed if seed < 2**63 else seed - 2**64, torch.device("cpu"))
+    return kernel_mask(plan.shape, plan.rule, seed, operations.Rows(offset=draw.places.offset), None)
 
 
 def _dropped(grad: Tensor, job: Job) -> Any:
     """The gradient of x."""
     if not (is_plain if type(job.seed) is int else is_plain_cuda)(grad):
-        return where(job, grad, draw_mask(job))
+        return where(job, grad, _drawn_again(job))
     return run_job(grad, None, job) if grad.requires_grad and torch.is_grad_enabled() else write(job, grad)
 
 

@@ -24,7 +24,7 @@ from msgdrop_numba.tensors.arguments import (
     protect_on,
     split_p_traced,
 )
-from msgdrop_numba.tensors.pieces import Piece, local_of, piece_of, placements_of, waited
+from msgdrop_numba.tensors.pieces import Piece, cutting, local_of, piece_of, placements_of, waited
 from msgdrop_numba.tensors.traced import TRACED
 
 
@@ -83,7 +83,7 @@ def _replica(name: str, value: Any, piece: Piece) -> Any:
         return value
     placements = placements_of(name, value)
     _check_mesh(name, value, piece)
-    return waited(value.to_local()) if all(p.is_replicate() for p in placements) else value
+    return waited(value.to_local()) if all(p.is_replicate() for p in cutting(piece.mesh, placements)) else value
 
 
 def _check_mesh(name: str, value: DTensor, piece: Piece) -> None:
@@ -124,7 +124,7 @@ def _placed_as_x(here: Here, name: str, value: DTensor, first: int) -> Tensor:
     if len(given) != len(shared) or not all(fits):
         raise ValueError(f"{name} must have shape {shared}, as x's dims that it goes along, but got {given}")
     wanted = [Replicate() if p.is_shard() and given[p.dim] != shared[p.dim] else p for p in piece.along(first, dims)]
-    if list(placements_of(name, value)) != wanted:
+    if cutting(piece.mesh, placements_of(name, value)) != cutting(piece.mesh, wanted):
         raise _misplaced(name, value, wanted)
     if here.counted:  # rows are needed whole
         last = here.dims - 1 - first
@@ -202,8 +202,8 @@ def local_part(name: str, value: Any, first: int, piece: Piece) -> Any:
         value = DTensor.from_local(value, piece.mesh, [Replicate()] * piece.mesh.ndim, run_check=False)
     _check_mesh(name, value, piece)
     placements = list(placements_of(name, value))
-    if placements != wanted:
-        if any(p.is_shard() for p in placements):
+    if cutting(piece.mesh, placements) != cutting(piece.mesh, wanted):
+        if any(p.is_shard() for p in cutting(piece.mesh, placements)):
             raise _misplaced(name, value, wanted)
         value = value.redistribute(placements=wanted)  # by cutting alone
     of_gradient = [
@@ -220,7 +220,8 @@ def _local_out(x: DTensor, request: Request, active: bool, piece: Piece) -> Tens
         return None
     if not isinstance(out, DTensor):
         raise TypeError(f"out must be a DTensor, as x is, but got {type(out).__name__}")
-    if out.device_mesh != piece.mesh or placements_of("out", out) != piece.placements:
+    elsewhere = out.device_mesh != piece.mesh
+    if elsewhere or cutting(piece.mesh, placements_of("out", out)) != cutting(piece.mesh, piece.placements):
         raise ValueError(
             f"out must be placed as x is, {piece.placements} on {piece.mesh}, but got {tuple(out.placements)} on "
             f"{out.device_mesh}: redistribute it"

@@ -10,14 +10,14 @@ from torch import Tensor
 from msgdrop_numba.call.request import Request, perform, prepare_mask, turned
 from msgdrop_numba.call.threads import team
 from msgdrop_numba.call.usual import Usual, row_address, seed_bits
-from msgdrop_numba.outputs import dense
 from msgdrop_numba.tensors import nested, traced, ways
 from msgdrop_numba.tensors.arguments import check_device
 from msgdrop_numba.tensors.autograd import run_usual
+from msgdrop_numba.tensors.memory import dense
 from msgdrop_numba.tensors.seeds import drawing, fresh_seed
 from msgdrop_numba.tensors.usual import find, latest
 from msgdrop_numba.tensors.write import draw_mask
-from msgdrop_numba.torch_private import dense_address, increment_versions, is_watched
+from msgdrop_numba.torch_private import dense_address, has_sizes, increment_versions, is_eager
 
 
 def short(
@@ -25,7 +25,7 @@ def short(
     keys: Any, out: Any,
 ) -> Tensor | None:  # fmt: skip
     """The usual call, see `call.usual`; None: it is another, and nothing was done. What the plan refuses is raised."""
-    if is_watched() or not x.is_cpu or x.is_nested:  # guards that are asked about a nested one end the process
+    if not is_eager() or not x.is_cpu or not has_sizes(x):
         return None
     scale = bool(scale)
     try:
@@ -78,7 +78,7 @@ def _target(x: Tensor, start: int, how: Usual, inplace: Any, out: Any) -> tuple[
     """The tensor to write and its address; 0: all there is to know of it must be asked."""
     if inplace:
         return (None, 0) if out is not None or x.is_inference() else (x, start)
-    if type(out) is not Tensor or out.is_nested or out.is_inference():
+    if type(out) is not Tensor or out.is_inference():
         return None, 0
     to = how.alike.known(out)
     if not to or (out.requires_grad and torch.is_grad_enabled()) or (to != start and abs(to - start) < how.nbytes):
@@ -98,7 +98,10 @@ explain = ways.explain
 
 def message_dropout(x: Tensor, request: Request) -> Any:
     """`functional.message_dropout` for a tensor."""
-    return nested.message_dropout(x, request) if x.is_nested else turned(_perform, Tensor, Tensor.permute, x, request)
+    if x.is_nested:
+        return nested.message_dropout(x, request)
+    nested.check_sizes(x)
+    return turned(_perform, Tensor, Tensor.permute, x, request)
 
 
 def _perform(x: Tensor, request: Request) -> Any:

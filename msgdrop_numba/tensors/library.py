@@ -12,7 +12,7 @@ from msgdrop_numba.call.plan import PLAIN, Draw, Plan, array_plan, mask_plan, ro
 from msgdrop_numba.call.request import Job, Request
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import cuda
-from msgdrop_numba.tensors.arguments import check_target, fill_message, scaled_kind, split_p_of_device
+from msgdrop_numba.tensors.arguments import check_distinct, check_target, fill_message, scaled_kind, split_p_of_device
 from msgdrop_numba.tensors.autograd import run_job
 from msgdrop_numba.tensors.seeds import check_device_seed, check_host_seed, device_seed, folded, fresh_seed, rank_of
 from msgdrop_numba.tensors.write import draw_mask, where, write
@@ -29,7 +29,10 @@ class Tensors:
         return scaled_kind(x.dtype) if scale else COPY
 
     def target(self, x: Tensor, request: Request, active: bool, fill: Tensor | None) -> Tensor | None:
-        return check_target(x, request.inplace, request.out, active, fill)
+        target = check_target(x, request.inplace, request.out, active, fill)
+        if target is not None and not torch.compiler.is_compiling():  # its sizes may be symbols
+            check_distinct("x, to be changed in place," if request.inplace else "out", target)
+        return target
 
     def mask(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.empty(shape, dtype=torch.bool, device=device)
@@ -50,8 +53,10 @@ class _Ordinary(Tensors):
 
     def target(self, x: Tensor, request: Request, active: bool, fill: Tensor | None) -> Tensor | None:
         target = check_target(x, request.inplace, request.out, active, fill)
+        name = "x, to be changed in place," if request.inplace else "out"
+        if target is not None and target.data_ptr() == 0 and target.numel():
+            raise ValueError(f"{name} has no memory, though its shape is {tuple(target.shape)}: its storage was freed")
         if target is not None and not _apart(x, target):
-            name = "x, to be changed in place," if request.inplace else "out"
             arguments.check_memory(name, _memory(x), _memory(target))
         return target
 

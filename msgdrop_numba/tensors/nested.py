@@ -15,7 +15,16 @@ from msgdrop_numba.call.rule import DropRule, for_rows, rule_of
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.arguments import fill_message
 from msgdrop_numba.tensors.traced import Outline, Traced, draw_mask, row_scales
-from msgdrop_numba.torch_private import ragged_dim
+from msgdrop_numba.torch_private import has_sizes, ragged_dim
+
+
+def check_sizes(x: Tensor) -> None:
+    """Refuse what vmap makes of a nested tensor: it doesn't say that it is nested."""
+    if not has_sizes(x):
+        raise ValueError(
+            "x must have sizes, but it is a nested tensor under vmap: call this on the jagged nested tensor itself, "
+            "without vmap"
+        )
 
 
 def message_dropout(x: Tensor, request: Request) -> Any:

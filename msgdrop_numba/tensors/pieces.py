@@ -74,6 +74,11 @@ def placements_of(name: str, x: DTensor) -> tuple[Any, ...]:
     return tuple(Shard(p.dim % x.ndim) if p.is_shard() else p for p in placements)
 
 
+def cutting(mesh: Any, placements: Any) -> list[Any]:
+    """The placements with Replicate in place of a Shard along a mesh dim of one rank, which cuts nothing."""
+    return [p if p.is_shard() and mesh.size(i) > 1 else Replicate() for i, p in enumerate(placements)]
+
+
 def local_of(name: str, x: DTensor, piece: Piece) -> Tensor:
     """The memory that lies here, waited for."""
     local = waited(x.to_local())

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from msgdrop_numba import outputs
 from msgdrop_numba.call.request import Job, Library, Request, prepare, prepare_mask, turned
 from msgdrop_numba.call.select import (
     DENSE,
@@ -29,7 +28,7 @@ from msgdrop_numba.call.select import (
     source,
 )
 from msgdrop_numba.kernels.records import COPY, OTHER
-from msgdrop_numba.tensors import cuda, nested, operations, traced, ways
+from msgdrop_numba.tensors import cuda, memory, nested, operations, traced, ways
 from msgdrop_numba.tensors.arguments import check_device, fill_message, scaled_kind
 from msgdrop_numba.tensors.library import ON_HOST
 from msgdrop_numba.tensors.traced import TRACED
@@ -62,6 +61,7 @@ def message_select(x: Tensor, request: Request, how: How) -> tuple[Tensor, Selec
     """`select.message_select` for a tensor."""
     if x.is_nested:
         return message_select(*nested.padded(x, request), how)
+    nested.check_sizes(x)
     return turned(partial(_select, how), Tensor, Tensor.permute, x, request)  # type: ignore[no-any-return]
 
 
@@ -270,7 +270,7 @@ def _write(x: Tensor, way: Way, fill: Tensor | None) -> Tensor:
         return _by_operations(x, way, fill)
     dims, shape, size = way.back.ndim, tuple(x.shape), x.element_size()
     made = (*way.numbers.shape, *shape[dims:])
-    out = outputs.empty(made, x.dtype) if on_host else x.new_empty(made)
+    out = memory.empty(made, x.dtype) if on_host else x.new_empty(made)
     where = Source(x.data_ptr())
     if not x.is_contiguous():
         found = source(where.start, shape, tuple(step * size for step in x.stride()), size, dims)

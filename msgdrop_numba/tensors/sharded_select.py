@@ -16,7 +16,7 @@ from msgdrop_numba.call.select import DENSE, PACKED, How, Selection, laid_out
 from msgdrop_numba.tensors import select, ways
 from msgdrop_numba.tensors.arguments import fill_message
 from msgdrop_numba.tensors.cut import cut, local_part
-from msgdrop_numba.tensors.pieces import Piece, is_outside, local_of, piece_of, placements_of, waited, whole
+from msgdrop_numba.tensors.pieces import Piece, cutting, is_outside, local_of, piece_of, placements_of, waited, whole
 from msgdrop_numba.tensors.sharded import prepared
 
 
@@ -86,13 +86,13 @@ def take(x: DTensor, dims: int, found: Selection) -> DTensor:
 def take_shared(x: DTensor, within: DTensor) -> DTensor:
     """`select.take_shared` for a DTensor, whose gradient is the sum over all ranks' rows."""
     placements, of_gradient = [], []
-    for ours, rows in zip(placements_of("t", x), within.placements, strict=True):
-        if ours.is_shard() and (ours.dim == 0 or rows.is_shard()):
+    for i, (ours, rows) in enumerate(zip(placements_of("t", x), within.placements, strict=True)):
+        if x.device_mesh.size(i) > 1 and ours.is_shard() and (ours.dim == 0 or rows.is_shard()):
             raise ValueError(
                 f"t must be replicated where x's rows are sharded, {tuple(within.placements)}, but got "
                 f"{tuple(x.placements)}: redistribute it"
             )
-        placements.append(Shard(ours.dim + within.ndim - 1) if ours.is_shard() else rows)
+        placements.append(Shard(ours.dim + within.ndim - 1) if ours.is_shard() and not rows.is_shard() else rows)
         of_gradient.append(Partial() if rows.is_shard() else ours)
     local = waited(x.to_local(grad_placements=of_gradient))
     y = select.take_shared(local, within.to_local())
@@ -122,7 +122,7 @@ def _rows_of(name: str, x: DTensor, rows: int, found: Selection) -> Piece:
     """The piece of a tensor, whose rows must be placed as those that were selected from."""
     piece = piece_of(name, x)
     given = [p if p.is_shard() and p.dim <= rows else Replicate() for p in piece.placements]
-    if given != list(found.numbers.placements):
+    if cutting(x.device_mesh, given) != cutting(x.device_mesh, found.numbers.placements):
         raise ValueError(
             f"{name} must be placed by its rows as x was, {tuple(found.numbers.placements)}, but got "
             f"{piece.placements}: redistribute it"

@@ -64,7 +64,7 @@ def _usual(
     """None: the kernels can't do all of the call, or not best. Cached once more: what is asked here takes longer."""
     if isinstance(message_dims, tuple) or dtype.is_complex:  # which may be conjugated
         return None
-    plan = make_plan(shape, dtype.itemsize, scaled_kind(dtype) if scale else COPY, message_dims, rule)
+    plan = in_order = make_plan(shape, dtype.itemsize, scaled_kind(dtype) if scale else COPY, message_dims, rule)
     if strides is not None:
         like = torch.empty_like(torch.empty_strided(shape, strides, device="meta"))
         if like.stride() != strides:
@@ -73,7 +73,7 @@ def _usual(
         plan = follow(plan, steps, steps)
         if plan.nbytes >= HUGE_BYTES and not (plan.plain and plan.across):  # see `write`
             return None
-    return usual(plan, Alike(strides)) if plan.followed and dtype not in WITHOUT_ZERO | _QUANTIZED else None
+    return usual(plan, Alike(strides), in_order) if plan.followed and dtype not in WITHOUT_ZERO | _QUANTIZED else None
 
 
 def reset() -> None:

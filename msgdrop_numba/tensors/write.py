@@ -18,7 +18,7 @@ from msgdrop_numba.call.request import Job
 from msgdrop_numba.call.rule import DEFAULTS
 from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.records import COPY
-from msgdrop_numba.tensors import cuda, operations
+from msgdrop_numba.tensors import cuda, memory, operations
 from msgdrop_numba.torch_private import increment_versions
 
 
@@ -26,7 +26,7 @@ def write(job: Job, x: Tensor) -> Tensor:
     """x with its messages dropped, in the job's target or in a new tensor."""
     plan, draw, seed, target, mask, given = job
     if target is None and plan.followed and type(seed) is int and x.is_contiguous() and (start := x.data_ptr()):
-        result, mask = outputs.dense(x, plan.nbytes, None), mask if given is None else given
+        result, mask = memory.dense(x, plan.nbytes, None), mask if given is None else given
         launch(plan, draw, seed, start, result.data_ptr(), 0 if mask is None else mask.data_ptr())
         return result
     # A mask alone doesn't tell what to scale by.
@@ -36,7 +36,7 @@ def write(job: Job, x: Tensor) -> Tensor:
             return _write_in_order(job, x, order)
     result = target
     if target is None:
-        result = outputs.like(x) if type(seed) is int else torch.empty_like(x)
+        result = memory.empty_like(x) if type(seed) is int else torch.empty_like(x)
     return _write_over(job, x, result)
 
 
@@ -56,7 +56,7 @@ def _write_in_order(job: Job, x: Tensor, order: list[int]) -> Tensor:
     y = write(Job(as_turned, Draw(draw.fill, given=True), seed, to, None, keep), turned)
     if to is not None:
         return target  # type: ignore[no-any-return]
-    return outputs.over(y.untyped_storage(), x.shape, x.dtype, x.stride())  # no view: it may be changed in place
+    return memory.over(y.untyped_storage(), x.shape, x.dtype, x.stride())  # no view: it may be changed in place
 
 
 def _write_over(job: Job, x: Tensor, result: Tensor) -> Tensor:

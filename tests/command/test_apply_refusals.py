@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
-from helpers.jobs import X, files, invoke, job, run, save, two_folders
+from helpers.jobs import X, files, invoke, job, run, save, serial, settings, two_folders
 from pyarrow import parquet
 
-from msgdrop_numba.command import apply, journal
+from msgdrop_numba.command import apply, inputs, journal, shards
 from msgdrop_numba.command.cli import main
 from msgdrop_numba.command.errors import JobError
 
@@ -55,6 +55,81 @@ def test_a_changed_input_is_another_job(source, tmp_path):
     os.utime(source / "a.npy", (1, 1))
     with pytest.raises(JobError, match="its input has changed since"):
         job(source, tmp_path / "out")
+
+
+def change_and_restore(path, inside):
+    """Other bytes of the same length while `inside` runs, then the old ones with their old time, as by `cp -p`."""
+    backup = path.with_suffix(".backup")
+    shutil.copy2(path, backup)
+    np.save(path, np.load(path)[::-1])
+    try:
+        inside()
+    finally:
+        shutil.copy2(backup, path)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "ids.npy", "lengths.npy"])
+def test_an_input_that_changes_and_comes_back(tmp_path, name):
+    """Its size and time are those of the start again, but what was read in between isn't."""
+    source = save(tmp_path / "in", a=X, b=X[:4], ids=np.arange(14), lengths=np.arange(14) % 7)
+    options = {"ids": "ids.npy", "lengths": "lengths.npy"}
+    job(source, tmp_path / "expected", **options)
+
+    def changing(tasks):
+        for task in tasks:
+            made = []
+            if task.name == "a.npy":
+                change_and_restore(source / name, lambda task=task, made=made: made.append(shards.run(task)))
+            yield task, made[0] if made else shards.run(task)
+
+    with pytest.raises(JobError, match=f"a.npy, epoch 0: {name} has changed since the job began: run the same"):
+        job(source, tmp_path / "out", engine=changing, **options)
+    assert not (tmp_path / "out/epoch-0/a.npy").exists()
+    job(source, tmp_path / "out", **options)
+    assert files(tmp_path / "out") == files(tmp_path / "expected")
+
+
+def test_an_input_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    """Changed and restored within one task: only the time at which the inode changed tells."""
+    source = save(tmp_path / "in", a=X)
+    read = shards.read_header
+
+    def restored(path):
+        header = read(path)
+        change_and_restore(source / "a.npy", lambda: None)
+        return header
+
+    found = inputs.find(source, settings())
+    monkeypatch.setattr(shards, "read_header", restored)
+    with pytest.raises(JobError, match=r"a.npy has changed since the job began"):
+        apply.make(source, found, tmp_path / "out", settings(), 1, serial, lambda count: None)
+    assert not (tmp_path / "out/epoch-0/a.npy").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("nowhere", path)], ids=["pipe", "broken link"])
+def test_what_is_no_regular_file_is_refused(source, tmp_path, make):
+    make(source / "x.npy")
+    for given, said in (
+        (source, "x.npy is no regular file: leave it out of INPUT"),
+        (source / "x.npy", "no regular file|there is no"),
+    ):
+        with pytest.raises(JobError, match=said):
+            job(given, tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_parquet_file_whose_name_is_not_utf8(tmp_path):
+    table = pa.table({"id": [1, 2], "frames": [[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]]]})
+    (tmp_path / "in").mkdir()
+    parquet.write_table(table, tmp_path / "in/a.parquet")
+    job(tmp_path / "in", tmp_path / "expected", columns=("frames",), key="id")
+    name = os.fsdecode(b"\xff\xfe.parquet")
+    (tmp_path / "in/a.parquet").rename(tmp_path / "in" / name)
+    job(tmp_path / "in", tmp_path / "out", columns=("frames",), key="id")
+    made = (tmp_path / "out/epoch-0" / name).read_bytes()
+    assert made == (tmp_path / "expected/epoch-0/a.parquet").read_bytes()
+    assert not any(apply.verify(tmp_path / "out", lambda count: None))
 
 
 def test_another_version_is_another_job(source, tmp_path, monkeypatch):

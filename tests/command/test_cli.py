@@ -198,6 +198,15 @@ def test_the_picture_shows_the_mask(tmp_path, monkeypatch):
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("lengths", ["0,0", "0"])
+def test_show_of_no_messages(tmp_path, lengths):
+    picture = tmp_path / "mask.png"
+    command = ["show", "--p", "0.5", "--seed", "1", "--lengths", lengths, "--output", str(picture)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_show_of_a_collates_settings(tmp_path):
     """Ids, lengths and epochs as a collate has them; what is shown of the epochs is what it drops."""
     import torch

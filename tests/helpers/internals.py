@@ -311,55 +311,38 @@ def before_tensor_calls(patch: pytest.MonkeyPatch, note: Callable[[], Any]) -> N
 # ---- memory for outputs
 
 
-def large_outputs(patch: pytest.MonkeyPatch, huge: int | None = None, reused: int | None = None) -> None:
-    """Outputs of `huge` bytes get huge pages; of `reused`, the memory of earlier ones. None: as it is."""
+def large_outputs(patch: pytest.MonkeyPatch, nbytes: int | None) -> None:
+    """Outputs of this size and more are lent, ask for huge pages, and lie in memory order. None: as it is."""
     from msgdrop_numba import outputs
 
-    if huge is not None:
-        patch.setattr(outputs, "HUGE_BYTES", huge)
-    if reused is not None:
-        patch.setattr(outputs, "REUSED_BYTES", reused)
-
-
-def kept_outputs() -> Any:
-    """The tensors over the memory of earlier outputs."""
-    from msgdrop_numba import outputs
-
-    return [tensor for waiting in outputs._kept.alike.values() for tensor, *_ in waiting]
+    for name in ("LENT_BYTES", "HUGE_BYTES") if nbytes is not None else ():
+        patch.setattr(outputs, name, nbytes)
 
 
 def reset_outputs() -> None:
-    """Hold no memory of earlier outputs."""
+    """Unmap all idle blocks of outputs."""
     from msgdrop_numba import outputs
 
     outputs.reset()
 
 
-def told_uses(patch: pytest.MonkeyPatch, told: list[int]) -> list[int]:
-    """So many users are said to use a storage, one answer a question; what was said. Then the truth."""
+def lent_blocks() -> list[int]:
+    """What tells the blocks apart that are lent now."""
     from msgdrop_numba import outputs
 
-    said: list[int] = []
-    uses = outputs.storage_uses
-
-    def answer(storage: Any) -> int:
-        if len(said) == len(told):
-            return uses(storage)
-        said.append(told[len(said)])
-        return said[-1]
-
-    patch.setattr(outputs, "storage_uses", answer)
-    return said
+    return [id(block) for block in outputs._loans.values()]
 
 
-def watch_advice(patch: pytest.MonkeyPatch, advice: int) -> list[tuple[int, int, int]]:
-    """A list that grows with each wish for huge pages: address, bytes and this advice."""
+def when_a_block_is_wrapped(patch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
+    """Call `act` in the middle of `outputs.lend`, as a finalizer or a signal handler may run there."""
     from msgdrop_numba import outputs
 
-    asked: list[tuple[int, int, int]] = []
-    patch.setattr(outputs, "_madvise", lambda *wish: asked.append(wish))
-    patch.setattr(outputs, "_ADVICE", advice)
-    return asked
+    lend = outputs.lend
+
+    def lend_and_act(nbytes: int, wrap: Any = memoryview) -> Any:
+        return lend(nbytes, lambda block: (act(), wrap(block))[1])
+
+    patch.setattr(outputs, "lend", lend_and_act)
 
 
 # ---- the command

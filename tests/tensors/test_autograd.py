@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import internals
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from msgdrop_numba import keep_mask, message_dropout
@@ -157,6 +160,34 @@ def test_freed_storage_is_refused():
     x.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="x has no memory"):
         message_dropout(x)
+    state = torch.get_rng_state()
+    for out in (torch.empty(2, 4, 3), torch.empty(4, 2, 3).transpose(0, 1)):
+        out.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=r"out has no memory, though its shape is \(2, 4, 3\)"):
+            message_dropout(torch.ones(2, 4, 3), out=out)
+    with pytest.raises(ValueError, match="x, to be changed in place, has no memory"):
+        message_dropout(x, inplace=True)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "within", [contextlib.nullcontext, _Mode, forward_ad.dual_level], ids=["eager", "mode", "dual"]
+)
+def test_expanded_memory_is_refused_before_a_seed_is_drawn(within):
+    expanded = torch.randn(1, 4, 3).expand(2, 4, 3)
+    before, state = expanded.clone(), torch.get_rng_state()
+    with within():
+        with pytest.raises(ValueError, match="x, to be changed in place, must not hold elements twice"):
+            message_dropout(expanded, inplace=True)
+        with pytest.raises(ValueError, match="out must not hold elements twice"):
+            message_dropout(before, out=expanded)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(expanded, before)
 
 
 def test_inference_tensors_are_not_changed_outside():

@@ -11,6 +11,7 @@ from helpers.cases import TRACED_IDS as IDS
 from helpers.cases import TRACED_OPTIONS as OPTIONS
 from helpers.cases import TRACED_X as X
 from helpers.vectors import MASKS, arguments, expected, probability
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import EagerAndRecordGraphs
 
 from msgdrop_numba import MessageDropout, keep_mask, message_dropout
@@ -244,3 +245,25 @@ def test_exported_masks_are_the_same(options):
     for size in (9, 33, 5):  # fewer than 5 would be another branch of the program, as torch sees it
         x = torch.randn(4, size, 3)
         assert torch.equal(program(x, torch.tensor(-5)), message_dropout(x, seed=2**64 - 5, **{"p": 0.4, **options}))
+
+
+# ---- compiled autograd
+
+
+@pytest.mark.parametrize("kind", ["plain", "permuted", "lengths", "fill", "scale"])
+def test_compiled_autograd_call_after_call(kind):
+    """The second call finds what the first one cached, which the compiler can't trace."""
+    fill = torch.nn.Parameter(torch.full((3,), 2.0)) if kind == "fill" else 0.0
+    layer = MessageDropout(0.5, fill=fill, scale=kind == "scale")
+    options = {"lengths": torch.tensor([9, 4, 0, 2])} if kind == "lengths" else {}
+    torch._dynamo.reset()
+    for _ in range(12):  # more than torch compiles anew
+        x = torch.ones(4, 9, 3).requires_grad_()
+        y = layer(x * 1 if kind != "permuted" else x.transpose(0, 1).contiguous().transpose(0, 1), **options)
+        with compiled_autograd._enable(torch.compile(backend="eager")):
+            y.sum().backward()
+        kept = y.detach() % 2 if kind == "fill" else y.detach()  # what is kept is 1, the fill 2
+        assert torch.equal(x.grad, kept)
+        if kind == "fill":
+            assert torch.equal(fill.grad, (y == 2).sum((0, 1)))
+            fill.grad = None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,3 +222,33 @@ def test_autocast():
         assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert torch.equal(token.fill.grad, torch.full((3,), 36.0))
+
+
+# ---- every kind of tensor
+
+
+@pytest.mark.processes
+def test_no_kind_of_tensor_ends_the_process():
+    """What guards look at in C++ may throw there: each kind is right, or refused by an exception of Python's."""
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.tensor_kinds"], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+        timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-2:] == ["backward: right", "ok"]
+    for kind in (
+        "plain",
+        "parameter",
+        "subclass",
+        "permuted",
+        "expanded",
+        "with gaps",
+        "no messages",
+        "conjugated",
+        "negated",
+    ):
+        assert f"{kind}, out of place: right" in lines
+    for call in ("out of place", "in place", "layer", "select", "both"):
+        assert f"leaked by vmap, nested, {call}: ValueError" in lines
+        assert f"vmap over torch.strided, {call}: ValueError" in lines
