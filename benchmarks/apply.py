@@ -20,7 +20,7 @@ from pyarrow import parquet
 
 from benchmarks import copying
 from benchmarks.measure import machine, markdown
-from msgdrop_numba.call.rule import DEFAULTS
+from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.command import apply, engines, inputs
 from msgdrop_numba.command.bench import medians
 from msgdrop_numba.command.shards import Settings, Task, Written
@@ -29,7 +29,7 @@ from msgdrop_numba.command.shards import run as run_task
 PLACES = {"disk": None, "tmpfs": "/dev/shm"}
 SHARDS, ROWS, MESSAGES, FEATURES = 8, 1024, 64, 512  # 128 MiB each
 BYTES = 4 * SHARDS * ROWS * MESSAGES * FEATURES
-NPY = Settings(0.3, 1, tuple(DEFAULTS.values()), None, None, None)
+NPY = Settings(0.3, 1, Rule(0.3), None, None, None)
 KINDS = {"npy": NPY, "parquet": NPY._replace(columns=("x",), key="id")}
 
 

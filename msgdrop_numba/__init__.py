@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.functional import fold_in, keep_mask, key_padding_mask, message_dropout, row_key
 from msgdrop_numba.pipelines.batches import MessageDropoutBatch
 from msgdrop_numba.select import Kept, message_select, select_messages
@@ -38,6 +39,7 @@ __all__ = [
     "MessageDropoutCollate",
     "MessageSelect",
     "MessageSubset",
+    "Rule",
     "fold_in",
     "keep_mask",
     "key_padding_mask",

@@ -24,6 +24,7 @@ from msgdrop_numba.call.plan import (
     row_arguments,
 )
 from msgdrop_numba.call.request import Job, Request, perform, prepare, prepare_mask, turned
+from msgdrop_numba.call.rule import Rule, cached_rule
 from msgdrop_numba.call.select import (
     PACKED,
     How,
@@ -140,9 +141,7 @@ class _NumPy:
     def draw(self, plan: Plan, p: Any, fill: Any, request: Request, device: Any) -> Draw:
         return row_arguments(plan, p, fill, request)
 
-    def seed(
-        self, given: int | None, generator: np.random.Generator | None, device: Any, ranks: Any = False
-    ) -> int:  # fmt: skip
+    def seed(self, given: int | None, generator: np.random.Generator | None, device: Any) -> int:
         if given is not None:
             return given
         if generator is None:
@@ -182,20 +181,24 @@ def message_dropout(x: np.ndarray, request: Request) -> Any:
 
 
 @lru_cache(maxsize=1024, typed=True)
-def _usual(shape: tuple[int, ...], dtype: np.dtype[Any], scale: bool, message_dims: Any, *rule: Any) -> Usual | None:
-    if isinstance(message_dims, tuple):
+def _usual(
+    shape: tuple[int, ...], dtype: np.dtype[Any], scale: bool, message_dims: Any, *keywords: Any
+) -> Usual | None:  # fmt: skip
+    rule = cached_rule(*keywords)
+    if isinstance(message_dims, tuple) or rule.p == 0:  # then x itself comes back
         return None
     plan = make_plan(shape, dtype.itemsize, _kind(dtype, scale), message_dims, rule)
     return usual(plan) if plan.messages and not obstacle(plan, dtype) else None
 
 
 def short(
-    x: np.ndarray, p: float, rule: tuple[Any, ...], scale: Any, message_dims: Any, inplace: Any, lengths: Any,
-    seed: Any, keys: Any, out: Any,
+    x: np.ndarray, p: float | Rule, exact: Any, span: Any, min_keep: Any, prefix: Any, scale: Any, message_dims: Any,
+    inplace: Any, lengths: Any, seed: Any, keys: Any, out: Any,
 ) -> np.ndarray | None:  # fmt: skip
     """The usual call, see `call.usual`; None: it is another, and nothing was done."""
     try:
-        how = _usual(x.shape, x.dtype, bool(scale), message_dims, p, *rule) if x.flags.c_contiguous else None
+        keywords = p, exact, span, min_keep, prefix
+        how = _usual(x.shape, x.dtype, bool(scale), message_dims, *keywords) if x.flags.c_contiguous else None
     except TypeError:  # what is wrong is said elsewhere
         return None
     if how is None:

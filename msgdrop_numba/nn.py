@@ -13,15 +13,15 @@ from msgdrop_numba.call.arguments import (
     check_is_number,
     check_message_dims,
     probabilities,
-    split_p,
+    split_rule,
 )
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import DEFAULTS, DropRule
+from msgdrop_numba.call.rule import DEFAULTS, read_rule
 from msgdrop_numba.call.select import how
 from msgdrop_numba.call.shown import short
-from msgdrop_numba.functional import drop_messages, message_dropout
+from msgdrop_numba.functional import message_dropout
 from msgdrop_numba.select import select
-from msgdrop_numba.tensors.seeds import check_ranks
+from msgdrop_numba.tensors.seeds import PerRank, check_ranks
 
 ALWAYS = object()  # of what is always printed
 
@@ -33,19 +33,26 @@ class Layer(torch.nn.Module):
     prefix, per_rank = 0, False  # of layers that were pickled before there were such
     _shown: ClassVar[dict[str, Any]]  # what is printed where it isn't this
 
-    def _remember(self, p: Any, message_dims: Any, per_rank: Any, *rule: Any) -> None:
-        number, array = split_p(p)
-        checked = DropRule(number, *rule)
+    def _set_rule(
+        self, p: Any, exact: Any, span: Any, min_keep: Any, prefix: Any, message_dims: Any, per_rank: Any
+    ) -> None:
+        rule, array = split_rule(p, exact, span, min_keep, prefix)
         if message_dims is not None:
             check_message_dims(message_dims)
         # An array is kept as float64 and no buffer: the mask's bits must not depend on the layer's dtype. See _apply.
-        self.p: Any = checked.p if array is None else torch.from_numpy(probabilities(array, tuple(array.shape)))
+        self.p: Any = rule.p if array is None else torch.from_numpy(probabilities(array, tuple(array.shape)))
         self.message_dims, self.per_rank = message_dims, check_ranks(per_rank)
-        self.exact, self.span, self.min_keep, self.prefix = checked.rest
+        self.exact, self.span, self.min_keep, self.prefix = rule.exact, rule.span, rule.min_keep, rule.prefix
 
-    @property
-    def _rule(self) -> tuple[Any, ...]:
-        return self.exact, self.span, self.min_keep, self.prefix
+    def _request(self, x: Tensor, seed: Any, **own: Any) -> Request:
+        """The request of a call that removes."""
+        rule, array = read_rule(self._p(x), self.exact, self.span, self.min_keep, self.prefix)
+        generator = self._generator(seed)
+        return Request(rule, array, training=self.training, seed=seed, generator=generator, **own)
+
+    def _generator(self, seed: Any) -> Any:
+        """The source of a seed that isn't given; None: torch's default generator."""
+        return None if self.per_rank is False or seed is not None else PerRank(self.per_rank)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """With the same group of processes, which can't be copied."""
@@ -135,7 +142,7 @@ class MessageDropout(Layer):
         per_rank: Any = False,
     ) -> None:
         super().__init__()
-        self._remember(p, message_dims, per_rank, exact, span, min_keep, prefix)
+        self._set_rule(p, exact, span, min_keep, prefix, message_dims, per_rank)
         self.inplace, self.scale = inplace, scale
         if isinstance(fill, Tensor) and not isinstance(fill, torch.nn.Parameter):
             self.register_buffer("fill", fill)
@@ -170,16 +177,11 @@ class MessageDropout(Layer):
         p, fill = self._p(x), self.fill
         if isinstance(fill, Tensor) and torch.is_autocast_enabled(x.device.type):
             fill = fill.to(x.dtype)
-        if self.per_rank is not False:
-            request = Request(
-                p, self._rule, self.scale, fill, self.message_dims, self.training, self.inplace, lengths, seed, keys,
-                protect, positions, return_mask=return_mask, ranks=self.per_rank,
-            )  # fmt: skip
-            return drop_messages(x, request)
         return message_dropout(
             x, p, self.training, self.inplace, scale=self.scale, exact=self.exact, span=self.span,
             min_keep=self.min_keep, prefix=self.prefix, lengths=lengths, fill=fill, message_dims=self.message_dims,
-            seed=seed, keys=keys, protect=protect, positions=positions, return_mask=return_mask,
+            seed=seed, keys=keys, protect=protect, positions=positions, generator=self._generator(seed),
+            return_mask=return_mask,
         )  # fmt: skip
 
     if TYPE_CHECKING:  # torch says nothing of what a call gives back
@@ -240,7 +242,7 @@ class MessageSelect(Layer):
         return_kept: Any = True,
     ) -> None:
         super().__init__()
-        self._remember(p, message_dims, per_rank, exact, span, min_keep, prefix)
+        self._set_rule(p, exact, span, min_keep, prefix, message_dims, per_rank)
         if return_kept not in (True, False, "indices"):
             raise ValueError(f"return_kept must be True, False or 'indices', but got {return_kept!r}")
         if return_kept == "indices":
@@ -266,9 +268,9 @@ class MessageSelect(Layer):
         Returns:
             `(y, kept)`, or as `return_kept` says.
         """
-        request = Request(
-            self._p(x), self._rule, self.scale, message_dims=self.message_dims, training=self.training,
-            lengths=lengths, keys=keys, seed=seed, protect=protect, positions=positions, ranks=self.per_rank,
+        request = self._request(
+            x, seed, scale=self.scale, message_dims=self.message_dims, lengths=lengths, keys=keys, protect=protect,
+            positions=positions,
         )  # fmt: skip
         y, kept = select(x, request, how(self.layout, self.capacity, self.return_kept is not False))
         if self.return_kept == "indices":

@@ -1,6 +1,6 @@
 """Memory for large outputs, lent and taken back: fresh pages cost more than the kernel that writes them.
 
-A block is a private anonymous mapping of ours. `lend` wraps it in a buffer object that torch or NumPy keeps alive as
+A block is a private anonymous mapping of ours. `lend` wraps it in a buffer object that NumPy and torch keep alive as
 long as anything can reach the memory: a view, an array, a storage, a tensor saved for backward. When they free the
 buffer, and only then, the block waits to be lent again. Nobody guesses from use counts whether memory is free.
 Measured in benchmarks/README.md, "In the cache" and "By size"; what it costs users is in LIMITS.md.
@@ -15,9 +15,8 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -49,31 +48,29 @@ _trim_time = 0.0  # when `_trim` is due
 _mapped_bytes = 0  # of all blocks, lent or idle, when the latest was made: no more than these can be idle
 
 
-def lend(nbytes: int, wrap: Callable[[mmap.mmap], Any] = memoryview) -> Any:
+def lend(nbytes: int) -> Any:
     """A writable buffer of at least `nbytes` uninitialised bytes; None if the output is small, or KEPT_BYTES is 0.
 
-    Args:
-        nbytes: of the output.
-        wrap: makes a buffer object of a block. Whoever uses the memory must keep this object alive.
+    It is a ctypes array, which arrays and tensors over it keep alive. Of a memoryview, NumPy would keep the mapping.
     """
     if nbytes < LENT_BYTES or KEPT_BYTES <= 0:
         return None
-    size = _block_size(nbytes)
+    idle, kind = _pool(nbytes)
     try:
-        _, block = _idle[size].pop()  # the latest: the cache may still hold it
-    except (KeyError, IndexError):
+        _, block = idle.pop()  # the latest: the cache may still hold it
+    except IndexError:
         try:
-            block = _new_block(size)
+            block = _new_block(_block_size(nbytes))
         except OSError:  # no memory, or too many mappings: the library that asks raises its own error
             return None
-    buffer = wrap(block)
+    buffer = kind.from_buffer(block)
     _loans[_Loan(buffer, _take_back)] = block
     return buffer
 
 
 def array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """An uninitialised array in C order, of a dtype without Python objects."""
-    buffer = lend(math.prod(shape) * dtype.itemsize, _wrap_for_numpy)
+    buffer = lend(math.prod(shape) * dtype.itemsize)
     return np.empty(shape, dtype) if buffer is None else np.ndarray(shape, dtype, buffer)
 
 
@@ -108,19 +105,20 @@ def _block_size(nbytes: int) -> int:
     return -(-nbytes // step) * step
 
 
-def _wrap_for_numpy(block: mmap.mmap) -> Any:
-    """A ctypes array: of a memoryview, NumPy would keep the mapping alive instead of the view."""
-    return _ctypes_array(len(block)).from_buffer(block)
+@lru_cache(maxsize=1024)
+def _pool(nbytes: int) -> tuple[deque[tuple[float, mmap.mmap]], Any]:
+    """The idle blocks for outputs of this size, and the ctypes array of one."""
+    size = _block_size(nbytes)
+    return _idle.setdefault(size, deque()), _block_type(size)
 
 
 @cache
-def _ctypes_array(size: int) -> Any:
+def _block_type(size: int) -> Any:
     return ctypes.c_char * size
 
 
 def _new_block(size: int) -> mmap.mmap:
     global _mapped_bytes
-    _idle.setdefault(size, deque())
     _trim()
     _mapped_bytes += size
     block = mmap.mmap(-1, size, **_FLAGS)

@@ -14,6 +14,7 @@ from msgdrop_numba import arrays
 from msgdrop_numba.call.arguments import ZERO
 from msgdrop_numba.call.plan import mask_shape
 from msgdrop_numba.call.request import Request
+from msgdrop_numba.call.rule import read_rule
 from msgdrop_numba.call.select import PACKED, How, Selection, how
 from msgdrop_numba.functional import library_of, remember
 
@@ -329,9 +330,10 @@ def message_select(
 
     Source: the mask contract, version 1.1 (CONTRACT.md).
     """
+    rule, array = read_rule(p, exact, span, min_keep, prefix)
     request = Request(
-        p, (exact, span, min_keep, prefix), scale, ZERO, message_dims, training, False, lengths, seed, keys, protect,
-        positions, generator,
+        rule, array, scale, message_dims=message_dims, training=training, lengths=lengths, seed=seed, keys=keys,
+        protect=protect, positions=positions, generator=generator,
     )  # fmt: skip
     return select(x, request, how(layout, capacity))
 
@@ -382,9 +384,8 @@ def select_messages(
     Source: the mask contract, version 1.1 (CONTRACT.md).
     """
     dims = mask_shape(shape)
-    request = Request(
-        p, (exact, span, min_keep, prefix), lengths=lengths, seed=seed, keys=keys, protect=protect, positions=positions
-    )
+    rule, array = read_rule(p, exact, span, min_keep, prefix)
+    request = Request(rule, array, lengths=lengths, seed=seed, keys=keys, protect=protect, positions=positions)
     if device is None:
         return Kept(arrays.select_messages(dims, request, how(layout, capacity)))
     from msgdrop_numba.tensors import select as tensors

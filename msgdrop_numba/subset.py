@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call.arguments import message_order, order_back
-from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import DEFAULTS
 from msgdrop_numba.call.select import how
 from msgdrop_numba.nn import Layer
@@ -81,7 +80,7 @@ class MessageSubset(Layer):
             raise ValueError(f"per must be 'message' or 'sample', but got {per!r}")
         if per == "sample" and message_dims is not None:
             raise ValueError(f"message_dims goes with per='message', but got {message_dims} with per='sample'")
-        self._remember(p, message_dims, per_rank, exact, span, min_keep, prefix)
+        self._set_rule(p, exact, span, min_keep, prefix, message_dims, per_rank)
         self.module, self.per, self.pass_kept = module, per, pass_kept
 
     def forward(
@@ -102,9 +101,9 @@ class MessageSubset(Layer):
         if x.is_nested:
             raise ValueError("x must not be nested: pad it, torch.nested.to_padded_tensor(x, 0.0), and give lengths")
         whole = self.per == "sample"
-        request = Request(
-            self._p(x), self._rule, message_dims=1 if whole else self.message_dims, training=self.training,
-            lengths=lengths, keys=keys, seed=seed, protect=protect, positions=positions, ranks=self.per_rank,
+        request = self._request(
+            x, seed, message_dims=1 if whole else self.message_dims, lengths=lengths, keys=keys, protect=protect,
+            positions=positions,
         )  # fmt: skip
         y, kept = select(x, request, how(None, None))
         if y is not x:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import doctest
 import inspect
 import pickle
@@ -23,13 +25,14 @@ from msgdrop_numba import (
     MessageDropoutCollate,
     MessageSelect,
     MessageSubset,
+    Rule,
     keep_mask,
     message_dropout,
     message_select,
     select_messages,
 )
-from msgdrop_numba.call.request import Options, Request
-from msgdrop_numba.call.rule import DEFAULTS, rule_of
+from msgdrop_numba.call.request import Options
+from msgdrop_numba.call.rule import DEFAULTS, ArrayRule
 from msgdrop_numba.functional import _Rule
 
 
@@ -68,40 +71,85 @@ def test_every_keyword_of_the_rule_reaches_it(dropper):
         assert not np.array_equal(*masks)
 
 
-def made(dropper, **rule):
+def made(dropper, p=0.6, **rule):
     """The keep mask of 40 rows of 6 messages."""
     ids, x = np.arange(40), np.ones((40, 6, 1), np.float32)
     if dropper is keep_mask:
-        return keep_mask((40, 6), 0.6, seed=1, **rule)
+        return keep_mask((40, 6), p, seed=1, **rule)
     if dropper is message_dropout:
         generator = torch.manual_seed(5)
-        short = message_dropout(torch.from_numpy(x), 0.6, **rule)[..., 0]  # the short way, and the long one
+        short = message_dropout(torch.from_numpy(x), p, **rule)[..., 0]  # the short way, and the long one
         generator.manual_seed(5)
-        _, mask = message_dropout(torch.from_numpy(x), 0.6, return_mask=True, **rule)
+        _, mask = message_dropout(torch.from_numpy(x), p, return_mask=True, **rule)
         assert torch.equal(short.bool(), mask)
         return mask.numpy()
     if dropper is message_select:
-        return message_select(x, 0.6, seed=1, **rule)[1].mask
+        return message_select(x, p, seed=1, **rule)[1].mask
     if dropper is select_messages:
-        return select_messages((40, 6), 0.6, seed=1, **rule).mask
+        return select_messages((40, 6), p, seed=1, **rule).mask
     if dropper is MessageSelect:
-        return MessageSelect(0.6, **rule)(torch.from_numpy(x), seed=1)[1].mask.numpy()
+        return MessageSelect(p, **rule)(torch.from_numpy(x), seed=1)[1].mask.numpy()
     if dropper is MessageSubset:
-        return MessageSubset(torch.nn.Threshold(9, 0), 0.6, **rule)(torch.from_numpy(x), seed=1)[..., 0].numpy()
+        return MessageSubset(torch.nn.Threshold(9, 0), p, **rule)(torch.from_numpy(x), seed=1)[..., 0].numpy()
     if dropper is MessageDropout:
-        return MessageDropout(0.6, **rule)(torch.from_numpy(x), seed=1)[..., 0].numpy()
+        return MessageDropout(p, **rule)(torch.from_numpy(x), seed=1)[..., 0].numpy()
     if dropper is MessageDropoutBatch:
-        return dropper(0.6, columns="x", key="id", seed=1, **rule)({"id": ids, "x": x})["x"][..., 0]
+        return dropper(p, columns="x", key="id", seed=1, **rule)({"id": ids, "x": x})["x"][..., 0]
     keyed = [Keyed(key, sample) for key, sample in zip(ids.tolist(), x, strict=True)]
-    return dropper(0.6, seed=1, **rule)(keyed)[..., 0].numpy()
+    return dropper(p, seed=1, **rule)(keyed)[..., 0].numpy()
 
 
-def test_options_lead_a_request():
-    """`Request(*options)` and a tuple of all its fields rest on this."""
-    assert Request._fields[: len(Options._fields)] == Options._fields
+def test_type_checkers_know_every_keyword():
     assert set(_Rule.__annotations__) == {*DEFAULTS, "lengths", "keys", "protect", "positions"}
-    with pytest.raises(ValueError, match="zip"):
-        rule_of((0.5, False))
+
+
+RULES = [
+    Rule(0.6),
+    Rule((0.2, 0.9)),
+    Rule(0.6, exact=True, prefix=2),
+    Rule(0.6, span=3, min_keep=2),
+    Rule(0.0),
+    Rule(1.0),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("dropper", DROPPERS, ids=lambda dropper: dropper.__name__)
+def test_a_rule_is_taken_wherever_p_is(dropper, rule):
+    assert np.array_equal(made(dropper, rule), made(dropper, rule.p, **rule.keywords))
+    for name in DEFAULTS:
+        with pytest.raises(ValueError, match=f"p is a Rule, which says what {name} is, but got {name}="):
+            made(dropper, rule, **{name: 2 if name != "exact" else True})
+
+
+def test_a_rule_is_a_value():
+    rule = Rule((0.25, 0.5), span=3, prefix=1)
+    assert repr(rule) == "Rule(p=(0.25, 0.5), span=3, prefix=1)"
+    assert eval(repr(rule)) == rule == pickle.loads(pickle.dumps(rule)) == copy.deepcopy(rule)
+    assert len({rule, Rule((0.25, 0.5), span=3, prefix=1), Rule(0.25), Rule(np.float32(0.25))}) == 2
+    assert repr(Rule()) == "Rule(p=0.5)"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rule.p = 0.5
+    with pytest.raises(TypeError):
+        Rule(0.5, True)
+    for wrong in (None, True, "0.5", np.full(3, 0.5), torch.tensor([0.5])):
+        with pytest.raises(TypeError, match="p must be a number"):
+            Rule(wrong)
+
+
+def test_a_state_of_plain_values_becomes_options_again():
+    """As in a pickle of a collate that was made before there were rules."""
+    for options in (
+        Options(Rule(0.5, exact=True, prefix=1), scale=True, message_dims=2),
+        Options(Rule((0.1, 0.2), span=2), fill=1.0),
+        Options(ArrayRule(None, min_keep=1)),
+    ):
+        assert Options.of_state(options.state()) == options
+    assert Options.of_state((0.5, (False, 1, 0, 3), False, 0.0, 2)) == Options(Rule(0.5, prefix=3), message_dims=2)
+    array = np.full(4, 0.25)
+    again = Options.of_state(Options(ArrayRule(None, span=2), array).state())
+    assert again.rule == ArrayRule(None, span=2)
+    assert again.p is array
 
 
 class Stream(IterableDataset):
@@ -149,7 +197,7 @@ def test_a_pickle_names_public_classes_alone(kind):
 @pytest.mark.parametrize(
     "name",
     ["EpochSampler", "Kept", "Keyed", "KeyedDataset", "MessageDropout", "MessageDropoutBatch", "MessageDropoutCollate", "MessageSelect",
-     "MessageSubset"],
+     "MessageSubset", "Rule"],
 )  # fmt: skip
 def test_public_classes_say_that_they_are_the_packages(name):
     assert getattr(msgdrop_numba, name).__module__ == "msgdrop_numba"

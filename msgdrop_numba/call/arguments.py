@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from msgdrop_numba.call.rule import MAX_ROW, P, check_p
+from msgdrop_numba.call.rule import MAX_ROW, ArrayRule, P, Rule, check_p, read_rule
 
 _U64 = 2**64 - 1
 _MAX_WORK: Any = 100_000  # steps of the exact search for shared memory; past them it counts as shared
@@ -256,14 +256,23 @@ def check_broadcast(of_p: tuple[int, ...], shape: tuple[int, ...]) -> None:
         )
 
 
-def position_p(p: Any) -> tuple[P, np.ndarray | None]:
-    """p of a pipeline as (number or range, None), or (None, probabilities with one for each position)."""
-    number, array = split_p(p)
+def split_rule(p: Any, exact: Any, span: Any, min_keep: Any, prefix: Any) -> tuple[Rule, Any]:
+    """`read_rule` where values can be looked at: an array without dims is a number."""
+    rule, given = read_rule(p, exact, span, min_keep, prefix)
+    if given is None or not isinstance(rule, ArrayRule):
+        return rule, None
+    number, array = split_p(given)
+    return (rule.of_number(number), None) if array is None else (rule.check(), array)
+
+
+def position_rule(p: Any, *keywords: Any) -> tuple[Rule, np.ndarray | None]:
+    """The rule of a pipeline, and probabilities with one for each position if p is an array, else None."""
+    rule, array = split_rule(p, *keywords)
     if array is None:
-        return number, None
+        return rule, None
     if array.ndim > 1:
         raise ValueError(f"p must be a number or have one dim, a position each, but got {tuple(array.shape)}")
-    return None, probabilities(array, tuple(array.shape))
+    return rule, probabilities(array, tuple(array.shape))
 
 
 def thresholds(p: np.ndarray) -> np.ndarray:

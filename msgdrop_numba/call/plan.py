@@ -14,7 +14,7 @@ import numpy as np
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.keys import row_keys
-from msgdrop_numba.call.rule import MAX_ROW, DropRule, rule_of
+from msgdrop_numba.call.rule import MAX_ROW, Rule
 from msgdrop_numba.kernels.cpu import scale_rows
 from msgdrop_numba.kernels.records import COPY, LINE, OTHER, PLAN, RULE, DrawNumbers, PlanNumbers
 
@@ -146,7 +146,7 @@ class Plan(NamedTuple):
     followed: bool  # whether there is none
     plain: bool  # whether each message drops by a draw of its own, at one p
     across: bool  # whether a message's neighbour is the next row's, as in an RNN's outputs, batch first
-    rule: DropRule
+    rule: Rule
     arguments: tuple[Any, ...]  # that it was made from, but for strides
     record: np.ndarray[Any, Any]  # one PLAN, what the kernels read
     address: int  # of the record
@@ -154,7 +154,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    shape: tuple[int, ...], itemsize: int, kind: int, message_dims: int | None, rule: tuple[Any, ...],
+    shape: tuple[int, ...], itemsize: int, kind: int, message_dims: int | None, rule: Rule,
     strides: tuple[int, ...] | None = None, out_strides: tuple[int, ...] | None = None,
 ) -> Plan:  # fmt: skip
     """The plan for arrays of `shape`, made once for each set of arguments: it costs as much as a small kernel.
@@ -164,21 +164,19 @@ def make_plan(
         itemsize: bytes in an element.
         kind: COPY, or the type that kept elements are scaled in.
         message_dims: how many leading dims index messages; None: 2 of 3 or more, else 1.
-        rule: the arguments of `DropRule`, p first.
         strides, out_strides: of the array read and the one written, in bytes; None: C order.
     """
     try:
-        return _cached(shape, itemsize, kind, message_dims, strides, out_strides, *rule)
+        return _cached(shape, itemsize, kind, message_dims, strides, out_strides, rule)
     except TypeError:  # of a wrong type, or unhashable: made again, to say which
         pass
-    return _make(shape, itemsize, kind, message_dims, strides, out_strides, *rule)
+    return _make(shape, itemsize, kind, message_dims, strides, out_strides, rule)
 
 
 def _make(
     shape: tuple[int, ...], itemsize: int, kind: int, message_dims: int | None,
-    strides: tuple[int, ...] | None, out_strides: tuple[int, ...] | None, *told: Any,
+    strides: tuple[int, ...] | None, out_strides: tuple[int, ...] | None, rule: Rule,
 ) -> Plan:  # fmt: skip
-    rule = rule_of(told)
     dims = arguments.message_dims(shape, message_dims)
     if shape[dims - 1] > MAX_ROW:
         raise ValueError(f"a row has at most 2**34 messages, but x has shape {tuple(shape)}")
@@ -207,20 +205,20 @@ def _make(
     nbytes = messages * (message or 1)
     return Plan(
         tuple(shape[:dims]), messages, shape[dims - 1], nbytes, kind, obstacle, not obstacle,
-        rule.plain, across, rule, (shape, itemsize, kind, message_dims, told), record,
+        rule.is_bernoulli, across, rule, (shape, itemsize, kind, message_dims, rule), record,
         record.__array_interface__["data"][0], PlanNumbers._make(record[0].item()),
     )  # fmt: skip
 
 
-def array_plan(x: Any, kind: int, message_dims: int | None, rule: tuple[Any, ...]) -> Plan:
+def array_plan(x: Any, kind: int, message_dims: int | None, rule: Rule) -> Plan:
     """The plan for an array or tensor as if it were in C order."""
     try:
-        return _cached(x.shape, x.itemsize, kind, message_dims, None, None, *rule)
+        return _cached(x.shape, x.itemsize, kind, message_dims, None, None, rule)
     except TypeError:  # as in `make_plan`
         return make_plan(x.shape, x.itemsize, kind, message_dims, rule)
 
 
-def mask_plan(shape: tuple[int, ...], rule: tuple[Any, ...]) -> Plan:
+def mask_plan(shape: tuple[int, ...], rule: Rule) -> Plan:
     """The plan for a mask alone, over the message dims `shape`."""
     return make_plan((*shape, 0), 0, COPY, len(shape), rule)
 
@@ -229,7 +227,7 @@ _cached = lru_cache(maxsize=1024, typed=True)(_make)
 reset = _cached.cache_clear
 
 
-def check_prefix(rule: DropRule, size: int) -> None:
+def check_prefix(rule: Rule, size: int) -> None:
     """Refuse a prefix that is longer than all rows."""
     if rule.prefix > size:
         raise ValueError(f"prefix must be at most {size}, the messages of a row, but got {rule.prefix}")
@@ -256,7 +254,7 @@ def row_arguments(plan: Plan, p: Any, fill: Any, request: Any) -> Draw:
 
 def row_places(plan: Plan, lengths: Any, protect: Any, offset: int, positions: Any) -> Places:
     """`Places` of checked arrays."""
-    counted = protect is not None and plan.rule.limited
+    counted = protect is not None and plan.rule.count_limited
     taking = _taking(plan, lengths, protect).sum(axis=-1, dtype=np.int64) if counted else None
     return Places(protect, None if taking is None else np.ravel(taking), offset, positions)
 
@@ -282,8 +280,8 @@ def kept_scales(plan: Plan, draw: Draw, seed: int) -> tuple[np.ndarray[Any, Any]
 
 def follow(contiguous: Plan, strides: tuple[int, ...], out_strides: tuple[int, ...]) -> Plan:
     """The same plan for arrays that aren't in C order; its `obstacle` says why the kernels can't follow them."""
-    *made_from, told = contiguous.arguments
-    return _cached(*made_from, strides, out_strides, *told)
+    *made_from, rule = contiguous.arguments
+    return _cached(*made_from, strides, out_strides, rule)
 
 
 def mask_shape(shape: Any) -> tuple[int, ...]:

@@ -1,55 +1,69 @@
 """One call, described once, and checked in one order for all libraries.
 
-`Options` are what a layer, a collate or a batch keeps for life, a `Request` is a call's own arguments beside them, and
-a `Job` is what `prepare` makes of both: checked, laid out for the kernels, nothing written yet. A library brings its
+`Options` are what a layer, a collate or a batch keeps for life, a `Request` is one call: options and its own arguments.
+`prepare` makes a `Job` of a request: checked, laid out for the kernels, nothing written yet. A library brings its
 primitives alone: how it reads a dtype, a fill, a seed, arrays over rows; and how it runs a job.
 """
 
 from __future__ import annotations
 
-from operator import itemgetter
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import ZERO
-from msgdrop_numba.call.rule import P, for_rows
+from msgdrop_numba.call.rule import ArrayRule, P, Rule
+
+O = TypeVar("O", bound="Options")  # noqa: E741
 
 
-class Options(NamedTuple):
+@dataclass(slots=True)  # frozen would cost 2 us a call; nobody changes one, `replace` makes another
+class Options:
     """What decides how messages drop, whatever the array.
 
     Fields:
-        p: probability of dropping, a number, a range or an array of them.
-        rule: the fields of `DropRule` behind p, in their order.
+        rule: an `ArrayRule` if p is an array.
+        p: the array or tensor of probabilities, as the user gave it; None: the rule's p is meant.
         scale, fill, message_dims: as for `message_dropout`.
     """
 
-    p: Any
-    rule: tuple[Any, ...]
+    rule: Rule
+    p: Any = None
     scale: Any = False
     fill: Any = ZERO
     message_dims: Any = None
 
-    def of_rows(self, size: int) -> Options:
+    def for_rows(self: O, size: int) -> O:
         """The same for rows of `size` messages, which may be fewer than p has numbers, or than the prefix."""
         p = self.p[:size] if isinstance(self.p, np.ndarray) else self.p
-        return self._replace(p=p, rule=for_rows(self.rule, size))
+        return replace(self, p=p, rule=self.rule.for_rows(size))
+
+    @property
+    def shown_p(self) -> Any:
+        """p as the user gave it."""
+        return self.rule.p if self.p is None else self.p
+
+    def state(self) -> tuple[Any, ...]:
+        """Plain values, as a pickle holds them."""
+        return self.shown_p, tuple(self.rule.keywords.values()), self.scale, self.fill, self.message_dims
+
+    @classmethod
+    def of_state(cls, state: tuple[Any, ...]) -> Options:
+        """The options that gave a state."""
+        p, keywords, *others = state
+        named = dict(zip(ArrayRule(None).keywords, keywords, strict=True))
+        if p is None or isinstance(p, np.ndarray):
+            return cls(ArrayRule(None, **named), p, *others)
+        return cls(Rule(p, **named), None, *others)
 
 
-class Request(NamedTuple):
-    """What one call asks for: the fields of `Options`, and its own arguments, as for `message_dropout`.
+@dataclass(slots=True)
+class Request(Options):
+    """What one call asks for: options, and its own arguments, as for `message_dropout`."""
 
-    Fields:
-        ranks: a layer's `per_rank`: whether, and among which processes, this one's rank is folded into a drawn seed.
-    """
-
-    p: Any
-    rule: tuple[Any, ...]
-    scale: Any = False
-    fill: Any = ZERO
-    message_dims: Any = None
     training: Any = True
     inplace: Any = False
     lengths: Any = None
@@ -60,12 +74,20 @@ class Request(NamedTuple):
     generator: Any = None
     out: Any = None
     return_mask: Any = False
-    ranks: Any = False
+
+    @classmethod
+    def of(cls, options: Options, **own: Any) -> Request:
+        """The request of a call that has these options."""
+        return cls(**{each.name: getattr(options, each.name) for each in fields(Options)}, **own)
+
+    def with_p(self, p: Any) -> Request:
+        """The same call with an array of probabilities."""
+        return replace(self, rule=self.rule.for_array(), p=p)
 
 
-# What of a request may be an array, and so may lie elsewhere than x.
+# The fields of a request that may be arrays, and so may lie elsewhere than x.
 ARRAYS = ("p", "fill", "lengths", "seed", "keys", "protect", "positions", "out")
-arrays_of = itemgetter(*map(Request._fields.index, ARRAYS))
+arrays_of = attrgetter(*ARRAYS)
 
 
 class Job(NamedTuple):
@@ -95,12 +117,12 @@ class Library(Protocol):
         """What is done to the elements of a kept message, see kernels.records."""
 
     def split_p(self, p: Any) -> tuple[P, Any]:
-        """p as (number or range, None) or (None, array)."""
+        """An array or tensor p as (number, None) if it has no dims, or (None, array)."""
 
-    def plan(self, x: Any, kind: int, message_dims: Any, rule: tuple[Any, ...]) -> Any:
-        """The plan for an array, of `DropRule(*rule)`."""
+    def plan(self, x: Any, kind: int, message_dims: Any, rule: Rule) -> Any:
+        """The plan for an array."""
 
-    def mask_plan(self, shape: tuple[int, ...], rule: tuple[Any, ...]) -> Any:
+    def mask_plan(self, shape: tuple[int, ...], rule: Rule) -> Any:
         """The plan for a mask alone."""
 
     def fill(self, fill: Any, x: Any, message_dims: int) -> Any:
@@ -117,8 +139,8 @@ class Library(Protocol):
     def draw(self, plan: Any, p: Any, fill: Any, request: Request, device: Any) -> Any:
         """The arrays over rows or messages, laid out; p None: a number."""
 
-    def seed(self, given: Any, generator: Any, device: Any, ranks: Any = False) -> Any:
-        """The seed given, where it is needed, or one drawn, of this rank if layers of tensors ask for that."""
+    def seed(self, given: Any, generator: Any, device: Any) -> Any:
+        """The seed given, or one drawn."""
 
     def mask(self, shape: tuple[int, ...], device: Any) -> Any:
         """Memory for a keep mask."""
@@ -134,47 +156,59 @@ class Library(Protocol):
 
 
 def prepare(library: Library, x: Any, request: Request, check: Any = None) -> Job:
-    """The job of a call. Raises before anything is written or drawn; `check` too, which is shown the plan."""
-    (
-        p, rule, scale, fill, message_dims, training, inplace, lengths, seed, keys, protect, positions, generator, out,
-        return_mask, ranks,
-    ) = request  # fmt: skip
-    if training is not True and not isinstance(training, (bool, np.bool_)):
-        raise TypeError(f"training must be True or False, but got {training!r}")
-    kind = library.kind(x, scale)
-    number, array = library.split_p(p)
-    plan = library.plan(x, kind, message_dims, (number, *rule))
+    """The job of a call. Raises before anything is written or drawn; so does `check`, which gets the plan."""
+    if request.training is not True and not isinstance(request.training, (bool, np.bool_)):
+        raise TypeError(f"training must be True or False, but got {request.training!r}")
+    kind = library.kind(x, request.scale)
+    rule, p = _rule_and_p(library, request)
+    plan = library.plan(x, kind, request.message_dims, rule)
     if check is not None:
         check(plan)
-    fill = library.fill(fill, x, len(plan.shape))
-    active = training and number != 0
-    target = None if out is None and not inplace else library.target(x, request, active, fill)
+    fill = library.fill(request.fill, x, len(plan.shape))
+    active = request.training and rule.p != 0
+    target = None
+    if request.out is not None or request.inplace:
+        target = library.target(x, request, active, fill)
     device = getattr(x, "device", None)
-    if seed is not None or generator is not None:
-        seed = library.check_seed(seed, generator, device)
-    told = array is not None or fill is not None or lengths is not None or keys is not None
-    told = told or protect is not None or positions is not None
-    draw = library.draw(plan, array, fill, request, device) if told else library.nothing
+    seed = request.seed
+    if seed is not None or request.generator is not None:
+        seed = library.check_seed(seed, request.generator, device)
+    draw = _draw(library, plan, p, fill, request, device)
     if not active:
         return Job(plan, draw, None, target)
-    seed = library.seed(seed, generator, device, ranks)
-    mask = library.mask(plan.shape, device) if return_mask else None
-    return tuple.__new__(Job, (plan, draw, seed, target, mask, None))  # twice as fast as the constructor
+    seed = library.seed(seed, request.generator, device)
+    mask = library.mask(plan.shape, device) if request.return_mask else None
+    return Job(plan, draw, seed, target, mask)
 
 
 def prepare_mask(
     library: Library, shape: tuple[int, ...], request: Request, device: Any = None, check: Any = None
 ) -> Job:
     """The job of a mask alone, over the message dims `shape`; `check` as above."""
-    number, array = library.split_p(request.p)
-    plan = library.mask_plan(shape, (number, *request.rule))
+    rule, p = _rule_and_p(library, request)
+    plan = library.mask_plan(shape, rule)
     if check is not None:
         check(plan)
     seed = None if request.seed is None else library.check_seed(request.seed, None, device)
-    told = array is not None or request.lengths is not None or request.keys is not None
-    told = told or request.protect is not None or request.positions is not None
-    draw = library.draw(plan, array, None, request, device) if told else library.nothing
-    return tuple.__new__(Job, (plan, draw, library.seed(seed, None, device), None, None, None))
+    draw = _draw(library, plan, p, None, request, device)
+    return Job(plan, draw, library.seed(seed, None, device))
+
+
+def _rule_and_p(library: Library, request: Request) -> tuple[Rule, Any]:
+    """The rule of a request, and its array of probabilities; None: the rule has a number or a range."""
+    rule = request.rule
+    if request.p is None or not isinstance(rule, ArrayRule):
+        return rule, None
+    number, array = library.split_p(request.p)
+    return (rule.of_number(number), None) if array is None else (rule.check(), array)
+
+
+def _draw(library: Library, plan: Any, p: Any, fill: Any, request: Request, device: Any) -> Any:
+    """The arrays of a call, laid out."""
+    some = p is not None or fill is not None or request.lengths is not None or request.keys is not None
+    if some or request.protect is not None or request.positions is not None:
+        return library.draw(plan, p, fill, request, device)
+    return library.nothing
 
 
 def turned(run: Any, kind: Any, permute: Any, x: Any, request: Request) -> Any:
@@ -191,7 +225,7 @@ def turned(run: Any, kind: Any, permute: Any, x: Any, request: Request) -> Any:
     if out is not None and getattr(out, "shape", x.shape) != x.shape:
         raise ValueError(f"out must have x's shape {tuple(x.shape)}, but got {tuple(out.shape)}")
     view, into = permute(x, order), permute(out, order) if isinstance(out, kind) else out
-    result = run(view, request._replace(message_dims=len(dims), out=into))
+    result = run(view, replace(request, message_dims=len(dims), out=into))
     y = result[0] if isinstance(result, tuple) else result
     if y is view or y is into:
         y = x if y is view else out

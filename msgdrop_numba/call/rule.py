@@ -1,75 +1,99 @@
-"""What decides which messages drop: validated numbers, no arrays, no numba."""
+"""`Rule`: what decides which messages drop. Validated numbers alone, no arrays, no numba."""
 
 from __future__ import annotations
 
 import numbers
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from msgdrop_numba.call.shown import of_call
 
 ONE = 2**32  # a threshold of 1.0: every 32-bit draw lies below it
 MAX_ROW = 2**34  # messages: the contract's 32-bit counter numbers four draws each
 
+LEAST = {"span": 1, "min_keep": 0, "prefix": 0}
+
 P = float | tuple[float, float] | None  # a number, a range, or an array that is kept elsewhere
+R = TypeVar("R", bound="Rule")
 
 
-@dataclass(frozen=True, slots=True)
-class DropRule:
-    """The rule of a mask. Behind the public signatures only this and what computes the rule name its keywords.
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Rule:
+    """Which messages drop. One rule serves training, the loader and the cluster: give it wherever p is a parameter.
 
     Args:
-        p: probability that a message is dropped, a real number in [0, 1]; or a range, `(lo, hi)`, of which each row
-            draws its own; None where it is an array, kept elsewhere.
-        exact: drop a fixed count in each row, floor(n * p) of its n valid messages, instead of each on its own.
+        p: probability that a message is **dropped**, a real number in [0, 1]; or a range, a tuple `(lo, hi)`, of which
+            each row draws its own. Arrays are no part of a rule: give them as p, with the keywords beside them.
+        exact: drop exactly floor(n * p) of the n messages of each row that take part; without `span`.
         span: drop runs of this many neighbouring messages together.
-        min_keep: at least so many of the messages that take part are kept in a row.
-        prefix: so many first messages of a row take no part.
+        min_keep: keep at least this many of the messages of each row that take part.
+        prefix: the first messages of each row, this many, take no part: they pass as they are.
 
     Raises:
         TypeError: `p` is no real number (a bool is none: it is most likely a misplaced `training`) and no pair of
             them, `exact` no bool, `span`, `min_keep` or `prefix` no integer.
-        ValueError: one of them is out of range, or `exact` is combined with `span` or with an array of probabilities.
+        ValueError: one of them is out of range, or `exact` is combined with `span`.
 
     Example:
-        >>> DropRule(0.25).threshold == 2**30
-        True
-        >>> DropRule(0.8, exact=True, span=2)
-        Traceback (most recent call last):
-        ValueError: exact can't be combined with span=2: exact drops single messages
+        >>> rule = Rule(0.5, exact=True, prefix=1)
+        >>> rule
+        Rule(p=0.5, exact=True, prefix=1)
+        >>> from msgdrop_numba import keep_mask
+        >>> keep_mask((1, 5), rule, seed=0)
+        array([[ True,  True, False, False,  True]])
 
     Source: the mask contract, version 1.1 (CONTRACT.md).
     """
 
-    p: P
-    exact: bool = field(default=False, metadata={"help": "Drop exactly floor(n p) of a row's n messages."})
-    span: int = field(default=1, metadata={"help": "Drop runs of so many messages together.", "least": 1})
-    min_keep: int = field(default=0, metadata={"help": "Keep at least so many of a row.", "least": 0})
-    prefix: int = field(default=0, metadata={"help": "Leave the first so many of a row alone.", "least": 0})
+    p: Any = 0.5
+    exact: bool = field(
+        kw_only=True, default=False, metadata={"help": "Drop exactly floor(n p) of a row's n messages."}
+    )
+    span: int = field(kw_only=True, default=1, metadata={"help": "Drop runs of so many messages together."})
+    min_keep: int = field(kw_only=True, default=0, metadata={"help": "Keep at least so many of a row."})
+    prefix: int = field(kw_only=True, default=0, metadata={"help": "Leave the first so many of a row alone."})
+
+    _key: tuple[Any, ...] = field(init=False)  # all fields: plans are looked up by rules, and compare them
 
     def __post_init__(self) -> None:
-        if self.p is not None:
-            object.__setattr__(self, "p", check_p(self.p))
+        object.__setattr__(self, "p", check_p(self.p))
+        self._check_keywords()
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._key == self._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def _check_keywords(self) -> None:
         if not isinstance(self.exact, bool):
             raise TypeError(f"exact must be True or False, but got {self.exact!r}")
-        object.__setattr__(self, "span", _check_count("span", self.span, 1))
-        object.__setattr__(self, "min_keep", _check_count("min_keep", self.min_keep, 0))
-        object.__setattr__(self, "prefix", _check_count("prefix", self.prefix, 0))
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= MAX_ROW:
+                object.__setattr__(self, name, _check_count(name, value, least))
         if self.exact and self.span > 1:
             raise ValueError(f"exact can't be combined with span={self.span}: exact drops single messages")
-        if self.exact and self.p is None:
-            raise ValueError(
-                "exact needs p to be a single number or range (traced: a Python one), but got an array, a tensor or "
-                "where each row has its own"
-            )
+        object.__setattr__(self, "_key", (self.p, self.exact, self.span, self.min_keep, self.prefix))
+
+    def __repr__(self) -> str:
+        return of_call("Rule", {"p": self.p, **self.keywords}, {"p": None, **DEFAULTS})
 
     @property
-    def rest(self) -> tuple[Any, ...]:
-        """The fields behind p, checked, in their order."""
-        return tuple(getattr(self, name) for name in KEYWORDS)
+    def keywords(self) -> dict[str, Any]:
+        """The fields behind p, by name."""
+        return {name: getattr(self, name) for name in KEYWORDS}
 
-    @property
-    def packed(self) -> list[int]:
-        """The same as integers, which an operator of torch's takes."""
-        return [int(value) for value in self.rest]
+    def for_rows(self: R, size: int, start: int = 0) -> R:
+        """The rule for `size` messages of a row, from `start` on: the prefix ends with them."""
+        if not start and self.prefix <= size:
+            return self
+        return replace(self, prefix=min(max(self.prefix - start, 0), size))
+
+    def for_array(self) -> ArrayRule:
+        """The same keywords for probabilities in an array."""
+        return ArrayRule(None, **self.keywords)
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -78,65 +102,97 @@ class DropRule:
 
     @property
     def threshold(self) -> int:
-        """T(p) of the contract: a message drops where its draw lies below this. A range's least; 0 of an array."""
+        """T(p) of the contract: a message drops if its draw lies below this. The least of a range; 0 of an array."""
         return round(self.numbers[0] * ONE) if self.numbers else 0
 
     @property
     def spread(self) -> int:
-        """What a row of its own p may add to the threshold, at most."""
+        """The most that a row's own p adds to the threshold."""
         return round(self.numbers[-1] * ONE) - self.threshold if self.numbers else 0
 
     @property
     def ranged(self) -> bool:
-        """Whether each row draws its own p."""
+        """True if each row draws its own p."""
         return isinstance(self.p, tuple)
 
     @property
-    def certain(self) -> bool:
-        """Whether p is 1: all drops, and nothing that is kept all the same is scaled."""
-        return self.p == 1
+    def drops_all(self) -> bool:
+        """True if p is 1: every message that takes part drops, and no message is scaled."""
+        return bool(self.p == 1)
 
     @property
-    def plain(self) -> bool:
-        """Whether each message drops by a draw of its own, at one p."""
-        return not self.ranged and self.rest == tuple(DEFAULTS.values())
+    def is_bernoulli(self) -> bool:
+        """True if each message drops by a draw of its own, all with one p."""
+        return not self.ranged and self.keywords == DEFAULTS
 
     @property
-    def limited(self) -> bool:
-        """Whether fewer messages of a row may drop than the draws alone would say."""
+    def count_limited(self) -> bool:
+        """True if a row's mask counts its messages, so that the whole row must be known."""
         return bool(self.exact or self.min_keep)
 
     @property
     def scale(self) -> float:
-        """What a kept message is multiplied by where p is one number and not exact: 1/(1-p), and 1 where p is 1."""
+        """The factor of kept messages if p is one number and not exact: 1/(1-p), and 1 if p is 1."""
         return 1 / (1 - self.p) if isinstance(self.p, float) and self.p < 1 else 1.0
 
 
-# What of a rule is given by keyword, wherever messages drop, and what holds where it isn't: a bool or an integer each.
-DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(DropRule)[1:]}
+Rule.__module__ = "msgdrop_numba"  # where a pickle looks for it; dataclasses need the true one while they make it
+
+# The keywords of a rule with their defaults, each a bool or an integer.
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Rule)[1:] if f.init}
 KEYWORDS = tuple(DEFAULTS)
-_PREFIX = KEYWORDS.index("prefix")
 
 
-def rule_of(told: tuple[Any, ...]) -> DropRule:
-    """The rule of p and all keywords, in their order; one that is missing isn't taken for its default."""
-    return DropRule(**dict(zip(("p", *KEYWORDS), told, strict=True)))
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class ArrayRule(Rule):
+    """The keywords of a call whose p is an array, which the request holds. p is None here."""
+
+    def __post_init__(self) -> None:
+        self._check_keywords()
+
+    def of_number(self, p: Any) -> Rule:
+        """The rule with a p that turned out to be a number: an array without dims."""
+        return Rule(p, **self.keywords)
+
+    def check(self) -> ArrayRule:
+        """The rule itself; refused if it needs one number."""
+        if self.exact:
+            raise ValueError(
+                "exact needs p to be a single number or range (traced: a Python one), but got an array, a tensor or "
+                "where each row has its own"
+            )
+        return self
 
 
-def unpacked(values: Any) -> tuple[Any, ...]:
-    """What `packed` packed."""
-    return tuple(type(default)(value) for default, value in zip(DEFAULTS.values(), values, strict=True))
+def read_rule(p: Any, exact: Any, span: Any, min_keep: Any, prefix: Any) -> tuple[Rule, Any]:
+    """The rule that a call's p and keywords name, and p itself if it is an array or tensor, else None."""
+    if isinstance(p, Rule):
+        check_alone(exact, span, min_keep, prefix)
+        return p, None
+    if getattr(p, "ndim", None) is None:
+        return Rule(p, exact=exact, span=span, min_keep=min_keep, prefix=prefix), None
+    return ArrayRule(None, exact=exact, span=span, min_keep=min_keep, prefix=prefix), p
 
 
-def for_rows(rule: tuple[Any, ...], size: int, start: int = 0) -> tuple[Any, ...]:
-    """The keywords of a rule for `size` messages of a row, from `start` on, which may be fewer than its prefix."""
-    if not start and rule[_PREFIX] <= size:
-        return rule
-    return (*rule[:_PREFIX], min(max(rule[_PREFIX] - start, 0), size), *rule[_PREFIX + 1 :])
+@lru_cache(maxsize=1024, typed=True)
+def cached_rule(p: float | Rule, exact: Any, span: Any, min_keep: Any, prefix: Any) -> Rule:
+    """The same rule object for the same numbers. Not for traced code: Dynamo warns of lru_cache."""
+    return read_rule(p, exact, span, min_keep, prefix)[0]
+
+
+def check_alone(*keywords: Any) -> None:
+    """Refuse keywords of a rule beside a Rule."""
+    for name, given in zip(KEYWORDS, keywords, strict=True):
+        if type(given) is not type(DEFAULTS[name]) or given != DEFAULTS[name]:
+            raise ValueError(
+                f"p is a Rule, which says what {name} is, but got {name}={given!r} beside it: leave it out"
+            )
 
 
 def check_p(p: Any) -> float | tuple[float, float]:
-    """p as a float, or a range as two; refused where it is neither."""
+    """p as a float, or a range as two; refused if it is neither."""
+    if type(p) is float and 0 <= p <= 1:
+        return p
     if not isinstance(p, tuple):
         return _check_probability(p)
     if len(p) != 2:
@@ -166,3 +222,6 @@ def _check_count(name: str, value: Any, least: int) -> int:
     if not least <= count <= MAX_ROW:
         raise ValueError(f"{name} must be an integer from {least} to 2**34, but got {value!r}")
     return count
+
+
+BERNOULLI = ArrayRule(None)  # independent draws, whatever p is

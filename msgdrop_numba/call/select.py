@@ -16,7 +16,7 @@ import numpy as np
 
 from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.plan import STREAM_BYTES, Plan, kept_scales, steps
-from msgdrop_numba.call.rule import DropRule
+from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.call.threads import run
 from msgdrop_numba.kernels.gather import count_range, gather_range, place_range
 from msgdrop_numba.kernels.records import COPY, LINE, GatherNumbers
@@ -75,13 +75,13 @@ def how(layout: Any, capacity: Any, told: bool = True) -> How:
     return How(layout or PADDED, int(capacity), told)
 
 
-def kept_of_each(rule: DropRule, size: Any, request: Any) -> Any:
+def kept_of_each(rule: Rule, size: Any, request: Any) -> Any:
     """How many messages each row keeps, where all are known to keep as many; else None. A size may be a symbol."""
     if request.lengths is not None:
         return None
     if rule.p == 0 or not request.training:
         return size
-    if request.protect is not None or not (rule.certain or (rule.exact and not rule.ranged)):
+    if request.protect is not None or not (rule.drops_all or (rule.exact and not rule.ranged)):
         return None
     n = size - rule.prefix
     wanted = n
@@ -103,7 +103,7 @@ def laid_out(how: How, request: Any, plan: Any) -> tuple[str, Any]:
     return how.layout or (PADDED if each is None else DENSE), each
 
 
-def _uneven(rule: DropRule, request: Any) -> str:
+def _uneven(rule: Rule, request: Any) -> str:
     """Why rows may keep different counts, and what to do."""
     for name in ("lengths", "protect"):
         if getattr(request, name) is not None:

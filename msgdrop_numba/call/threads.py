@@ -18,7 +18,7 @@ from numba import config
 from numba.core.compiler_lock import global_compiler_lock
 
 from msgdrop_numba.call.plan import PARALLEL_BYTES, PLAIN, Draw, Plan, make_plan
-from msgdrop_numba.call.rule import DEFAULTS
+from msgdrop_numba.call.rule import BERNOULLI
 from msgdrop_numba.kernels._jit import c_address, direct
 from msgdrop_numba.kernels.cpu import drop_across, drop_parallel, drop_range
 from msgdrop_numba.kernels.gather import in_parallel
@@ -79,7 +79,7 @@ def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> bo
     bits = seed if seed < 2**63 else seed - 2**64
     nbytes = plan.nbytes
     if not out:  # a byte a message; where rows must be searched, it takes as long as writing more
-        nbytes = plan.messages * (SEARCHED if plan.numbers.limited else 1)
+        nbytes = plan.messages * (SEARCHED if plan.numbers.count_limited else 1)
     (parallel, parts), rule = team(nbytes), rule_address(plan, draw)
     if not parallel:
         direct(drop_range)(0, plan.messages, plan.address, draw.address, x, out, mask, bits, rule)
@@ -118,7 +118,7 @@ def load() -> None:
     launch(_NOTHING, PLAIN, 0, 0, 0, 0)
 
 
-_NOTHING = make_plan((1, 1), 1, COPY, 1, (0.0, *DEFAULTS.values()))
+_NOTHING = make_plan((1, 1), 1, COPY, 1, BERNOULLI)
 
 
 def _after_fork_in_child() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from msgdrop_numba.call.rule import KEYWORDS
+from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.command.errors import JobError, one_line
 from msgdrop_numba.command.install import install_line
 from msgdrop_numba.command.options import Names, Number, Numbers, of_rule, picture_path
@@ -85,7 +85,7 @@ def main(debug: bool) -> None:
 )
 @click.option("--ray-address", metavar="ADDRESS", help="A Ray cluster that sees INPUT and OUTPUT under the same paths.")
 def apply(
-    source: Path, output: Path, p: Any, seed: int, rule: tuple[Any, ...], positions: Any, epochs: int,
+    source: Path, output: Path, p: Any, seed: int, rule: Rule, positions: Any, epochs: int,
     columns: str | None, key: str | None, lengths: str | None, scale: bool, fill: float | None, mask: bool,
     protect: str | None, remove: bool, companions: str | None, ids: str | None, jobs: int | None, engine: str,
     ray_address: str | None,
@@ -185,7 +185,7 @@ def _bytes_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 )  # fmt: skip
 @click.option("--output", type=_PNG, callback=picture_path, help="Draw it into a PNG file too.")
 def show(
-    shape: tuple[int, ...] | None, p: Any, seed: int, rule: tuple[Any, ...], positions: int | None,
+    shape: tuple[int, ...] | None, p: Any, seed: int, rule: Rule, positions: int | None,
     ids: tuple[Any, ...] | None, lengths: tuple[int, ...] | None, epochs: int | None, output: Path | None,
 ) -> None:  # fmt: skip
     """Show which messages of which rows drop, in which epoch.
@@ -200,8 +200,7 @@ def show(
     for name, given in (("--ids", ids), ("--lengths", lengths)):
         if given is not None and len(given) != shape[0]:
             raise click.BadParameter(f"must be one for each of {shape[0]} rows, but got {len(given)}", param_hint=name)
-    told = dict(zip(KEYWORDS, rule, strict=True))
-    found = masks.draw(shape, p, seed, epochs, ids, lengths, positions=positions, **told)
+    found = masks.draw(shape, rule, seed, epochs, ids, lengths, positions)
     encoding = sys.stdout.encoding or "ascii"
     for line in masks.lines(found, ("█", "·") if encoding.lower().startswith("utf") else ("#", ".")):
         click.echo(line)

@@ -13,7 +13,7 @@ import numpy as np
 from msgdrop_numba.call import threads
 from msgdrop_numba.call.plan import PARALLEL_BYTES
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import DEFAULTS
+from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.call.ways import Answer
 from msgdrop_numba.command.errors import JobError, one_line
 from msgdrop_numba.functional import explain
@@ -86,7 +86,7 @@ def case(shape: tuple[int, ...], dtype: str, device: str) -> dict[str, str]:
                 raise JobError(f"there is no tensor of {shape} on {device} here: {one_line(error)}") from error
     if not found:
         raise JobError(f"neither NumPy nor torch, where it is installed, has {dtype} on {device}")
-    request = Request(0.5, tuple(DEFAULTS.values()), fill=1, seed=0)  # some dtypes have no zero
+    request = Request(Rule(0.5), fill=1, seed=0)  # some dtypes have no zero
     return {name: _said(explain(x, request)) for name, x in found.items()}
 
 

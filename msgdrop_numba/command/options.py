@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from msgdrop_numba.call.arguments import split_positions
-from msgdrop_numba.call.rule import KEYWORDS, DropRule, check_p
+from msgdrop_numba.call.rule import KEYWORDS, LEAST, ArrayRule, Rule, check_p
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -90,7 +90,7 @@ def _offset(*numbers: int) -> Any:
 
 
 def of_rule(columns: bool) -> Callable[..., Any]:
-    """The options that say which messages drop; the command gets those of the rule behind p as one tuple, `rule`.
+    """The options that say which messages drop; the command gets p, and the `Rule`, an `ArrayRule` if p is a column.
 
     Args:
         columns: whether p and positions may be columns.
@@ -101,18 +101,18 @@ def of_rule(columns: bool) -> Callable[..., Any]:
 def _with_rule(columns: bool, command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def with_rule(p: Any, **told: Any) -> Any:
-        rule = tuple(told.pop(name) for name in KEYWORDS)
+        keywords = {name: told.pop(name) for name in KEYWORDS}
         try:
-            DropRule(None if isinstance(p, str) else p, *rule)
+            rule = ArrayRule(None, **keywords).check() if isinstance(p, str) else Rule(p, **keywords)
         except ValueError as error:
             named = re.sub(rf"\b({'|'.join(KEYWORDS)})\b", lambda m: "--" + m[0].replace("_", "-"), str(error))
             raise click.UsageError(named) from None
         return command(p=p, rule=rule, **told)
 
-    for keyword in reversed(fields(DropRule)[1:]):
+    for keyword in reversed([each for each in fields(Rule) if each.name in KEYWORDS]):
         more: dict[str, Any] = {"is_flag": True}
-        if "least" in keyword.metadata:
-            more = {"type": click.IntRange(min=keyword.metadata["least"])}
+        if keyword.name in LEAST:
+            more = {"type": click.IntRange(min=LEAST[keyword.name])}
         flag = "--" + keyword.name.replace("_", "-")
         with_rule = click.option(flag, default=keyword.default, help=keyword.metadata["help"], **more)(with_rule)
     in_parquet = " Parquet: or a column of {}." if columns else ""

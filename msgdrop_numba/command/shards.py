@@ -8,6 +8,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from msgdrop_numba.arrays import keep_mask
 from msgdrop_numba.call.arguments import ZERO
 from msgdrop_numba.call.keys import hash64, numbered_keys, sample_keys
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import KEYWORDS, rule_of
+from msgdrop_numba.call.rule import ArrayRule, Rule
 from msgdrop_numba.call.select import DENSE, How, kept_of_each
 from msgdrop_numba.command.errors import JobError, one_line
 from msgdrop_numba.functional import drop_messages, fold_in
@@ -32,9 +33,9 @@ PARTIAL = ".msgdrop-partial"  # how the names end under which files are written
 class Settings(NamedTuple):
     """What decides the bytes of an output, beside its epoch and the input."""
 
-    p: float | tuple[float, float] | str  # a number, a range, a column of Parquet
+    p: float | tuple[float, float] | str  # the rule's, or a column of Parquet
     seed: int
-    rule: tuple[Any, ...]  # as of call.request.Options
+    rule: Rule
     columns: tuple[str, ...] | None  # of Parquet
     key: str | None  # likewise
     ids: str | None  # of .npy: the name of the file of ids in each folder
@@ -54,9 +55,9 @@ class Settings(NamedTuple):
 
     def parameters(self) -> dict[str, Any]:
         """All by their names, as a journal holds them."""
-        told = self._asdict()
-        rule = dict(zip(KEYWORDS, told.pop("rule"), strict=True))
-        return {"p": told.pop("p"), "seed": told.pop("seed"), **rule, **told}
+        named = self._asdict()
+        del named["rule"]
+        return {"p": named.pop("p"), "seed": named.pop("seed"), **self.rule.keywords, **named}
 
 
 class State(NamedTuple):
@@ -209,7 +210,7 @@ class _Hashed:
 def npy_request(settings: Settings) -> Request:
     """What is asked for in the rows of .npy files."""
     return Request(
-        settings.p, settings.rule, settings.scale, ZERO if settings.fill is None else settings.fill, message_dims=2,
+        settings.rule, None, settings.scale, ZERO if settings.fill is None else settings.fill, message_dims=2,
         seed=settings.seed, positions=settings.positions,
     )  # fmt: skip
 
@@ -221,8 +222,7 @@ def kept_shape(header: Npy, settings: Settings) -> tuple[int, ...]:
         ValueError: its rows may keep different counts.
     """
     rows, size, *features = header.shape
-    told = npy_request(settings)._replace(lengths=settings.lengths)
-    kept = kept_of_each(rule_of((settings.p, *settings.rule)), size, told)
+    kept = kept_of_each(settings.rule, size, replace(npy_request(settings), lengths=settings.lengths))
     if kept is None:
         raise ValueError(
             "--remove of .npy shards needs rows that keep as many messages each: give --exact and one number as --p, "
@@ -254,7 +254,7 @@ def _npy(task: Task, out: _Hashed) -> None:
                 kept, _ = select(block, told, How(DENSE, None, told=False))
                 data = np.ascontiguousarray(kept).reshape(-1).view(np.uint8)
             else:
-                drop_messages(block, told._replace(inplace=True))
+                drop_messages(block, replace(told, inplace=True))
             out.write(data)
 
 
@@ -271,14 +271,14 @@ def _rows_at_a_time(width: int) -> int:
 
 def _requests(task: Task, rows: int, width: int) -> Iterator[tuple[Request, int]]:
     """What is asked for in the rows of a shard, of so many bytes each, piece by piece; and how many rows those are."""
-    request = npy_request(task.settings)._replace(seed=fold_in(task.settings.seed, task.epoch))
+    request = replace(npy_request(task.settings), seed=fold_in(task.settings.seed, task.epoch))
     keys, lengths = _keys(task), task.settings.lengths
     of_rows = None if lengths is None else task.beside(lengths)
     at_a_time = _rows_at_a_time(width)
     for first in range(0, rows, at_a_time):
         count = min(at_a_time, rows - first)
         here = None if of_rows is None else np.array(of_rows[first : first + count])
-        yield request._replace(keys=keys(first, count), lengths=here), count
+        yield replace(request, keys=keys(first, count), lengths=here), count
 
 
 def _new_head(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
@@ -347,10 +347,12 @@ def batch_of(settings: Settings, epoch: int) -> Any:
     """What drops in the tables of a Parquet file."""
     from msgdrop_numba.pipelines.batches import MessageDropoutBatch
 
+    rule = settings.rule
     return MessageDropoutBatch(
-        settings.p, columns=settings.columns or (), key=settings.key or "", seed=settings.seed, epoch=epoch,
+        settings.p if isinstance(rule, ArrayRule) else rule,
+        columns=settings.columns or (), key=settings.key or "", seed=settings.seed, epoch=epoch,
         protect=settings.protect, positions=settings.positions, remove=settings.remove,
         companions=settings.companions, lengths=settings.lengths, scale=settings.scale,
         fill=ZERO if settings.fill is None else settings.fill, return_mask=settings.mask,
-        **dict(zip(KEYWORDS, settings.rule, strict=True)),
+        **(rule.keywords if isinstance(rule, ArrayRule) else {}),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msgdrop_numba import fold_in, keep_mask
+from msgdrop_numba import Rule, fold_in, keep_mask
 
 
 class Masks(NamedTuple):
@@ -28,13 +28,13 @@ class Masks(NamedTuple):
 
 
 def draw(
-    shape: tuple[int, ...], p: Any, seed: int, epochs: int | None, ids: tuple[Any, ...] | None,
-    lengths: tuple[int, ...] | None, **rule: Any,
+    shape: tuple[int, ...], rule: Rule, seed: int, epochs: int | None, ids: tuple[Any, ...] | None,
+    lengths: tuple[int, ...] | None, positions: int | None,
 ) -> Masks:  # fmt: skip
     """The masks of a call, or with `epochs` of a collate or batch in so many of them."""
     rows, size = shape
     seeds = [seed] if epochs is None else [fold_in(seed, epoch) for epoch in range(epochs)]
-    keep = [keep_mask(shape, p, seed=each, keys=ids, lengths=lengths, **rule) for each in seeds]
+    keep = [keep_mask(shape, rule, seed=each, keys=ids, lengths=lengths, positions=positions) for each in seeds]
     valid = np.arange(size) < np.array(lengths or [size] * rows)[:, None]
     return Masks([str(i) for i in (ids or range(rows))], np.stack(keep), valid, epochs is not None)
 

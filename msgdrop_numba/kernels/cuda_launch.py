@@ -130,7 +130,7 @@ def launch(plan: Any, draw: Any, messages: int, inner: int, addresses: Addresses
     if not messages:
         return
     out, size = addresses.out, plan.size
-    limited, rows = plan.limited and not draw.given, messages // size
+    limited, rows = plan.count_limited and not draw.given, messages // size
     if limited and not addresses.limits:
         raise ValueError("a rule that limits how many drop needs `limits`, 16 bytes a row")
     kind, width, unit = COPY, 1, 16

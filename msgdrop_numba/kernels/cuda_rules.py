@@ -41,7 +41,7 @@ class Rule(NamedTuple):
     threshold: int
     spread: int
     ranged: int
-    certain: int
+    drops_all: int
     exact: int
     span: int
     min_keep: int
@@ -183,7 +183,7 @@ def keeps(rule: Rule, row: Row, i: Any, limit: Any) -> Any:
 @device
 def scale_of_kept(rule: Rule, row: Row, scale: float, place: Any) -> float:
     """What a kept message that takes part is multiplied by; `place` is where its own scale lies, 0: it has none."""
-    if rule.certain or (rule.ranged and row.threshold == EVERYTHING):
+    if rule.drops_all or (rule.ranged and row.threshold == EVERYTHING):
         return 1.0
     if rule.exact:
         return float(row.taking) / float(max(np.int64(1), row.taking - _may_drop(rule, row)))

@@ -12,13 +12,13 @@ COPY, FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(5)
 OTHER = -1  # multiply, as a type that the kernels don't know
 LINE = 64  # bytes that a streaming store writes at once; a line of the cache
 
-# The rule, as the kernels read it from the plan. Each is an attribute of `DropRule`.
+# The rule, as the kernels read it from the plan. Each is an attribute of `Rule`.
 RULE = [
     ("threshold", np.int64),  # T(p), of the least p where p is a range
     ("spread", np.int64),  # what a row may add to it
     ("ranged", np.int64),  # whether p is a range, of which each row draws its own
-    ("certain", np.int64),  # p = 1
-    ("limited", np.int64),  # whether fewer may drop than the draws alone say
+    ("drops_all", np.int64),  # p = 1
+    ("count_limited", np.int64),  # whether fewer may drop than the draws alone say
     ("exact", np.int64),
     ("span", np.int64),
     ("min_keep", np.int64),
@@ -119,4 +119,4 @@ class Addresses(NamedTuple):
     out: int  # x: in place; 0: the mask alone is made
     mask: int  # written, or read where it is given
     seed: int  # an int64; 0 where nothing is drawn
-    limits: int  # 16 bytes a row, where the rule is limited; else 0
+    limits: int  # 16 bytes a row, where the rule is count_limited; else 0

@@ -130,7 +130,7 @@ def _may_drop(plan: Any, row: Row) -> Any:
 @inlined_jit
 def row_scale(plan: Any, row: Row) -> float:
     """What the kept messages of a row that take part are multiplied by: n / (n - d) where exactly d of n drop."""
-    if plan["certain"] or (plan["ranged"] and row.threshold == EVERYTHING):
+    if plan["drops_all"] or (plan["ranged"] and row.threshold == EVERYTHING):
         return 1.0
     if plan["exact"]:
         return float(row.taking) / float(max(1, row.taking - _may_drop(plan, row)))
@@ -226,7 +226,7 @@ def row_cutoff(memory: int, words: int, plan: Any, row: Row, valid: int) -> Cuto
 
     Radix selection on the 32-bit draws, eight bits a pass, drawn anew in each pass: O(n), no memory of size n.
     """
-    if not plan["limited"]:
+    if not plan["count_limited"]:
         return Cutoff(EVERYTHING, np.int64(0))
     stream = _limit_stream(plan)
     limit = _may_drop(plan, row)

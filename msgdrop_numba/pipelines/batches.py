@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from msgdrop_numba.call.arguments import ZERO, check_is_number, check_key, check_seed
 from msgdrop_numba.call.request import Options, Request
-from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.functional import fold_in
 from msgdrop_numba.pipelines import columns
 from msgdrop_numba.pipelines.columns import Field, Rows
@@ -107,7 +107,8 @@ class MessageDropoutBatch:
         companions: str | Sequence[str] | None = None,
         return_indices: bool = False,
     ) -> None:
-        number, array, self.offset, self.own = sources(p, protect, positions, _source)
+        keywords = exact, span, min_keep, prefix
+        rule, array, self.offset, self.own = sources(p, keywords, protect, positions, _source)
         if not isinstance(key, str) or not isinstance(lengths, (str, type(None))):
             raise TypeError(f"key and lengths must be names, but got {key!r} and {lengths!r}")
         self.columns, self.key, self.lengths = _listed("columns", columns), key, lengths
@@ -122,13 +123,12 @@ class MessageDropoutBatch:
             )
         self.seed = fold_in(check_seed(seed), check_key("epoch", epoch))
         self.given = check_seed(seed), int(epoch)
-        rule = DropRule(number, exact, span, min_keep, prefix)
         self.return_mask, self.passthrough = return_mask, passthrough
-        self.even = exact and not rule.ranged and "protect" not in self.own and lengths is None
+        self.even = rule.exact and not rule.ranged and "protect" not in self.own and lengths is None
         if not isinstance(fill, np.ndarray):
             check_is_number("fill", fill)
         fill = fill.copy() if isinstance(fill, np.ndarray) else fill
-        self.options = Options(rule.p if array is None else array, rule.rest, scale, fill, message_dims=2)
+        self.options = Options(rule, array, scale, fill, message_dims=2)
 
     def explain(self, batch: Any, row: int = 0) -> Explanation:
         """Why messages of a row of a batch drop.
@@ -163,7 +163,7 @@ class MessageDropoutBatch:
                     if isinstance(value, np.ndarray) and (name in ("lengths", "keys") or value.ndim == 2):
                         own[name] = value[at : at + 1]
                 key = columns.plain(self.key, fields[self.key].column).tolist()[row]
-                return explained(key, self.given, request._replace(**own), block.shape[1])
+                return explained(key, self.given, replace(request, **own), block.shape[1])
             first += len(block)
         raise ValueError(f"row must be from 0 to {first - 1}, a row of the batch, but got {row}")
 
@@ -172,10 +172,10 @@ class MessageDropoutBatch:
 
     def __getstate__(self) -> dict[str, Any]:
         """The options as a plain tuple: a pickle names no inner class."""
-        return {**self.__dict__, "options": tuple(self.options)}
+        return {**self.__dict__, "options": self.options.state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, options=Options(*state["options"]))
+        self.__dict__.update(state, options=Options.of_state(state["options"]))
 
     @property
     def needed(self) -> list[str]:
@@ -261,11 +261,11 @@ class MessageDropoutBatch:
         for block in rows.blocks:
             here, size = slice(first, first + len(block)), block.shape[1]
             first = here.stop
-            options = self.options.of_rows(size)._replace(fill=_like(self.options.fill, block))
-            request = Request(*options, inplace=rows.writable, seed=self.seed, keys=keys[here], return_mask=True)
+            options = replace(self.options.for_rows(size), fill=_like(self.options.fill, block))
+            request = Request.of(options, inplace=rows.writable, seed=self.seed, keys=keys[here], return_mask=True)
             if own is not None:
                 request = own.block(here).requested(request, [size] * len(block), size)
-            requests.append(request._replace(lengths=None if lengths is None else lengths[here]))
+            requests.append(replace(request, lengths=None if lengths is None else lengths[here]))
         return requests
 
 

@@ -14,7 +14,6 @@ from msgdrop_numba.call import select
 from msgdrop_numba.call.arguments import ZERO, check_is_number, check_key, check_seed
 from msgdrop_numba.call.keys import hash64
 from msgdrop_numba.call.request import Options
-from msgdrop_numba.call.rule import DropRule
 from msgdrop_numba.call.threads import load
 from msgdrop_numba.functional import fold_in
 from msgdrop_numba.pipelines.datasets import split_keys
@@ -164,7 +163,8 @@ class MessageDropoutCollate:
             raise ValueError("remove=True can't be used with collate_fn, which has copied all messages: leave one out")
         if collate_fn is not None and not callable(collate_fn):
             raise TypeError(f"collate_fn must be a function from the samples to a batch, but got {collate_fn!r}")
-        number, array, self._offset, self._own = sources(p, protect, positions, source)
+        keywords = exact, span, min_keep, prefix
+        rule, array, self._offset, self._own = sources(p, keywords, protect, positions, source)
         self._masks = requested(fields)
         self.seed = None if seed is None else check_seed(seed)
         self.collate_fn = collate_fn
@@ -177,12 +177,11 @@ class MessageDropoutCollate:
         check_is_number("pad_value", pad_value)
         if isinstance(fill, np.ndarray):
             fill = torch.from_numpy(fill.copy())
-        rule = DropRule(number, exact, span, min_keep, prefix)
         fill = fill.detach() if isinstance(fill, Tensor) else fill
-        self._options = Options(rule.p if array is None else array, rule.rest, scale, fill, message_dims=2)
-        self._draws = not isinstance(self._options.p, float) or self._options.p > 0
+        self._options = Options(rule, array, scale, fill, message_dims=2)
+        self._draws = rule.p != 0
         # Not by what the samples of one batch are: all batches have the same parts.
-        even = exact and not rule.ranged and "protect" not in self._own
+        even = rule.exact and not rule.ranged and "protect" not in self._own
         self._padding = Padding(pad or (remove and not even), pad_value)
         load()  # workers made by fork inherit the compiled kernels
         if remove:
@@ -256,14 +255,14 @@ class MessageDropoutCollate:
         masks = None if self._masks is None else {path: tuple(field) for path, field in self._masks.items()}
         companions = {path: tuple(field) for path, field in self._companions.items()}
         plain = {
-            "_masks": masks, "_companions": companions, "_options": tuple(self._options),
+            "_masks": masks, "_companions": companions, "_options": self._options.state(),
             "_padding": tuple(self._padding), "_epoch": self._epoch.numbers,
         }  # fmt: skip
         return {**self.__dict__, **plain}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._options, self._padding = Options(*self._options), Padding(*self._padding)
+        self._options, self._padding = Options.of_state(state["_options"]), Padding(*self._padding)
         if self._masks is not None:
             self._masks = {path: Field(*field) for path, field in self._masks.items()}
         self._companions = {path: Field(*field) for path, field in self._companions.items()}

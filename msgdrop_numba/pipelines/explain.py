@@ -8,7 +8,7 @@ import numpy as np
 
 from msgdrop_numba.call.arguments import split_positions
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import KEYWORDS, ONE, DropRule
+from msgdrop_numba.call.rule import ONE, Rule
 from msgdrop_numba.functional import keep_mask
 from msgdrop_numba.kernels.philox import draw_each
 from msgdrop_numba.kernels.rules import STREAM_DRAW, STREAM_PHASE, STREAM_RANGE
@@ -63,27 +63,27 @@ def explained(key: Any, given: tuple[int, int], request: Request, size: int) -> 
         given: seed and epoch.
         request: of this row alone, its seed that of the draws.
     """
-    told = dict(zip(KEYWORDS, request.rule, strict=True))
+    rule, p = request.rule, request.p
     arrays = {name: getattr(request, name) for name in ("lengths", "keys", "protect", "positions")}
 
     def mask(**changed: Any) -> np.ndarray:
-        found: np.ndarray = keep_mask((1, size), request.p, seed=request.seed, **{**told, **arrays, **changed})[0]
+        keywords: dict[str, Any] = {**rule.keywords, **arrays, **changed}
+        found: np.ndarray = keep_mask((1, size), rule.p if p is None else p, seed=request.seed, **keywords)[0]
         return found
 
-    keep, takes_part = mask(), np.arange(size) >= told["prefix"]
+    keep, takes_part = mask(), np.arange(size) >= rule.prefix
     if request.lengths is not None:
         takes_part &= np.arange(size) < request.lengths[0]
     if request.protect is not None:
         takes_part &= ~np.broadcast_to(request.protect, (1, size))[0]
-    saved = keep & ~mask(min_keep=0) if told["min_keep"] and not told["exact"] else np.zeros(size, bool)
-    rule = DropRule(None if isinstance(request.p, np.ndarray) else request.p, *request.rule)
+    saved = keep & ~mask(min_keep=0) if rule.min_keep and not rule.exact else np.zeros(size, bool)
     row_key = int(np.asarray(request.keys).astype(np.uint64)[0])
-    p, draws = _drawn(rule, request, row_key, size)
-    words = _words(rule, p, int((~keep).sum()), int(takes_part.sum()))
-    return Explanation(key, row_key, *given, request.seed, keep, draws, p, takes_part, saved, words)
+    held_against, draws = _drawn(rule, request, row_key, size)
+    words = _words(rule, held_against, int((~keep).sum()), int(takes_part.sum()))
+    return Explanation(key, row_key, *given, request.seed, keep, draws, held_against, takes_part, saved, words)
 
 
-def _drawn(rule: DropRule, request: Request, row_key: int, size: int) -> tuple[Any, np.ndarray]:
+def _drawn(rule: Rule, request: Request, row_key: int, size: int) -> tuple[Any, np.ndarray]:
     """What draws are held against, and the draws (CONTRACT.md, 3)."""
 
     def draw(stream: Any, positions: np.ndarray) -> np.ndarray:
@@ -92,7 +92,7 @@ def _drawn(rule: DropRule, request: Request, row_key: int, size: int) -> tuple[A
         return words
 
     first = np.zeros(1, np.int64)
-    p = request.p
+    p = rule.p if request.p is None else request.p
     if isinstance(p, np.ndarray):
         p = float(p[0, 0]) if p.shape == (1, 1) else np.broadcast_to(p, (1, size))[0]
     if rule.ranged:
@@ -104,7 +104,7 @@ def _drawn(rule: DropRule, request: Request, row_key: int, size: int) -> tuple[A
     return p, draw(STREAM_DRAW, positions) / ONE
 
 
-def _words(rule: DropRule, p: Any, dropped: int, n: int) -> str:
+def _words(rule: Rule, p: Any, dropped: int, n: int) -> str:
     """A rule in words."""
     if rule.exact:
         return f"the {dropped} smallest of {n} draws drop (exact, p = {p:g})"

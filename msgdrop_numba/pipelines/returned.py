@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def request_in(options: Options, fields: dict[str, Any], seed: int, keys: np.nda
             "give them their own with fields={name: mask name, ...}"
         )
     (size,) = sizes
-    request = Request(*options.of_rows(size), inplace=True, seed=seed, keys=keys, return_mask=True)
+    request = Request.of(options.for_rows(size), inplace=True, seed=seed, keys=keys, return_mask=True)
     return request if own is None else own.requested(request, None, size, f" of {', '.join(fields)}")
 
 
@@ -40,7 +41,7 @@ def drop_in(fields: dict[str, Any], request: Request) -> Any:
     once = {_memory(x): x for x in fields.values()}  # memory that has two names is dropped in once
     for x in once.values():
         like_x = fill.numpy() if isinstance(fill, Tensor) and isinstance(x, np.ndarray) else fill
-        _, mask = drop_messages(x, request._replace(fill=like_x))
+        _, mask = drop_messages(x, replace(request, fill=like_x))
     return mask
 
 

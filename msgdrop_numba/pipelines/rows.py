@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,12 +13,12 @@ from msgdrop_numba.call.arguments import (
     ZERO,
     is_zero,
     message_positions,
-    position_p,
+    position_rule,
     protected,
     split_positions,
 )
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import P
+from msgdrop_numba.call.rule import KEYWORDS, ArrayRule, Rule
 
 Name = Callable[[int], str]  # what a row is called in an error, by its number in the batch
 
@@ -89,29 +90,36 @@ class Own(NamedTuple):
     def requested(self, request: Request, counts: Sequence[int] | None, size: int, of: str = "") -> Request:
         """The request for such rows, with what they bring."""
         p, protect, positions = self.told(counts, size, of)
-        return request._replace(p=request.p if p is None else p, protect=protect, positions=positions)
+        request = replace(request, protect=protect, positions=positions)
+        return request if p is None else request.with_p(p)
 
 
 def sources(
-    p: Any, protect: Any, positions: Any, source: Callable[[str, Any], Any]
-) -> tuple[P, np.ndarray | None, int, dict[str, Any]]:
+    p: Any, keywords: tuple[Any, ...], protect: Any, positions: Any, source: Callable[[str, Any], Any]
+) -> tuple[Rule, np.ndarray | None, int, dict[str, Any]]:
     """What is common to all rows, and where each row's own values are.
 
     Args:
-        p, protect, positions: as users give them to a pipeline.
+        p, protect, positions: as users give them to a pipeline. keywords: those of the rule.
         source: where the values of an argument, by its name, are; None: it names no place.
 
     Returns:
-        p as `position_p` gives it; the position of a row's first message; the sources by their arguments' names.
+        The rule and the array of `position_rule`; the position of a row's first message; the sources by their
+        arguments' names.
     """
-    given = {"p": p, "protect": protect, "positions": positions}
+    given = {"p": None if isinstance(p, Rule) else p, "protect": protect, "positions": positions}
     found = {name: source(name, value) for name, value in given.items() if value is not None}
     own = {name: value for name, value in found.items() if value is not None}
-    number, array = (None, None) if "p" in own else position_p(p)
+    rule: Rule
+    array = None
+    if "p" in own:
+        rule = ArrayRule(None, **dict(zip(KEYWORDS, keywords, strict=True))).check()
+    else:
+        rule, array = position_rule(p, *keywords)
     offset, each = (0, None) if "positions" in own else split_positions(positions, 1)
     if each is not None:
         raise TypeError(f"positions must be an integer, or say where each row's own are, but got {positions!r}")
-    return number, array, offset, own
+    return rule, array, offset, own
 
 
 def check_removal(remove: Any, companions: Any, return_indices: Any, fill: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from msgdrop_numba.call.rule import KEYWORDS
 from msgdrop_numba.call.shown import of_call
 
 
@@ -35,8 +34,7 @@ def of_batch(batch: Any) -> str:
 
 def _shared(owner: Any, options: Any) -> dict[str, Any]:
     flags = {name: getattr(owner, name) for name in ("return_mask", "remove", "return_indices")}
-    rule = dict(zip(KEYWORDS, options.rule, strict=True))
-    return {"p": options.p, "scale": options.scale, "fill": options.fill, **rule, **flags}
+    return {"p": options.shown_p, "scale": options.scale, "fill": options.fill, **options.rule.keywords, **flags}
 
 
 def _call(owner: Any, told: dict[str, Any], more: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ from torch.utils.data import get_worker_info
 from msgdrop_numba.call.arguments import scales, split_positions, thresholds
 from msgdrop_numba.call.plan import USUAL, Draw, Plan, Rows, make_plan, row_places
 from msgdrop_numba.call.request import Job, Options, Request
-from msgdrop_numba.call.rule import for_rows
 from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.pipelines.rows import Each, Own, Told, laid_out
@@ -72,7 +71,7 @@ class Stack:
     def request(self, field: str, sample: Any) -> tuple[Request, int]:
         """What is asked for in one sample, and how many messages that has."""
         (size,) = self.look(field, [sample]).lengths
-        request = Request(*self.options.of_rows(size), seed=self.seed, keys=self.keys)
+        request = Request.of(self.options.for_rows(size), seed=self.seed, keys=self.keys)
         return request if self.own is None else self.own.requested(request, [size], size), size
 
     def counts(self) -> list[int]:
@@ -106,10 +105,7 @@ class Stack:
         return self._plan((len(self.lengths), self.size, 0), 0, COPY)
 
     def _plan(self, shape: tuple[int, ...], itemsize: int, kind: int) -> Plan:
-        p, rule = self.options.p, self.options.rule
-        return make_plan(
-            shape, itemsize, kind, 2, (None if isinstance(p, np.ndarray) else p, *for_rows(rule, shape[1]))
-        )
+        return make_plan(shape, itemsize, kind, 2, self.options.rule.for_rows(shape[1]))
 
     def _draw(self, plan: Plan, fill: Any = None, rows: Rows | None = None) -> Draw:
         assert self.lengths is not None

@@ -85,7 +85,7 @@ def row_arguments(plan: Plan, p: Any, fill: Tensor | None, request: Request, dev
     rows = rows_on(request, plan.shape, device)
     keys, protect, positions = map(_copied, (rows.keys, rows.protect, rows.positions))
     lengths, taking = None if rows.lengths is None else rows.lengths.contiguous(), None
-    if protect is not None and plan.rule.limited:
+    if protect is not None and plan.rule.count_limited:
         taking = operations.taking(plan.shape, plan.rule, rows, device).sum(-1).expand(plan.shape[:-1]).contiguous()
     places = Places(protect, taking, rows.offset, positions)
     return Draw(fill, lengths, keys, thresholds, scales, places=places)
@@ -109,7 +109,7 @@ def launch(plan: Plan, draw: Draw, seed: Tensor, x: int, out: int, mask: int) ->
 
     def start(kernels: Any, stream: int, index: int) -> None:
         limits = None
-        if plan.numbers.limited and not draw.given:
+        if plan.numbers.count_limited and not draw.given:
             limits = torch.empty((rows, 2), dtype=torch.int64, device=seed.device)
         addresses = Addresses(x, out, mask, seed.data_ptr(), address(limits))
         kernels.launch(plan.numbers, draw.numbers, plan.messages, inner, addresses, stream, index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import for_rows
+from msgdrop_numba.call.rule import ArrayRule
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.arguments import (
@@ -50,21 +51,24 @@ def cut(x: DTensor, request: Request) -> Here:
     """A call on x; what it says of rows and messages is meant of the whole."""
     piece = piece_of("x", x)
     dims = arguments.message_dims(piece.shape, request.message_dims)
-    request = request._replace(p=_replica("p", request.p, piece), seed=_replica("seed", request.seed, piece))
-    number, array = (None, request.p) if isinstance(request.p, DTensor) else split_p_traced(request.p)
+    request = replace(request, p=_replica("p", request.p, piece), seed=_replica("seed", request.seed, piece))
+    rule, array = request.rule, None
+    if isinstance(rule, ArrayRule):
+        number, array = (None, request.p) if isinstance(request.p, DTensor) else split_p_traced(request.p)
+        rule = rule.of_number(number) if array is None else rule.check()
     if isinstance(request.seed, DTensor):
         raise ValueError(f"seed must be replicated, but got {request.seed.placements}: redistribute it")
-    whole, rule = TRACED.plan(x, COPY, dims, (number, *request.rule))
+    whole, rule = TRACED.plan(x, COPY, dims, rule)
     graph = has_graph(x, request)
     if isinstance(request.fill, Tensor):
         fill_message(request.fill, x, dims)
-    fill, out = local_part("fill", request.fill, dims, piece), _local_out(x, request, number != 0, piece)
-    counted = rule.limited and piece.cuts(dims - 1)
+    fill, out = local_part("fill", request.fill, dims, piece), _local_out(x, request, rule.p != 0, piece)
+    counted = rule.count_limited and piece.cuts(dims - 1)
     sizes = (*piece.sizes[: dims - 1], whole[-1] if counted else piece.sizes[dims - 1])
     here = Here(piece, dims, whole, sizes, counted, request)
-    told = request._replace(
-        p=number if array is None else _part(here, "p", array, probabilities_on, x.device),
-        rule=request.rule if counted else for_rows(rule.rest, sizes[-1], piece.starts[dims - 1]),
+    told = replace(
+        request, p=None if array is None else _part(here, "p", array, probabilities_on, x.device),
+        rule=rule if counted else rule.for_rows(sizes[-1], piece.starts[dims - 1]),
         fill=fill, out=out, message_dims=dims, inplace=request.inplace and not graph,
         lengths=_lengths(here, x.device), keys=_keys(here, x.device), positions=_positions(here, x.device),
         protect=_part(here, "protect", request.protect, protect_on, x.device),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def explain(x: Any, request: Request) -> Answer:
 
 def _as_tensors(request: Request) -> Request:
     """The same request, its device arrays as tensors."""
-    return request._replace(**{name: as_tensor(name, getattr(request, name)) for name in ARRAYS})
+    return replace(request, **{name: as_tensor(name, getattr(request, name)) for name in ARRAYS})
 
 
 def is_device_array(value: Any) -> bool:

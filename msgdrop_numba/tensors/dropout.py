@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call.request import Request, perform, prepare_mask, turned
+from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.call.threads import team
 from msgdrop_numba.call.usual import Usual, row_address, seed_bits
 from msgdrop_numba.tensors import nested, traced, ways
@@ -17,25 +18,26 @@ from msgdrop_numba.tensors.memory import dense
 from msgdrop_numba.tensors.seeds import drawing, fresh_seed
 from msgdrop_numba.tensors.usual import find, latest
 from msgdrop_numba.tensors.write import draw_mask
-from msgdrop_numba.torch_private import dense_address, has_sizes, increment_versions, is_eager
+from msgdrop_numba.torch_private import dense_address, increment_versions, is_watched
 
 
 def short(
-    x: Tensor, p: float, rule: tuple[Any, ...], scale: Any, message_dims: Any, inplace: Any, lengths: Any, seed: Any,
-    keys: Any, out: Any,
+    x: Tensor, p: float | Rule, exact: Any, span: Any, min_keep: Any, prefix: Any, scale: Any, message_dims: Any,
+    inplace: Any, lengths: Any, seed: Any, keys: Any, out: Any,
 ) -> Tensor | None:  # fmt: skip
     """The usual call, see `call.usual`; None: it is another, and nothing was done. What the plan refuses is raised."""
-    if not is_eager() or not x.is_cpu or not has_sizes(x):
+    if is_watched() or not x.is_cpu:
         return None
     scale = bool(scale)
     try:
+        x.shape  # noqa: B018  # raises where a guard would end the process, see `has_sizes`
         how: Usual | None
-        for is_like, known in latest(scale, message_dims, p, *rule):
+        for is_like, known in latest(scale, message_dims, p, exact, span, min_keep, prefix):
             if is_like(x):
                 how = known
                 break
         else:
-            how = find(x, scale, message_dims, p, *rule)
+            how = find(x, scale, message_dims, p, exact, span, min_keep, prefix)
     except (TypeError, RuntimeError):  # what is wrong is said elsewhere
         return None
     if how is None or not (start := x.data_ptr()):

@@ -83,11 +83,11 @@ class _OnHost(_Ordinary):
         fill = _own_fill(fill, request)
         return row_arguments(plan, p, fill, request)
 
-    def seed(self, given: int | None, generator: Any, device: torch.device, ranks: Any = False) -> int:
+    def seed(self, given: int | None, generator: Any, device: torch.device) -> int:
         if given is not None:
             return given
-        rank = rank_of(ranks)
-        return folded(fresh_seed(generator), rank)  # type: ignore[no-any-return]
+        rank = rank_of(generator)
+        return folded(fresh_seed(None if rank is not None else generator), rank)  # type: ignore[no-any-return]
 
 
 class _OnDevice(_Ordinary):

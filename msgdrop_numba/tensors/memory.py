@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,11 +15,8 @@ from msgdrop_numba.torch_private import shared_storage
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor in C order."""
-    count = math.prod(shape)
-    buffer = outputs.lend(count * dtype.itemsize)
-    if buffer is None:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(buffer, dtype=dtype, count=count).resize_(shape)
+    buffer = outputs.lend(math.prod(shape) * dtype.itemsize)
+    return torch.empty(shape, dtype=dtype, device="cpu") if buffer is None else _tensor(buffer, shape, dtype, None)
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -34,13 +32,27 @@ def dense(x: Tensor, nbytes: int, strides: tuple[int, ...] | None) -> Tensor:
 
     Args:
         nbytes: of x, which the caller knows.
-        strides: in elements; None: those of x, which is in C order.
+        strides: in elements; None: x is in C order.
     """
-    buffer = outputs.lend(nbytes)
-    if buffer is None:
-        return torch.empty_like(x)
-    flat = torch.frombuffer(buffer, dtype=x.dtype, count=x.numel())
-    return flat.as_strided_(x.shape, strides or x.stride())  # no view: users may change it in place
+    buffer = None if nbytes < outputs.LENT_BYTES else outputs.lend(nbytes)  # a small call feels each function
+    return torch.empty_like(x) if buffer is None else _tensor(buffer, x.shape, x.dtype, strides)
+
+
+# By way of NumPy, a tensor takes one call of torch's, which costs most.
+_OF_NUMPY = {
+    torch.from_numpy(np.empty(0, name)).dtype: np.dtype(name)
+    for name in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
+}
+
+
+def _tensor(buffer: Any, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None) -> Tensor:
+    """A tensor over a lent buffer. No view: users may change it in place."""
+    known = _OF_NUMPY.get(dtype)
+    if known is None:
+        flat = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape))
+        return flat.resize_(shape) if strides is None else flat.as_strided_(shape, strides)
+    steps = None if strides is None else [step * dtype.itemsize for step in strides]
+    return torch.from_numpy(np.ndarray(shape, known, buffer, 0, steps))
 
 
 def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

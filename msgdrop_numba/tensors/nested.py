@@ -5,13 +5,14 @@ They synchronise, for the length of the longest row.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from msgdrop_numba.call.request import Job, Request, perform
-from msgdrop_numba.call.rule import DropRule, for_rows, rule_of
+from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.arguments import fill_message
 from msgdrop_numba.tensors.traced import Outline, Traced, draw_mask, row_scales
@@ -41,8 +42,8 @@ def padded(x: Tensor, request: Request) -> tuple[Tensor, Request]:
     """A nested tensor padded with zeros, and the request of it."""
     values, offsets, shape, told = _rows(x, request)
     wide = values.new_zeros((*shape, *values.shape[1:]))
-    rule = for_rows(DropRule(0.0, *told.rule).rest, shape[1])  # rows may be shorter than the prefix
-    return wide.index_put((_inside(offsets.diff(), shape[1]),), values), told._replace(rule=rule)
+    told = replace(told, rule=told.rule.for_rows(shape[1]))  # rows may be shorter than the prefix
+    return wide.index_put((_inside(offsets.diff(), shape[1]),), values), told
 
 
 def _rows(x: Tensor, request: Request) -> tuple[Tensor, Tensor, tuple[int, int], Request]:
@@ -62,7 +63,7 @@ def _rows(x: Tensor, request: Request) -> tuple[Tensor, Tensor, tuple[int, int],
         raise ValueError(f"a nested x must use all its {len(values)} values, but has offsets {offsets.tolist()}")
     shape = (len(sizes), int(sizes.max()) if len(sizes) else 0)
     places = {name: _padded(name, getattr(request, name), offsets, shape) for name in ("protect", "positions")}
-    return values, offsets, shape, request._replace(lengths=sizes, **places)
+    return values, offsets, shape, replace(request, lengths=sizes, **places)
 
 
 def _padded(name: str, each: Any, offsets: Tensor, shape: tuple[int, int]) -> Any:
@@ -89,8 +90,8 @@ class _Ragged(Traced):
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape = shape
 
-    def plan(self, x: Tensor, kind: int, message_dims: Any, rule: tuple[Any, ...]) -> Outline:
-        return Outline(self.shape, rule_of(rule))  # rows may be shorter than the prefix
+    def plan(self, x: Tensor, kind: int, message_dims: Any, rule: Rule) -> Outline:
+        return Outline(self.shape, rule)  # rows may be shorter than the prefix
 
     def fill(self, fill: Any, x: Tensor, message_dims: int) -> Tensor | None:
         return fill_message(fill, x, 1)

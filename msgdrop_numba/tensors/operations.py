@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.rule import DropRule
+from msgdrop_numba.call.rule import Rule
 
 _M32 = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32
@@ -88,7 +88,7 @@ def _multiply_shift(a: Tensor, b: Any, shift: int) -> Tensor:
     return product >> (shift - 17)
 
 
-def _exactly(taking: Tensor, rule: DropRule, threshold: Any) -> Tensor:
+def _exactly(taking: Tensor, rule: Rule, threshold: Any) -> Tensor:
     """How many of `taking` messages the exact rule drops."""
     wanted = _multiply_shift(taking, 2 * threshold + 1, 33)
     return torch.minimum(wanted, (taking - rule.min_keep).clamp(min=0))
@@ -120,7 +120,7 @@ class Rows(NamedTuple):
     positions: Tensor | None = None
 
 
-def keep_mask(shape: tuple[int, ...], rule: DropRule, seed: Tensor, told: Rows, thresholds: Tensor | None) -> Tensor:
+def keep_mask(shape: tuple[int, ...], rule: Rule, seed: Tensor, told: Rows, thresholds: Tensor | None) -> Tensor:
     """The keep mask over the message dims `shape`, on the seed's device.
 
     Args:
@@ -130,7 +130,7 @@ def keep_mask(shape: tuple[int, ...], rule: DropRule, seed: Tensor, told: Rows, 
     *rows, size = shape
     keys = row_keys(told.keys, tuple(rows), seed.device)
     takes = taking(shape, rule, told, seed.device)
-    count: Any = takes.sum(-1).broadcast_to(rows) if rule.limited else None
+    count: Any = takes.sum(-1).broadcast_to(rows) if rule.count_limited else None
     threshold = _row_threshold(rule, seed, keys) if thresholds is None else thresholds
     if rule.exact:
         drawn = torch.where(takes, _drawn(seed, keys, told, size, 0), 2**33)
@@ -143,7 +143,7 @@ def keep_mask(shape: tuple[int, ...], rule: DropRule, seed: Tensor, told: Rows, 
     return torch.logical_not(dropped)
 
 
-def taking(shape: tuple[int, ...], rule: DropRule, told: Rows, device: torch.device) -> Tensor:
+def taking(shape: tuple[int, ...], rule: Rule, told: Rows, device: torch.device) -> Tensor:
     """Whether a message takes part, neither padding nor protected; broadcastable to `shape`."""
     position = torch.arange(shape[-1], device=device)
     takes = position >= rule.prefix
@@ -152,7 +152,7 @@ def taking(shape: tuple[int, ...], rule: DropRule, told: Rows, device: torch.dev
     return takes if told.protect is None else takes & ~told.protect
 
 
-def _row_threshold(rule: DropRule, seed: Tensor, keys: Tensor) -> Any:
+def _row_threshold(rule: Rule, seed: Tensor, keys: Tensor) -> Any:
     """T(p): a number, or one a row where p is a range."""
     if not rule.ranged:
         return rule.threshold
@@ -178,7 +178,7 @@ def _drawn(seed: Tensor, keys: Tensor, told: Rows, size: int, stream: int, span:
 
 
 def row_scales(
-    shape: tuple[int, ...], rule: DropRule, seed: Tensor, told: Rows, scales: Tensor | None
+    shape: tuple[int, ...], rule: Rule, seed: Tensor, told: Rows, scales: Tensor | None
 ) -> tuple[Any, Tensor | None]:
     """What each message is multiplied by (a number, or float64), and where: where it takes part; None: everywhere.
 
@@ -189,7 +189,7 @@ def row_scales(
         takes = taking(shape, rule, told, seed.device)
     if scales is not None:
         return scales, takes
-    if rule.certain or not (rule.exact or rule.ranged):
+    if rule.drops_all or not (rule.exact or rule.ranged):
         return rule.scale, takes
     threshold = _row_threshold(rule, seed, row_keys(told.keys, tuple(shape[:-1]), seed.device))
     if rule.exact:

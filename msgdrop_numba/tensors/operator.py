@@ -15,7 +15,7 @@ from torch import Tensor
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.plan import mask_plan, row_arguments
 from msgdrop_numba.call.request import Job, Request
-from msgdrop_numba.call.rule import DropRule, for_rows, unpacked
+from msgdrop_numba.call.rule import DEFAULTS, ArrayRule, Rule
 from msgdrop_numba.kernels import philox
 from msgdrop_numba.tensors import cuda, operations
 from msgdrop_numba.tensors.operations import Rows
@@ -25,9 +25,10 @@ from msgdrop_numba.torch_private import drawn_once
 SEED_COUNT = 2**63 - 1  # how many seeds may be drawn
 
 
-def kernel_mask(shape: tuple[int, ...], rule: DropRule, seed: Tensor, rows: Rows, p: Tensor | None) -> Tensor:
+def kernel_mask(shape: tuple[int, ...], rule: Rule, seed: Tensor, rows: Rows, p: Tensor | None) -> Tensor:
     """The keep mask, of the kernels of the seed's device; p is None where the rule has a number or a range."""
-    return torch.ops.msgdrop_numba.keep_mask(shape, seed, p, rule.numbers, rule.packed, *rows)  # type: ignore[no-any-return]
+    keywords = [int(value) for value in rule.keywords.values()]
+    return torch.ops.msgdrop_numba.keep_mask(shape, seed, p, rule.numbers, keywords, *rows)  # type: ignore[no-any-return]
 
 
 def opaque_seed(bits: int, device: torch.device) -> Tensor:
@@ -52,12 +53,13 @@ def folded_seed(seed: Tensor, data: int) -> Tensor:
     "Tensor? protect, SymInt offset, Tensor? positions) -> Tensor",
 )
 def _keep_mask(shape: Any, seed: Any, p: Any, numbers: Any, rule: Any, *rows: Any) -> Tensor:
-    told = unpacked(rule)
+    keywords = {name: type(default)(value) for (name, default), value in zip(DEFAULTS.items(), rule, strict=True)}
     number = tuple(numbers) if len(numbers) == 2 else numbers[0] if numbers else None
-    plan = mask_plan(tuple(shape), (number, *for_rows(told, shape[-1])))
+    checked: Rule = ArrayRule(None, **keywords) if number is None else Rule(number, **keywords)
+    plan = mask_plan(tuple(shape), checked.for_rows(shape[-1]))
     lengths, keys, protect, offset, positions = rows
     request = Request(
-        p, told, lengths=lengths, keys=keys, protect=protect, positions=offset if positions is None else positions
+        checked, p, lengths=lengths, keys=keys, protect=protect, positions=offset if positions is None else positions
     )
     if seed.device.type == "cpu":
         return draw_mask(Job(plan, row_arguments(plan, p, None, request), arguments.check_seed(seed)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,16 @@ from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.operator import SEED_COUNT, drawn_seed, folded_seed, opaque_seed
 from msgdrop_numba.tensors.placement import check_generator, move
 from msgdrop_numba.torch_private import SeedTensor, in_transform, is_exporting
+
+
+class PerRank(NamedTuple):
+    """In the place of a generator: torch's default one, whose seeds get this process's rank folded in.
+
+    Fields:
+        group: a layer's `per_rank`: True, a ProcessGroup or a DeviceMesh of one dim.
+    """
+
+    group: Any
 
 
 class _Drawing(threading.local):
@@ -59,6 +69,8 @@ def fresh_seed(generator: Any) -> int:
 
 def check_host_seed(seed: Any, generator: Any, device: torch.device) -> int | None:
     """The seed as a Python integer; None: to be drawn."""
+    if isinstance(generator, PerRank):
+        return arguments.check_source(seed, None, torch.Generator)
     checked = arguments.check_source(seed, generator, torch.Generator)
     if generator is not None:
         check_generator(generator, device)
@@ -75,11 +87,12 @@ def check_device_seed(seed: Any, generator: Any, device: torch.device) -> Any:
     return seed
 
 
-def device_seed(given: Any, generator: Any, device: torch.device, ranks: Any = False) -> Tensor:
+def device_seed(given: Any, generator: Any, device: torch.device) -> Tensor:
     """The seed as a 0-d int64 tensor on the device, drawn as torch draws where none was given."""
     compiled = _is_compiled()
     if given is None:
-        rank = rank_of(ranks)
+        rank = rank_of(generator)
+        generator = None if rank is not None else generator
         if compiled and generator is None and not in_transform():
             drawn = drawn_seed(device)
         else:
@@ -108,7 +121,7 @@ def folded(seed: Any, data: int | None) -> Any:
 
 
 def check_ranks(per_rank: Any) -> Any:
-    """Refuse what has no rank; see `rank_of`."""
+    """A layer's `per_rank`, refused if it has no rank."""
     if isinstance(per_rank, bool):
         return per_rank
     if distributed.is_available():
@@ -126,10 +139,11 @@ def check_ranks(per_rank: Any) -> Any:
     )
 
 
-def rank_of(ranks: Any) -> int | None:
-    """This process's rank as a layer's `per_rank` asks for it; None: it doesn't. Asked before a seed is drawn."""
-    if ranks is False:
+def rank_of(generator: Any) -> int | None:
+    """This process's rank if it is folded into a drawn seed, else None. Raises before a seed is drawn."""
+    if not isinstance(generator, PerRank):
         return None
+    ranks = generator.group
     if not (distributed.is_available() and distributed.is_initialized()):
         raise ValueError(
             f"per_rank={ranks!r} needs to know this process's rank, but there is no process group: call "

@@ -7,6 +7,7 @@ draws the row's mask whole.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from msgdrop_numba.call.arguments import message_dims
 from msgdrop_numba.call.plan import Draw, Places
 from msgdrop_numba.call.request import Job, Library, Request, carry_out, prepare, prepare_mask, turned
-from msgdrop_numba.call.rule import DEFAULTS
+from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.call.ways import SHARDED, Answer
 from msgdrop_numba.tensors import operations, traced, ways
 from msgdrop_numba.tensors.cut import Here, cut
@@ -80,26 +81,26 @@ def prepared(library: Library, local: Tensor, here: Here, check: Any = None) -> 
     """
     told, device = here.request, local.device
     if here.counted:  # the mask is drawn apart
-        told = told._replace(
-            **dict.fromkeys(("lengths", "keys", "protect", "positions")), rule=tuple(DEFAULTS.values())
-        )
-        told = told._replace(p=0.5) if getattr(told.p, "ndim", 0) else told
+        told = replace(
+            told, p=None, rule=Rule(0.5 if told.rule.p is None else told.rule.p),
+            **dict.fromkeys(("lengths", "keys", "protect", "positions")),
+        )  # fmt: skip
     given, generator = told.seed, told.generator
     if given is None:
         library.check_seed(None, generator, device)
-        told = told._replace(seed=0, generator=None)
+        told = replace(told, seed=0, generator=None)
     job = prepare(library, local, told, check)
     if job.seed is None:
         return job
     if given is None:
-        return job._replace(seed=agreed(library.seed(None, generator, device, told.ranks), here.piece.mesh))
+        return job._replace(seed=agreed(library.seed(None, generator, device), here.piece.mesh))
     check_agreed(job.seed, here.piece.mesh)
     return job
 
 
 def _by_whole_rows(library: Library, local: Tensor, job: Job, here: Here) -> tuple[Tensor, Tensor]:
     """What is kept of the piece, and its mask, by masks of whole rows."""
-    told = here.request._replace(seed=job.seed)
+    told = replace(here.request, seed=job.seed)
     of_rows = ways.mask_library(local.device, told)
     rows = prepare_mask(of_rows, here.sizes, told, local.device)
     at = here.dims - 1
@@ -108,7 +109,7 @@ def _by_whole_rows(library: Library, local: Tensor, job: Job, here: Here) -> tup
     scales = scales_of(of_rows, rows).narrow(*part).contiguous() if told.scale else None
     if library is not TRACED:
         job = job._replace(draw=_as_drawn(job.draw.fill, scales), mask=None, given=keep)
-        return library.run(local, job, told._replace(return_mask=False)), keep
+        return library.run(local, job, replace(told, return_mask=False)), keep
     y = local if scales is None else operations.scaled(local, scales)
     y = operations.select(y, keep, job.draw.fill)
     return (y if job.target is None else job.target.copy_(y)), keep

@@ -5,6 +5,7 @@ A `Selection` of them holds DTensors, placed as x's rows are; the numbers in the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ def _select(how: How, x: DTensor, request: Request) -> tuple[DTensor, Selection 
     local = local_of("x", x, piece)
     job = prepared(ways.library(local, told), local, here, partial(_check_size, how, told))
     if job.seed is not None:
-        told = told._replace(seed=job.seed, generator=None)
+        told = replace(told, seed=job.seed, generator=None)
     y, found = select.message_select(local, told, how)
     if found is not None:
         numbers, slots = (whole(each, piece, rows, tuple(each.shape[rows:])) for each in (found.numbers, found.slots))

@@ -14,7 +14,7 @@ from torch import Tensor
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.plan import check_prefix
 from msgdrop_numba.call.request import Job, Request
-from msgdrop_numba.call.rule import DropRule, rule_of
+from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.arguments import probabilities_on, rows_on, split_p_traced
 from msgdrop_numba.tensors.library import Tensors
@@ -27,7 +27,7 @@ class Outline(NamedTuple):
     """What of a plan operations need: sizes may be symbols here."""
 
     shape: tuple[int, ...]  # the message dims
-    rule: DropRule
+    rule: Rule
 
 
 class Told(NamedTuple):
@@ -46,12 +46,11 @@ class Traced(Tensors):
     check_seed = staticmethod(check_device_seed)
     seed = staticmethod(device_seed)
 
-    def plan(self, x: Tensor, kind: int, message_dims: Any, rule: tuple[Any, ...]) -> Outline:
-        checked = rule_of(rule)
-        return _outline(tuple(x.shape[: arguments.message_dims(x.shape, message_dims)]), checked)
+    def plan(self, x: Tensor, kind: int, message_dims: Any, rule: Rule) -> Outline:
+        return _outline(tuple(x.shape[: arguments.message_dims(x.shape, message_dims)]), rule)
 
-    def mask_plan(self, shape: tuple[int, ...], rule: tuple[Any, ...]) -> Outline:
-        return _outline(shape, rule_of(rule))
+    def mask_plan(self, shape: tuple[int, ...], rule: Rule) -> Outline:
+        return _outline(shape, rule)
 
     def draw(self, plan: Outline, p: Any, fill: Any, request: Request, device: torch.device) -> Told:
         shape = plan.shape
@@ -74,7 +73,7 @@ class Traced(Tensors):
 TRACED = Traced()
 
 
-def _outline(shape: tuple[int, ...], rule: DropRule) -> Outline:
+def _outline(shape: tuple[int, ...], rule: Rule) -> Outline:
     if is_eager():  # else sizes may be symbols, which a check would bind
         check_prefix(rule, shape[-1])
     return Outline(shape, rule)

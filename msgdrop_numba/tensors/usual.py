@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call.plan import follow, make_plan
+from msgdrop_numba.call.rule import DEFAULTS, Rule, cached_rule
 from msgdrop_numba.call.usual import Usual, usual
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.outputs import HUGE_BYTES
@@ -22,7 +23,7 @@ _LATEST = 4
 
 
 @lru_cache(maxsize=256, typed=True)
-def latest(scale: bool, message_dims: Any, *rule: Any) -> list[tuple[Any, Usual]]:
+def latest(scale: bool, message_dims: Any, *keywords: Any) -> list[tuple[Any, Usual]]:
     """What tells the tensors of the latest calls of one rule, and what these were done by; the last one first.
 
     Asked before `find`: a guard looks at shape, dtype and strides in a third of the time that it takes to name them.
@@ -30,16 +31,22 @@ def latest(scale: bool, message_dims: Any, *rule: Any) -> list[tuple[Any, Usual]
     return []
 
 
-def find(x: Tensor, scale: bool, message_dims: Any, *rule: Any) -> Usual | None:
+def find(x: Tensor, scale: bool, message_dims: Any, *keywords: Any) -> Usual | None:
     """What the usual call of an eager tensor is done by; None: it is another call.
 
     What the plan refuses is raised, and so is RuntimeError of a tensor without strides.
+
+    Args:
+        keywords: p and the keywords of a rule; or a Rule and their defaults.
     """
-    how = _usual(x.shape, x.dtype, None if x.is_contiguous() else x.stride(), scale, message_dims, *rule)
+    rule = cached_rule(*keywords)
+    if rule.p == 0:  # x itself comes back
+        return None
+    how = _usual(x.shape, x.dtype, None if x.is_contiguous() else x.stride(), scale, message_dims, rule)
     if how is None or not how.alike.address(x):
         return None
     now = [(check, how) for check in how.alike.checks[x.requires_grad] if check(x)]
-    before = latest(scale, message_dims, *rule)
+    before = latest(scale, message_dims, *keywords)
     before[:] = [*now[:1], *before[: _LATEST - 1]]
     return how
 
@@ -49,7 +56,7 @@ def find_as(how: Usual, x: Tensor) -> Usual | None:
     if how.alike.address(x):
         return how
     *_, kind, message_dims, rule = how.plan.arguments
-    return find(x, kind != COPY, message_dims, *rule) if x.layout is torch.strided else None
+    return find(x, kind != COPY, message_dims, rule, *DEFAULTS.values()) if x.layout is torch.strided else None
 
 
 @lru_cache(maxsize=1024, typed=True)
@@ -59,7 +66,7 @@ def _usual(
     strides: tuple[int, ...] | None,
     scale: bool,
     message_dims: Any,
-    *rule: Any,
+    rule: Rule,
 ) -> Usual | None:
     """None: the kernels can't do all of the call, or not best. Cached once more: what is asked here takes longer."""
     if isinstance(message_dims, tuple) or dtype.is_complex:  # which may be conjugated

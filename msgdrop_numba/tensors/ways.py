@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def explain(x: Tensor, request: Request) -> Answer:
         if x.device.type == "cuda" and torch.version.hip is None and not not_plain_because(x):
             return Answer(WITHOUT_KERNELS, reason)
         return Answer(ELSEWHERE if x.device.type not in ("cpu", "cuda") else IN_TRANSFORMS, reason)
-    plan = prepare(library(x, request), x, request._replace(seed=0)).plan
+    plan = prepare(library(x, request), x, replace(request, seed=0)).plan
     if not x.is_contiguous():
         strides = tuple(step * x.element_size() for step in x.stride())
         plan = follow(plan, strides, strides)

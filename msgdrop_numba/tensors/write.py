@@ -15,7 +15,7 @@ from torch import Tensor
 from msgdrop_numba import outputs
 from msgdrop_numba.call.plan import Draw, follow, kept_scales, make_plan
 from msgdrop_numba.call.request import Job
-from msgdrop_numba.call.rule import DEFAULTS
+from msgdrop_numba.call.rule import BERNOULLI
 from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import cuda, memory, operations
@@ -51,7 +51,7 @@ def _write_in_order(job: Job, x: Tensor, order: list[int]) -> Tensor:
     plan, draw, seed, target, _, _ = job
     keep = draw_mask(job).permute(order[: len(plan.shape)]).contiguous()
     turned = x.permute(order)
-    as_turned = make_plan(turned.shape, x.itemsize, COPY, len(plan.shape), (None, *DEFAULTS.values()))
+    as_turned = make_plan(turned.shape, x.itemsize, COPY, len(plan.shape), BERNOULLI)
     to = None if target is None else target.permute(order)
     y = write(Job(as_turned, Draw(draw.fill, given=True), seed, to, None, keep), turned)
     if to is not None:

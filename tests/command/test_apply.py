@@ -176,8 +176,8 @@ from msgdrop_numba.command import apply
 from msgdrop_numba.command import cli
 from msgdrop_numba.command import inputs
 from msgdrop_numba.command import shards
-from msgdrop_numba.call.rule import DEFAULTS
-settings = shards.Settings(0.5, 7, tuple(DEFAULTS.values()), None, None, None)
+from msgdrop_numba.call.rule import Rule
+settings = shards.Settings(0.5, 7, Rule(0.5), None, None, None)
 source, output = Path({str(source)!r}), Path({str(tmp_path / "out")!r})
 serial = lambda tasks: ((task, shards.run(task)) for task in tasks)
 apply.make(source, inputs.find(source, settings), output, settings, 1, serial, print)

@@ -268,12 +268,12 @@ def test_the_paths_that_info_names_are_those_taken(monkeypatch):
     from msgdrop_numba import functional, message_dropout
     from msgdrop_numba.call import ways
     from msgdrop_numba.call.request import Request
-    from msgdrop_numba.call.rule import DEFAULTS
+    from msgdrop_numba.call.rule import Rule
 
     def paths(x):
         """What runs for x, and what is said of it."""
         launched.clear()
-        told.append(functional.explain(x, Request(0.5, tuple(DEFAULTS.values()), seed=1)))
+        told.append(functional.explain(x, Request(Rule(0.5), seed=1)))
         message_dropout(x, 0.5, seed=1)
         drawn = "compiled mask" if launched else "tensor operations"
         runs.append("compiled kernel" if any(launch.out for launch in launched) else drawn)

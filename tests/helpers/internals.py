@@ -337,12 +337,8 @@ def when_a_block_is_wrapped(patch: pytest.MonkeyPatch, act: Callable[[], Any]) -
     """Call `act` in the middle of `outputs.lend`, as a finalizer or a signal handler may run there."""
     from msgdrop_numba import outputs
 
-    lend = outputs.lend
-
-    def lend_and_act(nbytes: int, wrap: Any = memoryview) -> Any:
-        return lend(nbytes, lambda block: (act(), wrap(block))[1])
-
-    patch.setattr(outputs, "lend", lend_and_act)
+    pool = outputs._pool
+    patch.setattr(outputs, "_pool", lambda nbytes: (act(), pool(nbytes))[1])
 
 
 # ---- the command

@@ -9,7 +9,7 @@ import naive
 import numpy as np
 from click.testing import CliRunner
 
-from msgdrop_numba.call.rule import DEFAULTS
+from msgdrop_numba.call.rule import DEFAULTS, ArrayRule, Rule
 from msgdrop_numba.command import apply, inputs, journal, shards
 from msgdrop_numba.command.cli import main
 
@@ -22,7 +22,8 @@ def serial(tasks):
 
 
 def settings(p=0.5, seed=7, columns=None, key=None, ids=None, **told):
-    rule = tuple({name: told.pop(name, default) for name, default in DEFAULTS.items()}.values())
+    keywords = {name: told.pop(name, default) for name, default in DEFAULTS.items()}
+    rule = ArrayRule(None, **keywords) if isinstance(p, str) else Rule(p, **keywords)
     return shards.Settings(p, seed, rule, columns, key, ids, **told)
 
 

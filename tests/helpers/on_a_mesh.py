@@ -17,7 +17,7 @@ from helpers.on_meshes import FEATURES, SEED, data, here, same
 from helpers.world import RANKS, Report
 from msgdrop_numba import MessageDropout, MessageSelect, MessageSubset, message_dropout, message_select
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import DEFAULTS
+from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.functional import explain
 from msgdrop_numba.tensors.pieces import agreed
 
@@ -232,7 +232,7 @@ def layers(report: Report) -> None:
     want.backward(torch.ones(SHAPE))
     report.expect("a layer", same(y, want.detach(), placed) and got.equal(fill.grad) and layer.eval()(x) is x)
     for options, reason in (({}, ""), ({"exact": True}, "lie on several ranks")):
-        request = Request(0.5, tuple({**DEFAULTS, **options}.values()))
+        request = Request(Rule(0.5, **options))
         answer = explain(here(whole, mesh, [Shard(0), Shard(1)]), request)
         report.expect(f"explained {answer}", answer.way.array == "DTensor" and reason in answer.reason)
 

@@ -70,7 +70,7 @@ class Kernels:
             keys = np.empty(rows, np.uint64)
             rules.fold_rows(draw.keys, inner, 0, rows, keys.ctypes.data)
             arguments["keys"] = keys.ctypes.data
-        if plan.limited and not draw.given:
+        if plan.count_limited and not draw.given:
             view(limits, 2 * rows, np.int64)[:] = -1  # memory that is there
         bits = int(view(seed, 1, np.int64)[0])
         addresses = record.ctypes.data, arguments.ctypes.data

@@ -20,7 +20,7 @@ from helpers.vectors import MASKS, arguments, probability
 
 from msgdrop_numba.call import plan as plans
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import DEFAULTS
+from msgdrop_numba.call.rule import DEFAULTS, ArrayRule, Rule
 from msgdrop_numba.kernels import records
 from msgdrop_numba.kernels.records import Addresses
 
@@ -100,20 +100,21 @@ class Call:
         kind = KINDS[dtype] if scale else records.COPY
         like = np.empty((self.rows, self.size, 1), np.uint8) if x is None else x
         target = like if out is None else out
-        rule = tuple(self.options.get(name, default) for name, default in DEFAULTS.items())
-        plan = plans.make_plan(like.shape, like.itemsize, kind, 2, (number, *rule), like.strides, target.strides)
+        keywords = {name: self.options.get(name, default) for name, default in DEFAULTS.items()}
+        rule = Rule(number, **keywords) if array is None else ArrayRule(None, **keywords)
+        plan = plans.make_plan(like.shape, like.itemsize, kind, 2, rule, like.strides, target.strides)
         assert plan.followed
         told = {name: value for name, value in self.options.items() if name not in DEFAULTS}
         if "lengths" in told:
             told["lengths"] = told["lengths"].ravel()
-        draw = plans.row_arguments(plan, array, fill, Request(self.p, rule, scale, **told))
+        draw = plans.row_arguments(plan, array, fill, Request(rule, array, scale, **told))
         inner = 0
         if self.keys is not None:
             draw = plans.Draw(fill, draw.lengths, self.keys, draw.thresholds, draw.scales, places=draw.places)
             inner = self.rows // self.keys.size if self.keys.ndim < len(self.shape) - 1 else 0
         mask = np.full(self.shape, 7, np.uint8) if given is None else given.astype(np.uint8)
         seed, limits = np.array([self.seed], np.uint64), np.empty((self.rows, 2), np.int64)
-        limited = plan.numbers.limited and given is None
+        limited = plan.numbers.count_limited and given is None
         addresses = Addresses(
             0 if x is None else x.ctypes.data, 0 if out is None else out.ctypes.data, mask.ctypes.data,
             0 if given is not None and not isinstance(number, tuple) else seed.ctypes.data, limits.ctypes.data if limited else 0,
@@ -314,7 +315,7 @@ def test_alignment_and_missing_memory():
     with pytest.raises(ValueError, match="off by 2"):
         cuda_launch.piece_size(records.FLOAT32, 6)
     plan, nowhere = (
-        plans.make_plan((1, 4, 1), 1, records.COPY, 2, (0.5, True, 1, 0, 0)).numbers,
+        plans.make_plan((1, 4, 1), 1, records.COPY, 2, Rule(0.5, exact=True)).numbers,
         Addresses(0, 0, 1, 1, 0),
     )
     with pytest.raises(ValueError, match="limits"):

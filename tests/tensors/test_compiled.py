@@ -16,7 +16,7 @@ from torch._dynamo.testing import EagerAndRecordGraphs
 
 from msgdrop_numba import MessageDropout, keep_mask, message_dropout
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import DropRule
+from msgdrop_numba.call.rule import ArrayRule, Rule
 from msgdrop_numba.tensors import operations as tensor
 from msgdrop_numba.tensors.arguments import rows_on
 
@@ -24,7 +24,7 @@ from msgdrop_numba.tensors.arguments import rows_on
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_operations_are_right(compiled, dynamic):
     """Inductor compiles a naive 64-bit Philox wrongly for some seeds: compare many, on more than 12 rows."""
-    rule = DropRule(0.5)
+    rule = Rule(0.5)
     f = compiled(
         lambda x, seed, keys: tensor.keep_mask((x.shape[0], x.shape[1]), rule, seed, tensor.Rows(None, keys), None),
         dynamic=dynamic,
@@ -82,13 +82,13 @@ def test_compiled_operations_on_vectors(compiled, vector, dynamic):
     rule = {name: given[name] for name in ("exact", "span", "min_keep", "prefix") if name in given}
     p = probability(vector)
     array = tensor.thresholds(torch.from_numpy(p)) if isinstance(p, np.ndarray) else None
-    dropping = DropRule(None if array is not None else p, **rule)
+    dropping = Rule(p, **rule) if array is None else ArrayRule(None, **rule)
     f = compiled(
         lambda x, seed, rows: tensor.keep_mask((x.shape[0], x.shape[1]), dropping, seed, rows, array),
         dynamic=dynamic,
     )
     seed = torch.tensor(given["seed"] - 2**64 if given["seed"] >= 2**63 else given["seed"])
-    told = Request(p, (), **{name: given.get(name) for name in ("lengths", "keys", "protect", "positions")})
+    told = Request(dropping, **{name: given.get(name) for name in ("lengths", "keys", "protect", "positions")})
     rows = rows_on(told, tuple(vector["shape"]), torch.device("cpu"))
     assert np.array_equal(f(torch.empty(vector["shape"]), seed, rows), expected(vector))
 

@@ -9,7 +9,7 @@ from helpers.vectors import MASKS, arguments, expected, probability
 
 from msgdrop_numba import keep_mask
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import DropRule
+from msgdrop_numba.call.rule import ArrayRule, Rule
 from msgdrop_numba.tensors import operations as tensor
 from msgdrop_numba.tensors.arguments import rows_on
 
@@ -17,13 +17,14 @@ from msgdrop_numba.tensors.arguments import rows_on
 def tensor_mask(vector: dict) -> torch.Tensor:
     given, shape, p = arguments(vector), tuple(vector["shape"]), probability(vector)
     seed = given.pop("seed")
-    told = Request(p, (), **{name: given.pop(name, None) for name in ("lengths", "keys", "protect", "positions")})
+    own = {name: given.pop(name, None) for name in ("lengths", "keys", "protect", "positions")}
     array = tensor.thresholds(torch.from_numpy(p)) if isinstance(p, np.ndarray) else None
+    rule = Rule(p, **given) if array is None else ArrayRule(None, **given)
     return tensor.keep_mask(
         shape,
-        DropRule(None if array is not None else p, **given),
+        rule,
         torch.tensor(seed - 2**64 if seed >= 2**63 else seed),
-        rows_on(told, shape, torch.device("cpu")),
+        rows_on(Request(rule, **own), shape, torch.device("cpu")),
         array,
     )
 
@@ -37,5 +38,5 @@ def test_vectors(vector):
 @pytest.mark.parametrize("span", [2**31, 2**34])
 def test_huge_spans(span):
     for seed in range(8):
-        got = tensor.keep_mask((3, 50), DropRule(0.5, span=span), torch.tensor(seed), tensor.Rows(), None)
+        got = tensor.keep_mask((3, 50), Rule(0.5, span=span), torch.tensor(seed), tensor.Rows(), None)
         assert np.array_equal(got, keep_mask((3, 50), 0.5, span=span, seed=seed))

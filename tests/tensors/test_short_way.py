@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,12 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from msgdrop_numba import MessageDropout, keep_mask, message_dropout
 from msgdrop_numba import torch_private as torch_state
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import DEFAULTS
+from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.kernels.cpu import drop_range
 from msgdrop_numba.tensors import ways
 from msgdrop_numba.tensors.traced import TRACED
 
-REQUEST = Request(0.5, tuple(DEFAULTS.values()))
+REQUEST = Request(Rule(0.5))
 USUAL = [
     {},
     {"scale": True},
@@ -206,7 +207,7 @@ def test_tensors_that_only_look_plain():
     for x in kept:
         assert x.is_complex() or torch_state.dense_address(x) == alike.known(x) == alike.address(x) == 0
         assert torch_state.is_plain(x) == (torch_state.not_plain_because(x) == "")
-        for request in (REQUEST, REQUEST._replace(keys=x), REQUEST._replace(fill=kept[0], lengths=torch.ones(2))):
+        for request in (REQUEST, replace(REQUEST, keys=x), replace(REQUEST, fill=kept[0], lengths=torch.ones(2))):
             for tensor in (x, torch.randn(4, 6, 3)):
                 assert (ways.library(tensor, request) is TRACED) == (ways.why_not_kernels(tensor, request) != "")
     assert torch_state.dense_address(torch.randn(4, 6, 3).to_mkldnn()) == 0
