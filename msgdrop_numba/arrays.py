@@ -218,8 +218,7 @@ def short(
     if target is None:
         target = outputs.array(x.shape, x.dtype)
         to = address(target)
-    drawn = how.drop(how.told, at_lengths, at_keys, 0, seed, start, to, *team(how.nbytes))
-    return target if drawn >= 0 else None
+    return target if how.drop(how.told, at_lengths, at_keys, seed, start, to, *team(how.nbytes)) else None
 
 
 def _target(x: np.ndarray, start: int, how: Usual, inplace: Any, out: Any) -> tuple[Any, int]:

@@ -119,7 +119,8 @@ def message_dropout(
         p: probability that a message is **dropped**, in [0, 1]; or a range, a tuple `(lo, hi)` with lo <= hi, of which
             each row draws its own; or an array that broadcasts to the message dims from the right: one a position, one
             a message, `(N, N)` where the message dims are `(B, N, N)`. `exact` takes no array; for tensors on other
-            devices, in transforms and in traced code it needs a Python number or range.
+            devices, in transforms and in traced code it needs a Python number or range. Or a `Rule`, which holds p and
+            the keywords `exact`, `span`, `min_keep` and `prefix`; these must not be given beside it.
         training: True or False; with False (or p = 0) x itself comes back, unchanged.
         inplace: write into x, only what is dropped (and, scaled, what is kept).
         scale: multiply kept messages by 1/(1-p), or by n/(n-d) if exactly d of n drop; floating and complex dtypes,
@@ -271,7 +272,7 @@ def keep_mask(
 
     Args:
         shape: the message dims, e.g. `(batch, sequence)`; the last is the position in a row.
-        p: probability that a message is dropped, 0.5 by default, a range or an array of them, as for
+        p: probability that a message is dropped, 0.5 by default, a range or an array of them, or a `Rule`, as for
             `message_dropout`.
         exact, span, min_keep, prefix, lengths, seed, keys, protect, positions: as for `message_dropout`.
         device: a torch device: the mask is a tensor there. None: a NumPy array.

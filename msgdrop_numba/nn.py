@@ -91,8 +91,8 @@ class MessageDropout(Layer):
     its scales come from, too), and no copy of the data.
 
     Args:
-        p: probability that a message is **dropped**, in [0, 1]; a range `(lo, hi)`, of which each row draws its own; or
-            an array or tensor of them, one a position.
+        p: probability that a message is **dropped**, in [0, 1]; a range `(lo, hi)`, of which each row draws its own; an
+            array or tensor of them, one a position; or a `Rule`, which holds `exact` to `prefix` too.
         inplace: write into the input.
         scale, exact, span, min_keep, prefix: as for `message_dropout`.
         fill: what a dropped message becomes: a number, or a tensor over the features, an `nn.Parameter` to learn it.
@@ -195,8 +195,8 @@ class MessageSelect(Layer):
     `vit.patch_drop = MessageSelect(0.5, exact=True, prefix=vit.num_prefix_tokens, return_kept=False)`.
 
     Args:
-        p: probability that a message is **removed**, in [0, 1]; a range `(lo, hi)`, of which each row draws its own; or
-            an array or tensor of them, one a position.
+        p: probability that a message is **removed**, in [0, 1]; a range `(lo, hi)`, of which each row draws its own; an
+            array or tensor of them, one a position; or a `Rule`, which holds `exact` to `prefix` too.
         scale, exact, span, min_keep, prefix, message_dims, layout, capacity: as for `message_select`.
         per_rank: as for `MessageDropout`.
         return_kept: whether `(y, kept)` comes back, or y alone. "indices", with `exact`, for where timm has

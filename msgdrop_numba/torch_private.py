@@ -18,8 +18,6 @@ All of them are in torch 2.9 and 2.13, the oldest and the newest that are tested
     Tell whether the graph being traced has a backward. Without: one that has none can't be compiled at a budget of 0.
 `_C._cuda_getCurrentRawStream`
     1 us a launch. Without: `torch.cuda.current_stream`.
-`aoti_torch_cpu_randint_low_out` and what it needs, of torch's stable interface for C (`aoti_torch/c/shim.h`)
-    Lets compiled code draw a seed: 4 us of a small call. Without it: `Tensor.random_`.
 `_C._increment_version`
     0.3 us a call in place. Without: `torch.autograd.graph.increment_version`.
 `autograd.Function._backward_cls`
@@ -36,7 +34,6 @@ The base's `apply` of an `autograd.Function`
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -338,33 +335,6 @@ def quick_apply(function: type[torch.autograd.Function]) -> Any:
 
 
 increment_versions: Any = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
-
-
-class SeedTensor:
-    """A tensor of one int64 that C draws seeds into, from the CPU's default generator.
-
-    Attributes:
-        draw: the address of a function, (tensor, low, high, shape, dims); 0: there is none.
-        tensor: what it takes for this one. address: where its element lies.
-    """
-
-    def __init__(self) -> None:
-        self.draw, tensor, address, one = 0, ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int64(1)
-        try:
-            c = ctypes.CDLL(torch._C.__file__)  # looks into the libraries that it needs, too
-            self._delete, draw = c.aoti_torch_delete_tensor_object, c.aoti_torch_cpu_randint_low_out
-            self._delete.argtypes = (ctypes.c_void_p,)
-            dtype, device = c.aoti_torch_dtype_int64(), c.aoti_torch_device_type_cpu()
-            told = one, ctypes.byref(one), ctypes.byref(one), dtype, device, 0, ctypes.byref(tensor)
-            if not (c.aoti_torch_empty_strided(*told) or c.aoti_torch_get_data_ptr(tensor, ctypes.byref(address))):
-                self.draw = ctypes.cast(draw, ctypes.c_void_p).value or 0
-        except (OSError, AttributeError):
-            pass
-        self.tensor, self.address = tensor.value or 0, address.value or 0
-
-    def __del__(self) -> None:
-        if self.tensor:
-            self._delete(self.tensor)
 
 
 def shared_storage(nbytes: int) -> Any:

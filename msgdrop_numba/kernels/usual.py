@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from msgdrop_numba.kernels._jit import inner_jit, jit
@@ -21,74 +19,55 @@ USUAL = np.dtype(
         ("rule", np.int64),  # as for `drop_range`
     ]
 )
-# How compiled code draws a seed.
-SOURCE = np.dtype(
-    [
-        ("draw", np.int64),  # a function of C, (tensor, low, high, shape, dims), that draws from low to high - 1
-        ("tensor", np.int64),  # what it writes to
-        ("seed", np.int64),  # where that one's only element lies
-        ("count", np.int64),  # how many seeds may be drawn
-        ("length", np.int64),  # of the tensor, 1
-    ]
-)
 ROWS = 1024  # so many may bring lengths and keys
-LENGTH, BYTES = 8 * (SOURCE.names or ()).index("length"), DRAW.itemsize  # where the length stands; bytes in a DRAW
+BYTES = DRAW.itemsize
 MEMORY = BYTES + 16 * ROWS
 
 
+@jit
+def lengths_fit(lengths: int, rows: int, size: int) -> bool:
+    """True if all int64 at the address, one a row, are from 0 to `size`."""
+    fit = True
+    for length in view(lengths, rows, np.int64):
+        fit &= 0 <= length <= size
+    return fit
+
+
 @inner_jit
-def _laid(draw_address: int, lengths: int, keys: int, rows: int, size: int) -> bool:
-    """Make a DRAW of lengths and keys, with copies of them behind it; whether all lengths are from 0 to `size`."""
+def _make_draw(draw_address: int, lengths: int, keys: int, rows: int, size: int) -> bool:
+    """Make a DRAW of lengths and keys, with copies of them behind it. False if the lengths don't fit."""
     zero_bytes(draw_address, BYTES)
-    draw, behind, right = view(draw_address, 1, DRAW)[0], draw_address + BYTES, True
+    draw, behind, fit = view(draw_address, 1, DRAW)[0], draw_address + BYTES, True
     if lengths:
         copy_bytes(behind, lengths, 8 * rows)
-        for length in view(behind, rows, np.int64):
-            right &= 0 <= length <= size
+        fit = lengths_fit(behind, rows, size)
         draw["lengths"] = behind
         behind += 8 * rows
     if keys:
         copy_bytes(behind, keys, 8 * rows)
         draw["keys"] = behind
-    return right
-
-
-@inner_jit
-def _drawn(address: int) -> Any:
-    """A seed, from the SOURCE at the address; negative: none could be drawn."""
-    source = view(address, 1, SOURCE)[0]
-    seed = view(source["seed"], 1, np.int64)
-    seed[0] = -1
-    call(source["draw"], source["tensor"], 0, source["count"], address + LENGTH, 1)
-    return seed[0]
+    return fit
 
 
 @jit
-def drop_usual(
-    usual: int, lengths: int, keys: int, source: int, seed: int, x: int, out: int, parallel: int, parts: int
-) -> int:
-    """Drop among all messages, by the USUAL at that address. Returns the seed that it drew; negative: nothing is done.
+def drop_usual(usual: int, lengths: int, keys: int, seed: int, x: int, out: int, parallel: int, parts: int) -> bool:
+    """Drop among all messages, by the USUAL at that address. False if lengths are out of range: nothing is written.
 
     Args:
         lengths, keys: addresses of int64, one a row, read before anything is written; 0: there are none.
-        source: of a SOURCE, to draw the seed from; 0: `seed` is it.
         x, out: addresses.
         parallel: the address of `drop_parallel`, to do it in so many `parts`; 0: this thread does it.
     """
-    told = view(usual, 1, USUAL)[0]
-    draw, memory = told["draw"], stack(MEMORY)
+    call_plan = view(usual, 1, USUAL)[0]
+    draw, memory = call_plan["draw"], stack(MEMORY)
+    messages, size = call_plan["messages"], call_plan["size"]
     if lengths or keys:
         draw = memory
-        if not _laid(draw, lengths, keys, told["messages"] // told["size"], told["size"]):
-            return -1
-    drawn = 0
-    if source:
-        seed = drawn = _drawn(source)
-        if drawn < 0:
-            return -1
-    kernel, messages, plan, rule = told["kernel"], told["messages"], told["plan"], told["rule"]
+        if not _make_draw(draw, lengths, keys, messages // size, size):
+            return False
+    kernel, plan, rule = call_plan["kernel"], call_plan["plan"], call_plan["rule"]
     if parallel:
         call(parallel, kernel, messages, plan, draw, x, out, 0, seed, rule, parts)
     else:
         call(kernel, 0, messages, plan, draw, x, out, 0, seed, rule)
-    return drawn
+    return True

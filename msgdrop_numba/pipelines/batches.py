@@ -31,7 +31,7 @@ class MessageDropoutBatch:
     Args:
         p: probability that a message is **dropped**; a number, or a range, a tuple `(lo, hi)`, of which each row draws
             its own, or an array with one for each position, or the name of a column with one number a row. `exact`
-            takes no array and no column.
+            takes no array and no column. Or a `Rule`, which holds `exact` to `prefix` too.
         columns: name or names of the columns that hold messages. They share one mask: as many messages in each row.
         key: name of the column of sample ids, integers or strings (bytes and UUIDs too). Needed: a position in a
             block is no id. Rows with equal ids get equal masks. Floats, bools and nulls are refused (a null among

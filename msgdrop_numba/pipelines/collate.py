@@ -56,7 +56,7 @@ class MessageDropoutCollate:
         p: probability that a message is **dropped**, in [0, 1]; or a range, a tuple `(lo, hi)`, of which each sample
             draws its own; or an array, one a position, for at least as many positions as the longest sample has; or
             where each sample's own p is, a number in it: a field's name, a path with a name in it, or a function of the
-            (bare) sample. `exact` takes no array and no samples' own.
+            (bare) sample. `exact` takes no array and no samples' own. Or a `Rule`, which holds `exact` to `prefix` too.
         fields: index, name or list of them: where messages are dropped; all of them drop the same ones. A tuple is a
             path into nested samples, `("inputs", "audio")`. None: the sample itself where it is an array, its first
             element where it is a tuple or list. A dict sample must name them. For fields with masks of their own, a

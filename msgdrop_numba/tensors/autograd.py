@@ -18,7 +18,6 @@ from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.memory import dense
 from msgdrop_numba.tensors.operator import kernel_mask, opaque_seed
-from msgdrop_numba.tensors.seeds import fresh_seed
 from msgdrop_numba.tensors.usual import find_as
 from msgdrop_numba.tensors.write import draw_mask, where, write
 from msgdrop_numba.torch_private import is_plain, is_plain_cuda, is_watched, quick_apply
@@ -62,24 +61,21 @@ class _DropUsual(torch.autograd.Function):
     """The same of the usual call, see `call.usual`: what plan and seed alone decide."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, told: tuple[Usual, int, int, int]) -> Tensor:
-        how, source, seed, start = told
+    def forward(ctx: Any, x: Tensor, call: tuple[Usual, int, int]) -> Tensor:
+        how, seed, start = call
         result = dense(x, how.nbytes, how.strides)
-        drawn = how.drop(how.told, 0, 0, source, seed, start, result.data_ptr(), *team(how.nbytes))
-        if drawn < 0:  # compiled code couldn't draw
-            source, seed = 0, fresh_seed(None)
-            how.drop(how.told, 0, 0, source, seed, start, result.data_ptr(), *team(how.nbytes))
-        ctx.told = how, drawn if source else seed
+        how.drop(how.told, 0, 0, seed, start, result.data_ptr(), *team(how.nbytes))
+        ctx.again = how, seed
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        how, seed = ctx.told
+        how, seed = ctx.again
         if not (grad.requires_grad and torch.is_grad_enabled()) and not is_watched():
             here = how if how.alike.known(grad) else find_as(how, grad)  # it may lie otherwise than x
             if here is not None:
                 result = dense(grad, here.nbytes, here.strides)
-                here.drop(here.told, 0, 0, 0, seed, grad.data_ptr(), result.data_ptr(), *team(here.nbytes))
+                here.drop(here.told, 0, 0, seed, grad.data_ptr(), result.data_ptr(), *team(here.nbytes))
                 return result, None
         grad = grad.to_dense() if grad.layout != torch.strided else grad
         return _dropped(grad, Job(how.in_order, PLAIN, seed % 2**64)), None
@@ -110,7 +106,7 @@ def _scales_again(plan: Plan, draw: Draw) -> Draw:
 
 # What autograd runs for a tensor, its fill or None, and a job whose target is None or the tensor itself.
 run_job: Any = quick_apply(_DropMessages)
-# For a tensor and a tuple: its Usual, a source, a seed where that is 0, and where the tensor lies.
+# For a tensor and a tuple: its Usual, a seed, and the tensor's address.
 run_usual: Any = quick_apply(_DropUsual)
 
 

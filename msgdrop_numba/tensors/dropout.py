@@ -11,11 +11,12 @@ from msgdrop_numba.call.request import Request, perform, prepare_mask, turned
 from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.call.threads import team
 from msgdrop_numba.call.usual import Usual, row_address, seed_bits
+from msgdrop_numba.kernels.usual import lengths_fit
 from msgdrop_numba.tensors import nested, traced, ways
 from msgdrop_numba.tensors.arguments import check_device
 from msgdrop_numba.tensors.autograd import run_usual
 from msgdrop_numba.tensors.memory import dense
-from msgdrop_numba.tensors.seeds import drawing, fresh_seed
+from msgdrop_numba.tensors.seeds import fresh_seed
 from msgdrop_numba.tensors.usual import find, latest
 from msgdrop_numba.tensors.write import draw_mask
 from msgdrop_numba.torch_private import dense_address, increment_versions, is_watched
@@ -47,7 +48,7 @@ def short(
         target, to = _target(x, start, how, inplace, out)
         if not to or tracked:
             return None
-    at_lengths = at_keys = source = 0
+    at_lengths = at_keys = 0
     if lengths is not None or keys is not None:
         at_lengths = 0 if lengths is None else _row_address(lengths, how.rows)
         at_keys = 0 if keys is None else _row_address(keys, how.rows)
@@ -57,19 +58,17 @@ def short(
         seed = seed_bits(seed)
         if seed is None:
             return None
-    elif drawing.source:
-        source, seed = drawing.source, 0
-    elif lengths is None:  # they are checked before a seed is drawn
-        seed = fresh_seed(None)
-    else:
+    elif at_lengths and not lengths_fit(at_lengths, how.plan.messages // how.plan.size, how.plan.size):
         return None
+    else:
+        seed = fresh_seed(None)
     if tracked:
-        return run_usual(x, (how, source, seed, start))  # type: ignore[no-any-return]
+        return run_usual(x, (how, seed, start))  # type: ignore[no-any-return]
     result = target
     if target is None:
         result = dense(x, how.nbytes, how.strides)
         to = result.data_ptr()
-    if how.drop(how.told, at_lengths, at_keys, source, seed, start, to, *team(how.nbytes)) < 0:
+    if not how.drop(how.told, at_lengths, at_keys, seed, start, to, *team(how.nbytes)):
         return None
     if target is not None:
         increment_versions((target,))  # torch can't see a write through a pointer

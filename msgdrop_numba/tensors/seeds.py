@@ -7,18 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import config
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 
 from msgdrop_numba.call import arguments
-from msgdrop_numba.call.arguments import address
 from msgdrop_numba.kernels import philox
-from msgdrop_numba.kernels.usual import SOURCE
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.operator import SEED_COUNT, drawn_seed, folded_seed, opaque_seed
 from msgdrop_numba.tensors.placement import check_generator, move
-from msgdrop_numba.torch_private import SeedTensor, in_transform, is_exporting
+from msgdrop_numba.torch_private import in_transform, is_exporting
 
 
 class PerRank(NamedTuple):
@@ -31,35 +28,30 @@ class PerRank(NamedTuple):
     group: Any
 
 
-class _Drawing(threading.local):
-    """How seeds are drawn, each thread for itself: one tensor for all would be a race.
+class _Buffer(threading.local):
+    """What seeds are drawn into, each thread for itself: one tensor for all would be a race.
 
     Attributes:
         place: what draws into a tensor, and its memory.
-        source: the address of a SOURCE, from which compiled code draws; 0: it can't.
     """
+
+    place: tuple[Any, memoryview]
 
     def __getattr__(self, name: str) -> Any:
         # Made at a thread's first draw, which is eager; an import may happen where all new tensors are fake ones.
         with torch.inference_mode(False):
-            if name == "place":
-                drawn = torch.empty(1, dtype=torch.int64, device="cpu")
-                memory: Any = drawn.numpy()
-                self.place = drawn.random_, memoryview(memory)
-            elif name == "source":
-                self._tensor = SeedTensor()
-                told = self._tensor.draw, self._tensor.tensor, self._tensor.address, SEED_COUNT, 1
-                self._record = np.array([told], SOURCE)
-                self.source = address(self._record) if self._tensor.draw and not config.DISABLE_JIT else 0  # type: ignore[attr-defined]
+            drawn = torch.empty(1, dtype=torch.int64, device="cpu")
+        memory: Any = drawn.numpy()
+        self.place = drawn.random_, memoryview(memory)
         return super().__getattribute__(name)
 
 
-drawing = _Drawing()
+_buffer = _Buffer()
 
 
 def fresh_seed(generator: Any) -> int:
     """A seed of 63 bits from `generator`, or from torch's default generator of the CPU."""
-    draw, drawn = drawing.place
+    draw, drawn = _buffer.place
     if generator is None:
         draw(SEED_COUNT)
     else:

@@ -140,17 +140,13 @@ def no_short_way(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(functional, "_short", {})
 
 
-def torch_without(patch: pytest.MonkeyPatch, *names: str) -> None:
-    """A torch without what compiled code draws seeds by ("draw"), or what is asked of a batch at once ("guards")."""
+def torch_without_guards(patch: pytest.MonkeyPatch) -> None:
+    """A torch without TensorGuards."""
     from msgdrop_numba import torch_private
-    from msgdrop_numba.tensors import seeds
 
-    if "draw" in names:
-        patch.setattr(seeds.drawing, "source", 0)
-    if "guards" in names:
-        patch.setattr(torch_private, "_TensorGuards", None)
-        patch.setattr(torch_private, "_guards", {})
-        reset_plans()  # those of usual calls hold guards, too
+    patch.setattr(torch_private, "_TensorGuards", None)
+    patch.setattr(torch_private, "_guards", {})
+    reset_plans()  # those of usual calls hold guards, too
 
 
 def no_plain_edges(patch: pytest.MonkeyPatch) -> None:

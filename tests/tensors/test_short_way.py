@@ -175,18 +175,29 @@ def test_targets_that_must_be_looked_at(make):
 
 
 @pytest.mark.parametrize("size", [3, 30_000], ids="{} features".format)
-def test_seeds_are_the_same_however_they_are_drawn(size, monkeypatch):
+def test_seeds_are_drawn_as_torch_draws(size):
     x = torch.ones(4, 6, size, requires_grad=True)
-    seen = []
-    for without in ((), ("draw",)):
-        internals.torch_without(monkeypatch, *without)
-        torch.manual_seed(7)
-        ys = [message_dropout(x.detach(), 0.4), message_dropout(x, 0.4)]
-        ys += torch.autograd.grad(ys[1], x, torch.ones_like(x))
-        seen.append([*ys, message_dropout(x.detach(), 0.4, inplace=False, out=torch.empty_like(x)), torch.rand(3)])
-    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
-    assert torch.equal(seen[0][1], seen[0][2])
-    assert not torch.equal(seen[0][0], seen[0][1])
+    torch.manual_seed(7)
+    seeds = [int(torch.randint(0, 2**63 - 1, ())) for _ in range(3)]
+    rest = torch.rand(3)
+    torch.manual_seed(7)
+    ys = [
+        message_dropout(x.detach(), 0.4),
+        message_dropout(x, 0.4),
+        message_dropout(x.detach(), 0.4, out=torch.empty_like(x)),
+    ]
+    assert torch.equal(torch.rand(3), rest)
+    for y, seed in zip(ys, seeds, strict=True):
+        assert torch.equal(y, message_dropout(x.detach(), 0.4, seed=seed))
+    assert torch.equal(torch.autograd.grad(ys[1], x, torch.ones_like(x))[0], ys[1])
+
+
+def test_lengths_are_checked_before_a_seed_is_drawn():
+    state = torch.get_rng_state()
+    for wrong in ([3, -1], [7, 2]):
+        with pytest.raises(ValueError, match="lengths must be from 0 to 6"):
+            message_dropout(torch.ones(2, 6, 3), 0.4, lengths=torch.tensor(wrong))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_more_rows_than_the_short_way_takes():
@@ -314,7 +325,7 @@ def test_targets_that_only_look_like_it():
 
 
 def test_what_is_like_a_tensor_without_guards(monkeypatch):
-    internals.torch_without(monkeypatch, "guards")
+    internals.torch_without_guards(monkeypatch)
     x, out = torch.randn(4, 6, 3), torch.empty(4, 6, 3)
     assert known(x).known(x) == 0
     assert torch.equal(message_dropout(x, seed=1), message_dropout(x, seed=1, out=out))
