@@ -33,7 +33,7 @@ class Layer(torch.nn.Module):
     prefix, per_rank = 0, False  # of layers that were pickled before there were such
     _shown: ClassVar[dict[str, Any]]  # what is printed where it isn't this
 
-    def _set_rule(
+    def _set_options(
         self, p: Any, exact: Any, span: Any, min_keep: Any, prefix: Any, message_dims: Any, per_rank: Any
     ) -> None:
         rule, array = split_rule(p, exact, span, min_keep, prefix)
@@ -47,12 +47,13 @@ class Layer(torch.nn.Module):
     def _request(self, x: Tensor, seed: Any, **own: Any) -> Request:
         """The request of a call that removes."""
         rule, array = read_rule(self._p(x), self.exact, self.span, self.min_keep, self.prefix)
-        generator = self._generator(seed)
+        generator = self._generator(x, seed)
         return Request(rule, array, training=self.training, seed=seed, generator=generator, **own)
 
-    def _generator(self, seed: Any) -> Any:
-        """The source of a seed that isn't given; None: torch's default generator."""
-        return None if self.per_rank is False or seed is not None else PerRank(self.per_rank)
+    def _generator(self, x: Any, seed: Any) -> Any:
+        """A PerRank if the layer has per_rank and x, a tensor, gets no seed; else None."""
+        needs_rank = self.per_rank is not False and seed is None and isinstance(x, Tensor)
+        return PerRank(self.per_rank) if needs_rank else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """With the same group of processes, which can't be copied."""
@@ -142,7 +143,7 @@ class MessageDropout(Layer):
         per_rank: Any = False,
     ) -> None:
         super().__init__()
-        self._set_rule(p, exact, span, min_keep, prefix, message_dims, per_rank)
+        self._set_options(p, exact, span, min_keep, prefix, message_dims, per_rank)
         self.inplace, self.scale = inplace, scale
         if isinstance(fill, Tensor) and not isinstance(fill, torch.nn.Parameter):
             self.register_buffer("fill", fill)
@@ -180,7 +181,7 @@ class MessageDropout(Layer):
         return message_dropout(
             x, p, self.training, self.inplace, scale=self.scale, exact=self.exact, span=self.span,
             min_keep=self.min_keep, prefix=self.prefix, lengths=lengths, fill=fill, message_dims=self.message_dims,
-            seed=seed, keys=keys, protect=protect, positions=positions, generator=self._generator(seed),
+            seed=seed, keys=keys, protect=protect, positions=positions, generator=self._generator(x, seed),
             return_mask=return_mask,
         )  # fmt: skip
 
@@ -242,7 +243,7 @@ class MessageSelect(Layer):
         return_kept: Any = True,
     ) -> None:
         super().__init__()
-        self._set_rule(p, exact, span, min_keep, prefix, message_dims, per_rank)
+        self._set_options(p, exact, span, min_keep, prefix, message_dims, per_rank)
         if return_kept not in (True, False, "indices"):
             raise ValueError(f"return_kept must be True, False or 'indices', but got {return_kept!r}")
         if return_kept == "indices":

@@ -2,7 +2,8 @@
 
 A block is a private anonymous mapping of ours. `lend` wraps it in a buffer object that NumPy and torch keep alive as
 long as anything can reach the memory: a view, an array, a storage, a tensor saved for backward. When they free the
-buffer, and only then, the block waits to be lent again. Nobody guesses from use counts whether memory is free.
+buffer, and only then, the block waits to be lent again. Use counts couldn't tell this: another thread may share a
+storage between two looks at them.
 Measured in benchmarks/README.md, "In the cache" and "By size"; what it costs users is in LIMITS.md.
 """
 
@@ -36,22 +37,27 @@ class _Loan(weakref.ref):  # type: ignore[type-arg]
     """A reference to a buffer that is lent; its callback takes the block back."""
 
     __slots__ = ()
-    __eq__ = object.__eq__  # a buffer has no hash, and is gone when its loan is looked up
+    __eq__ = (
+        object.__eq__
+    )  # weakref.ref would compare and hash the buffer, which has no hash and is dead in the callback
     __hash__ = object.__hash__
 
 
-# These change by single operations of dicts and deques alone, which are atomic. No lock is held, since a finalizer may
-# run in any thread, and in the middle of `lend`.
+# Blocks move between these by single operations of dicts and deques, which are atomic. No lock is held, because a
+# finalizer may run in any thread, and in the middle of `lend`.
 _loans: dict[_Loan, mmap.mmap] = {}
 _idle: dict[int, deque[tuple[float, mmap.mmap]]] = {}  # by size, with the time of return, the latest last
 _trim_time = 0.0  # when `_trim` is due
-_mapped_bytes = 0  # of all blocks, lent or idle, when the latest was made: no more than these can be idle
+# An upper bound of the idle bytes, those of all blocks. A race may make it too low: then KEPT_BYTES holds again when
+# `_trim` is due.
+_mapped_bytes = 0
 
 
 def lend(nbytes: int) -> Any:
     """A writable buffer of at least `nbytes` uninitialised bytes; None if the output is small, or KEPT_BYTES is 0.
 
-    It is a ctypes array, which arrays and tensors over it keep alive. Of a memoryview, NumPy would keep the mapping.
+    Returns a ctypes array, which arrays and tensors over it keep alive. Over a memoryview, NumPy would keep the mapping
+    alive instead of the view, and the block would be taken back too early.
     """
     if nbytes < LENT_BYTES or KEPT_BYTES <= 0:
         return None
@@ -99,7 +105,7 @@ def reset() -> None:
 def _block_size(nbytes: int) -> int:
     """`nbytes` rounded up to one of eight sizes between powers of two, so that outputs of varying lengths share blocks.
 
-    The end of a block that no output has written yet is address space, not memory.
+    The end of a block that no output has written yet costs no memory, up to the rest of a huge page.
     """
     step: int = max(mmap.PAGESIZE, 2 ** nbytes.bit_length() // 16)
     return -(-nbytes // step) * step

@@ -80,7 +80,7 @@ class MessageSubset(Layer):
             raise ValueError(f"per must be 'message' or 'sample', but got {per!r}")
         if per == "sample" and message_dims is not None:
             raise ValueError(f"message_dims goes with per='message', but got {message_dims} with per='sample'")
-        self._set_rule(p, exact, span, min_keep, prefix, message_dims, per_rank)
+        self._set_options(p, exact, span, min_keep, prefix, message_dims, per_rank)
         self.module, self.per, self.pass_kept = module, per, pass_kept
 
     def forward(

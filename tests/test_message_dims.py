@@ -104,7 +104,7 @@ def test_the_gradient_is_the_same_map(shape, dims, rule):
 
 
 def test_large_outputs_lie_as_x_does():
-    x = torch.randn(9, 256, 4000)  # more than outputs.REUSED_BYTES
+    x = torch.randn(9, 256, 4000)  # more than outputs.LENT_BYTES
     for _ in range(2):
         y, keep = message_dropout(x, 0.3, seed=2, message_dims=(0, 2), return_mask=True)
         assert y.is_contiguous()

@@ -259,10 +259,7 @@ def check_broadcast(of_p: tuple[int, ...], shape: tuple[int, ...]) -> None:
 def split_rule(p: Any, exact: Any, span: Any, min_keep: Any, prefix: Any) -> tuple[Rule, Any]:
     """`read_rule` where values can be looked at: an array without dims is a number."""
     rule, given = read_rule(p, exact, span, min_keep, prefix)
-    if given is None or not isinstance(rule, ArrayRule):
-        return rule, None
-    number, array = split_p(given)
-    return (rule.of_number(number), None) if array is None else (rule.check(), array)
+    return rule.resolve(split_p, given) if isinstance(rule, ArrayRule) else (rule, None)
 
 
 def position_rule(p: Any, *keywords: Any) -> tuple[Rule, np.ndarray | None]:

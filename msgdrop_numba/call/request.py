@@ -15,7 +15,7 @@ import numpy as np
 
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import ZERO
-from msgdrop_numba.call.rule import ArrayRule, P, Rule
+from msgdrop_numba.call.rule import KEYWORDS, ArrayRule, P, Rule
 
 O = TypeVar("O", bound="Options")  # noqa: E741
 
@@ -42,19 +42,19 @@ class Options:
         return replace(self, p=p, rule=self.rule.for_rows(size))
 
     @property
-    def shown_p(self) -> Any:
+    def given_p(self) -> Any:
         """p as the user gave it."""
         return self.rule.p if self.p is None else self.p
 
     def state(self) -> tuple[Any, ...]:
         """Plain values, as a pickle holds them."""
-        return self.shown_p, tuple(self.rule.keywords.values()), self.scale, self.fill, self.message_dims
+        return self.given_p, tuple(self.rule.keywords.values()), self.scale, self.fill, self.message_dims
 
     @classmethod
     def of_state(cls, state: tuple[Any, ...]) -> Options:
         """The options that gave a state."""
         p, keywords, *others = state
-        named = dict(zip(ArrayRule(None).keywords, keywords, strict=True))
+        named = dict(zip(KEYWORDS, keywords, strict=True))
         if p is None or isinstance(p, np.ndarray):
             return cls(ArrayRule(None, **named), p, *others)
         return cls(Rule(p, **named), None, *others)
@@ -196,17 +196,14 @@ def prepare_mask(
 
 def _rule_and_p(library: Library, request: Request) -> tuple[Rule, Any]:
     """The rule of a request, and its array of probabilities; None: the rule has a number or a range."""
-    rule = request.rule
-    if request.p is None or not isinstance(rule, ArrayRule):
-        return rule, None
-    number, array = library.split_p(request.p)
-    return (rule.of_number(number), None) if array is None else (rule.check(), array)
+    rule, p = request.rule, request.p
+    return (rule, None) if p is None or not isinstance(rule, ArrayRule) else rule.resolve(library.split_p, p)
 
 
 def _draw(library: Library, plan: Any, p: Any, fill: Any, request: Request, device: Any) -> Any:
     """The arrays of a call, laid out."""
-    some = p is not None or fill is not None or request.lengths is not None or request.keys is not None
-    if some or request.protect is not None or request.positions is not None:
+    has_arrays = p is not None or fill is not None or request.lengths is not None or request.keys is not None
+    if has_arrays or request.protect is not None or request.positions is not None:
         return library.draw(plan, p, fill, request, device)
     return library.nothing
 

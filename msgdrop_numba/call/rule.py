@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 from msgdrop_numba.call.shown import of_call
@@ -12,7 +13,7 @@ from msgdrop_numba.call.shown import of_call
 ONE = 2**32  # a threshold of 1.0: every 32-bit draw lies below it
 MAX_ROW = 2**34  # messages: the contract's 32-bit counter numbers four draws each
 
-LEAST = {"span": 1, "min_keep": 0, "prefix": 0}
+LEAST = {"span": 1, "min_keep": 0, "prefix": 0}  # the least value of each integer keyword
 
 P = float | tuple[float, float] | None  # a number, a range, or an array that is kept elsewhere
 R = TypeVar("R", bound="Rule")
@@ -54,7 +55,7 @@ class Rule:
     min_keep: int = field(kw_only=True, default=0, metadata={"help": "Keep at least so many of a row."})
     prefix: int = field(kw_only=True, default=0, metadata={"help": "Leave the first so many of a row alone."})
 
-    _key: tuple[Any, ...] = field(init=False)  # all fields: plans are looked up by rules, and compare them
+    _key: tuple[Any, ...] = field(init=False)  # all fields, built once: caches of plans hash and compare rules
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "p", check_p(self.p))
@@ -66,6 +67,10 @@ class Rule:
     def __hash__(self) -> int:
         return hash(self._key)
 
+    def __reduce__(self) -> Any:
+        """A pickle names the fields, so that one made before there was a field loads with its default."""
+        return partial(type(self), self.p, **self.keywords), ()
+
     def _check_keywords(self) -> None:
         if not isinstance(self.exact, bool):
             raise TypeError(f"exact must be True or False, but got {self.exact!r}")
@@ -75,7 +80,7 @@ class Rule:
                 object.__setattr__(self, name, _check_count(name, value, least))
         if self.exact and self.span > 1:
             raise ValueError(f"exact can't be combined with span={self.span}: exact drops single messages")
-        object.__setattr__(self, "_key", (self.p, self.exact, self.span, self.min_keep, self.prefix))
+        object.__setattr__(self, "_key", (self.p, *self.keywords.values()))
 
     def __repr__(self) -> str:
         return of_call("Rule", {"p": self.p, **self.keywords}, {"p": None, **DEFAULTS})
@@ -102,7 +107,7 @@ class Rule:
 
     @property
     def threshold(self) -> int:
-        """T(p) of the contract: a message drops if its draw lies below this. The least of a range; 0 of an array."""
+        """T(p) of the contract: a message drops if its draw lies below this. Of a range's lower end; 0 for an array."""
         return round(self.numbers[0] * ONE) if self.numbers else 0
 
     @property
@@ -122,7 +127,7 @@ class Rule:
 
     @property
     def is_bernoulli(self) -> bool:
-        """True if each message drops by a draw of its own, all with one p."""
+        """True if messages drop independently: no keyword is set and p isn't a range. p may be an array."""
         return not self.ranged and self.keywords == DEFAULTS
 
     @property
@@ -150,12 +155,17 @@ class ArrayRule(Rule):
     def __post_init__(self) -> None:
         self._check_keywords()
 
-    def of_number(self, p: Any) -> Rule:
-        """The rule with a p that turned out to be a number: an array without dims."""
-        return Rule(p, **self.keywords)
+    def resolve(self, split: Callable[[Any], tuple[P, Any]], p: Any) -> tuple[Rule, Any]:
+        """The rule and the array of a p with dims, or the rule of a p without dims and None.
+
+        Args:
+            split: gives (number, None) or (None, array); libraries differ in which numbers they may look at.
+        """
+        number, array = split(p)
+        return (Rule(number, **self.keywords), None) if array is None else (self.check(), array)
 
     def check(self) -> ArrayRule:
-        """The rule itself; refused if it needs one number."""
+        """The rule itself. Raises ValueError if exact is set, which needs one p for each row."""
         if self.exact:
             raise ValueError(
                 "exact needs p to be a single number or range (traced: a Python one), but got an array, a tensor or "
@@ -181,7 +191,7 @@ def cached_rule(p: float | Rule, exact: Any, span: Any, min_keep: Any, prefix: A
 
 
 def check_alone(*keywords: Any) -> None:
-    """Refuse keywords of a rule beside a Rule."""
+    """Refuse keywords of a rule beside a Rule. One at its default can't be told from one that wasn't given."""
     for name, given in zip(KEYWORDS, keywords, strict=True):
         if type(given) is not type(DEFAULTS[name]) or given != DEFAULTS[name]:
             raise ValueError(

@@ -49,7 +49,17 @@ def usual(plan: Plan, alike: Any = None, in_order: Plan | None = None) -> Usual:
     record = np.array([tuple(told[name] for name in USUAL.names or ())], USUAL)
     rows = plan.shape[:-1] if plan.messages <= ROWS * plan.size else None
     strides = None if alike is None else alike.strides
-    return Usual(plan, in_order or plan, direct(drop_usual), address(record), record, plan.nbytes, rows, alike, strides)
+    return Usual(
+        plan,
+        plan if in_order is None else in_order,
+        direct(drop_usual),
+        address(record),
+        record,
+        plan.nbytes,
+        rows,
+        alike,
+        strides,
+    )
 
 
 def seed_bits(seed: Any) -> int | None:

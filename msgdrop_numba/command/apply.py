@@ -82,8 +82,8 @@ def _task(file: File, output: Path, settings: Settings, epoch: int, states: dict
     source, target = file.path.absolute(), output / f"epoch-{epoch}" / file.name
     is_mask, name = file.mask_of is not None, file.mask_of or file.name
     task = Task(str(source), str(target), name, settings, epoch, file.first, is_mask)
-    read = [source, *(source.with_name(name) for name in settings.beside)]  # of Parquet, `beside` may name a column
-    return task._replace(states=tuple(states[path] for path in map(str, read) if path in states))
+    read = [source, *(source.with_name(name) for name in settings.beside)]
+    return task._replace(states=tuple(states[str(path)] for path in read))
 
 
 def _check_place(source: Path, output: Path) -> None:

@@ -19,7 +19,7 @@ from msgdrop_numba.arrays import keep_mask
 from msgdrop_numba.call.arguments import ZERO
 from msgdrop_numba.call.keys import hash64, numbered_keys, sample_keys
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import ArrayRule, Rule
+from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.call.select import DENSE, How, kept_of_each
 from msgdrop_numba.command.errors import JobError, one_line
 from msgdrop_numba.functional import drop_messages, fold_in
@@ -50,8 +50,8 @@ class Settings(NamedTuple):
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """The names of the .npy files that say something of the rows of those beside them."""
-        return tuple(name for name in (self.ids, self.lengths) if name is not None)
+        """The names of the .npy files that say something of the rows of those beside them; of Parquet, none."""
+        return tuple(name for name in (self.ids, None if self.columns else self.lengths) if name is not None)
 
     def parameters(self) -> dict[str, Any]:
         """All by their names, as a journal holds them."""
@@ -61,18 +61,16 @@ class Settings(NamedTuple):
 
 
 class State(NamedTuple):
-    """The state of a file that is read. A backup restores size and time of a file, but not when its inode changed."""
+    """The state of a file that is read, as every machine sees it."""
 
     path: str
     size: int
-    modified: int  # nanoseconds, as is `changed`
-    changed: int
-    inode: int
+    modified: int  # nanoseconds
 
     @classmethod
     def of(cls, path: str | Path) -> State:
         stat = os.stat(path)
-        return cls(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+        return cls(str(path), stat.st_size, stat.st_mtime_ns)
 
 
 class Task(NamedTuple):
@@ -115,7 +113,7 @@ class Npy(NamedTuple):
 def run(task: Task) -> Written:
     """Make one file; it has its name once it is whole and on the disk."""
     try:
-        _check_states(task)
+        before = _check_states(task)
         with _new_file(Path(task.target)) as file:
             if task.name.endswith(".parquet"):
                 _parquet(task, file)
@@ -123,13 +121,19 @@ def run(task: Task) -> Written:
                 _npy_mask(task, file)
             else:
                 _npy(task, file)
-            _check_states(task)  # before the file gets its name
+            if _check_states(task) != before:  # before the file gets its name
+                raise ValueError("a file changed while it was read, and came back: run the same command again")
         return Written(file.bytes, file.hash.hexdigest())
     except (OSError, TypeError, ValueError) as error:
         raise JobError(f"{task.name}, epoch {task.epoch}: {one_line(error)}") from error
 
 
-def _check_states(task: Task) -> None:
+def _check_states(task: Task) -> list[tuple[int, int]]:
+    """The inodes of the files that a task reads, and when these changed, which `cp -p` can't restore.
+
+    Raises:
+        ValueError: a file isn't as it was when the job began.
+    """
     for state in task.states:
         if State.of(state.path) != state:
             name = Path(state.path).name
@@ -137,6 +141,8 @@ def _check_states(task: Task) -> None:
                 f"{name} has changed since the job began: run the same command again; if it is to stay as it is now, "
                 "give another OUTPUT"
             )
+    stats = [os.stat(state.path) for state in task.states]
+    return [(stat.st_ino, stat.st_ctime_ns) for stat in stats]
 
 
 def read_header(path: str) -> Npy:
@@ -347,12 +353,10 @@ def batch_of(settings: Settings, epoch: int) -> Any:
     """What drops in the tables of a Parquet file."""
     from msgdrop_numba.pipelines.batches import MessageDropoutBatch
 
-    rule = settings.rule
     return MessageDropoutBatch(
-        settings.p if isinstance(rule, ArrayRule) else rule,
+        settings.p, **settings.rule.keywords,
         columns=settings.columns or (), key=settings.key or "", seed=settings.seed, epoch=epoch,
         protect=settings.protect, positions=settings.positions, remove=settings.remove,
         companions=settings.companions, lengths=settings.lengths, scale=settings.scale,
         fill=ZERO if settings.fill is None else settings.fill, return_mask=settings.mask,
-        **(rule.keywords if isinstance(rule, ArrayRule) else {}),
     )  # fmt: skip

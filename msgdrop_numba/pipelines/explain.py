@@ -63,12 +63,12 @@ def explained(key: Any, given: tuple[int, int], request: Request, size: int) -> 
         given: seed and epoch.
         request: of this row alone, its seed that of the draws.
     """
-    rule, p = request.rule, request.p
+    rule = request.rule
     arrays = {name: getattr(request, name) for name in ("lengths", "keys", "protect", "positions")}
 
     def mask(**changed: Any) -> np.ndarray:
         keywords: dict[str, Any] = {**rule.keywords, **arrays, **changed}
-        found: np.ndarray = keep_mask((1, size), rule.p if p is None else p, seed=request.seed, **keywords)[0]
+        found: np.ndarray = keep_mask((1, size), request.given_p, seed=request.seed, **keywords)[0]
         return found
 
     keep, takes_part = mask(), np.arange(size) >= rule.prefix
@@ -92,7 +92,7 @@ def _drawn(rule: Rule, request: Request, row_key: int, size: int) -> tuple[Any, 
         return words
 
     first = np.zeros(1, np.int64)
-    p = rule.p if request.p is None else request.p
+    p = request.given_p
     if isinstance(p, np.ndarray):
         p = float(p[0, 0]) if p.shape == (1, 1) else np.broadcast_to(p, (1, size))[0]
     if rule.ranged:

@@ -34,7 +34,7 @@ def of_batch(batch: Any) -> str:
 
 def _shared(owner: Any, options: Any) -> dict[str, Any]:
     flags = {name: getattr(owner, name) for name in ("return_mask", "remove", "return_indices")}
-    return {"p": options.shown_p, "scale": options.scale, "fill": options.fill, **options.rule.keywords, **flags}
+    return {"p": options.given_p, "scale": options.scale, "fill": options.fill, **options.rule.keywords, **flags}
 
 
 def _call(owner: Any, told: dict[str, Any], more: dict[str, Any]) -> str:

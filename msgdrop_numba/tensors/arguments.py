@@ -78,7 +78,7 @@ def check_target(x: Tensor, inplace: bool, out: Any, active: bool, fill: Tensor 
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a tensor like x, but got {type(out).__name__}")
     if not has_sizes(out):
-        raise ValueError("out must be like x, but it is a nested tensor, perhaps under vmap: leave it out")
+        raise ValueError("out has no sizes, as nested tensors under vmap: leave out= away")
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise ValueError(
             f"out must be like x, {tuple(x.shape)} {x.dtype} on {x.device}, "
@@ -92,10 +92,7 @@ def check_target(x: Tensor, inplace: bool, out: Any, active: bool, fill: Tensor 
 
 
 def check_distinct(name: str, target: Tensor) -> None:
-    """Refuse a tensor to be written whose elements share memory, as those of an expanded one do.
-
-    torch refuses it too, but only after a seed was drawn.
-    """
+    """Refuse an expanded tensor, which has a stride of 0, as the target. torch does so too, after a seed was drawn."""
     if target.layout is not torch.strided:
         return
     strides = target.stride()

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import ArrayRule
+from msgdrop_numba.call.rule import ArrayRule, P
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.arguments import (
@@ -54,8 +54,7 @@ def cut(x: DTensor, request: Request) -> Here:
     request = replace(request, p=_replica("p", request.p, piece), seed=_replica("seed", request.seed, piece))
     rule, array = request.rule, None
     if isinstance(rule, ArrayRule):
-        number, array = (None, request.p) if isinstance(request.p, DTensor) else split_p_traced(request.p)
-        rule = rule.of_number(number) if array is None else rule.check()
+        rule, array = rule.resolve(_split_p, request.p)
     if isinstance(request.seed, DTensor):
         raise ValueError(f"seed must be replicated, but got {request.seed.placements}: redistribute it")
     whole, rule = TRACED.plan(x, COPY, dims, rule)
@@ -74,6 +73,10 @@ def cut(x: DTensor, request: Request) -> Here:
         protect=_part(here, "protect", request.protect, protect_on, x.device),
     )  # fmt: skip
     return here._replace(request=told)
+
+
+def _split_p(p: Any) -> tuple[P, Any]:
+    return (None, p) if isinstance(p, DTensor) else split_p_traced(p)
 
 
 def has_graph(x: DTensor, request: Request) -> bool:

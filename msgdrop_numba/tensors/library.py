@@ -52,7 +52,7 @@ class _Ordinary(Tensors):
     mask_plan = staticmethod(mask_plan)
 
     def target(self, x: Tensor, request: Request, active: bool, fill: Tensor | None) -> Tensor | None:
-        target = check_target(x, request.inplace, request.out, active, fill)
+        target = super().target(x, request, active, fill)
         name = "x, to be changed in place," if request.inplace else "out"
         if target is not None and target.data_ptr() == 0 and target.numel():
             raise ValueError(f"{name} has no memory, though its shape is {tuple(target.shape)}: its storage was freed")

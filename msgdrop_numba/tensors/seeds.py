@@ -19,7 +19,7 @@ from msgdrop_numba.torch_private import in_transform, is_exporting
 
 
 class PerRank(NamedTuple):
-    """In the place of a generator: torch's default one, whose seeds get this process's rank folded in.
+    """Stands for torch's default generator; this process's rank is folded into each seed that is drawn.
 
     Fields:
         group: a layer's `per_rank`: True, a ProcessGroup or a DeviceMesh of one dim.

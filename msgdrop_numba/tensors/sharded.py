@@ -80,7 +80,7 @@ def prepared(library: Library, local: Tensor, here: Here, check: Any = None) -> 
     All is checked before a seed is drawn, and where ranks talk with one another.
     """
     told, device = here.request, local.device
-    if here.counted:  # the mask is drawn apart
+    if here.counted:  # `_by_whole_rows` draws the mask: only p == 0 matters here, so that 0.5 stands for an array
         told = replace(
             told, p=None, rule=Rule(0.5 if told.rule.p is None else told.rule.p),
             **dict.fromkeys(("lengths", "keys", "protect", "positions")),

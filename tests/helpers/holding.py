@@ -39,7 +39,7 @@ def _own_function(y: torch.Tensor) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(out, weight, retain_graph=True)[0]
 
 
-def _in_a_thread(y: torch.Tensor) -> Callable[[], Any]:
+def _local_to_a_thread(y: torch.Tensor) -> Callable[[], Any]:
     local = threading.local()
     local.y = y[1:]
     return lambda: local.y.clone()
@@ -112,7 +112,7 @@ TENSORS: dict[str, Callable[[torch.Tensor], Callable[[], Any]]] = {
     "dlpack": lambda y: torch.from_dlpack(torch.utils.dlpack.to_dlpack(y)).clone,
     "NumPy by dlpack": lambda y: np.from_dlpack(y).copy,
     "Arrow": lambda y: _read(pyarrow.array(y.numpy().ravel()).to_numpy()),
-    "thread's own": _in_a_thread,
+    "local to a thread": _local_to_a_thread,
     "traceback": _in_an_error,
     "partial": lambda y: functools.partial(torch.clone, y[2:]),
     "closed over": lambda y: lambda: y.flatten()[5:].clone(),

@@ -329,12 +329,12 @@ def lent_blocks() -> list[int]:
     return [id(block) for block in outputs._loans.values()]
 
 
-def when_a_block_is_wrapped(patch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
-    """Call `act` in the middle of `outputs.lend`, as a finalizer or a signal handler may run there."""
+def when_a_block_is_lent(patch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
+    """Call `act` in the middle of `outputs.lend`: a block is taken, and not noted as lent yet."""
     from msgdrop_numba import outputs
 
-    pool = outputs._pool
-    patch.setattr(outputs, "_pool", lambda nbytes: (act(), pool(nbytes))[1])
+    loan = outputs._Loan
+    patch.setattr(outputs, "_Loan", lambda buffer, callback: (act(), loan(buffer, callback))[1])
 
 
 # ---- the command

@@ -109,7 +109,7 @@ def test_arguments_go_the_short_way(make, told, size, monkeypatch):
 @pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1), (0, 2, 1)], ids=str)
 @pytest.mark.parametrize("size", [3, 20_000], ids="{} features".format)
 def test_permuted_tensors_go_the_short_way(order, size, monkeypatch):
-    """Such as an RNN's outputs, batch first; 20,000 features are more than outputs.REUSED_BYTES."""
+    """Such as an RNN's outputs, batch first; 20,000 features are more than outputs.LENT_BYTES."""
     torch.manual_seed(1)
     x, grad = (torch.randn(4, 6, size).permute(order) for _ in range(2))
     options = {"seed": 3, "message_dims": 2}

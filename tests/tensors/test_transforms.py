@@ -251,4 +251,6 @@ def test_no_kind_of_tensor_ends_the_process():
         assert f"{kind}, out of place: right" in lines
     for call in ("out of place", "in place", "layer", "select", "both"):
         assert f"leaked by vmap, nested, {call}: ValueError" in lines
+        assert f"leaked by vmap, jagged, {call}: ValueError" in lines
         assert f"vmap over torch.strided, {call}: ValueError" in lines
+        assert f"vmap over torch.jagged, {call}: ValueError" in lines
