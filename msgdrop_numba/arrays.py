@@ -27,7 +27,7 @@ from msgdrop_numba.call.request import Job, Request, perform, prepare, prepare_m
 from msgdrop_numba.call.rule import Rule, cached_rule
 from msgdrop_numba.call.select import (
     PACKED,
-    How,
+    Layout,
     Selection,
     Source,
     laid_out,
@@ -198,18 +198,18 @@ def short(
     """The usual call, see `call.usual`; None: it is another, and nothing was done."""
     try:
         keywords = p, exact, span, min_keep, prefix
-        how = _usual(x.shape, x.dtype, bool(scale), message_dims, *keywords) if x.flags.c_contiguous else None
+        fast_path = _usual(x.shape, x.dtype, bool(scale), message_dims, *keywords) if x.flags.c_contiguous else None
     except TypeError:  # what is wrong is said elsewhere
         return None
-    if how is None:
+    if fast_path is None:
         return None
     start, target = address(x), None
     if inplace or out is not None:
-        target, to = _target(x, start, how, inplace, out)
+        target, to = _target(x, start, fast_path, inplace, out)
         if not to:
             return None
-    at_lengths = 0 if lengths is None else row_address(lengths, how.rows)
-    at_keys = 0 if keys is None else row_address(keys, how.rows)
+    at_lengths = 0 if lengths is None else row_address(lengths, fast_path.rows)
+    at_keys = 0 if keys is None else row_address(keys, fast_path.rows)
     if (lengths is not None and not at_lengths) or (keys is not None and not at_keys):
         return None
     seed = NUMPY.seed(None, None, None) if seed is None else seed_bits(seed)
@@ -218,16 +218,20 @@ def short(
     if target is None:
         target = outputs.array(x.shape, x.dtype)
         to = address(target)
-    return target if how.drop(how.told, at_lengths, at_keys, seed, start, to, *team(how.nbytes)) else None
+    return (
+        target
+        if fast_path.drop(fast_path.address, at_lengths, at_keys, seed, start, to, *team(fast_path.nbytes))
+        else None
+    )
 
 
-def _target(x: np.ndarray, start: int, how: Usual, inplace: Any, out: Any) -> tuple[Any, int]:
+def _target(x: np.ndarray, start: int, fast_path: Usual, inplace: Any, out: Any) -> tuple[Any, int]:
     """The array to write and its address; 0: all there is to know of it must be asked."""
     target = x if inplace else out
     if type(target) is not np.ndarray or not target.flags.carray or (inplace and out is not None):
         return None, 0
     to = start if target is x else address(target)
-    apart = to == start or abs(to - start) >= how.nbytes
+    apart = to == start or abs(to - start) >= fast_path.nbytes
     return target, to if apart and target.shape == x.shape and target.dtype == x.dtype else 0
 
 
@@ -251,20 +255,20 @@ def _write(job: Job, plan: Plan, x: np.ndarray, result: np.ndarray, mask: np.nda
 # ---- messages that are removed
 
 
-def message_select(x: np.ndarray, request: Request, how: How) -> tuple[np.ndarray, Selection | None]:
+def message_select(x: np.ndarray, request: Request, layout: Layout) -> tuple[np.ndarray, Selection | None]:
     """`select.message_select` for an array."""
-    return turned(partial(_select, how), np.ndarray, np.transpose, x, request)  # type: ignore[no-any-return]
+    return turned(partial(_select, layout), np.ndarray, np.transpose, x, request)  # type: ignore[no-any-return]
 
 
-def _select(how: How, x: np.ndarray, request: Request) -> tuple[np.ndarray, Selection | None]:
-    lay = partial(laid_out, how, request)
+def _select(layout: Layout, x: np.ndarray, request: Request) -> tuple[np.ndarray, Selection | None]:
+    lay = partial(laid_out, layout, request)
     job = prepare(NUMPY, x, request, lay)
     plan, draw, seed, *_ = job
     dims = len(plan.shape)
-    passes = seed is None and (how.layout != PACKED or draw.lengths is None)
-    found = None if passes and not how.told else _selection(job, lay(job.plan), how)
+    passes = seed is None and (layout.name != PACKED or draw.lengths is None)
+    found = None if passes and not layout.wants_kept else _selection(job, lay(job.plan), layout)
     if passes:
-        return (x.reshape(plan.messages, *x.shape[dims:]) if how.layout == PACKED else x), found
+        return (x.reshape(plan.messages, *x.shape[dims:]) if layout.name == PACKED else x), found
     assert found is not None
     if plan.kind == COPY or seed is None:
         return _moved(x, dims, found.numbers), found
@@ -273,19 +277,19 @@ def _select(how: How, x: np.ndarray, request: Request) -> tuple[np.ndarray, Sele
     return _moved(native, dims, found.numbers, scales=scales, kind=plan.kind).astype(x.dtype, copy=False), found
 
 
-def select_messages(shape: tuple[int, ...], request: Request, how: How) -> Selection:
+def select_messages(shape: tuple[int, ...], request: Request, layout: Layout) -> Selection:
     """`select.select_messages` without a device."""
-    lay = partial(laid_out, how, request)
+    lay = partial(laid_out, layout, request)
     job = prepare_mask(NUMPY, shape, request, None, lay)
-    return _selection(job, lay(job.plan), how)
+    return _selection(job, lay(job.plan), layout)
 
 
-def _selection(job: Job, laid: tuple[str, Any], how: How) -> Selection:
+def _selection(job: Job, laid: tuple[str, Any], layout: Layout) -> Selection:
     plan, draw, seed, *_ = job
     if seed is None or plan.rule.p == 0:  # x itself, in its own room
         mask, capacity = np.ones(plan.shape, np.bool_), None if laid[0] == PACKED else plan.size
     else:
-        mask, capacity = draw_mask(job), how.capacity
+        mask, capacity = draw_mask(job), layout.capacity
     return place(laid, capacity, plan.shape, address(mask), draw.lengths)
 
 

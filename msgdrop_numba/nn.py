@@ -17,7 +17,7 @@ from msgdrop_numba.call.arguments import (
 )
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import DEFAULTS, read_rule
-from msgdrop_numba.call.select import how
+from msgdrop_numba.call.select import read_layout
 from msgdrop_numba.call.shown import short
 from msgdrop_numba.functional import message_dropout
 from msgdrop_numba.select import select
@@ -253,7 +253,7 @@ class MessageSelect(Layer):
                     "give exact=True"
                 )
             layout = "dense"
-        how(layout, capacity)
+        read_layout(layout, capacity)
         self.scale, self.layout, self.capacity, self.return_kept = scale, layout, capacity, return_kept
 
     def forward(
@@ -273,7 +273,7 @@ class MessageSelect(Layer):
             x, seed, scale=self.scale, message_dims=self.message_dims, lengths=lengths, keys=keys, protect=protect,
             positions=positions,
         )  # fmt: skip
-        y, kept = select(x, request, how(self.layout, self.capacity, self.return_kept is not False))
+        y, kept = select(x, request, read_layout(self.layout, self.capacity, self.return_kept is not False))
         if self.return_kept == "indices":
             return y, None if y is x else kept.indices[..., self.prefix :] - self.prefix  # type: ignore[union-attr]
         return (y, kept) if self.return_kept else y

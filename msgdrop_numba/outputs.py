@@ -33,19 +33,9 @@ IDLE_SECONDS = 30.0  # a block that waited longer goes back to the system, when 
 _FLAGS: Any = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
-class _Loan(weakref.ref):  # type: ignore[type-arg]
-    """A reference to a buffer that is lent; its callback takes the block back."""
-
-    __slots__ = ()
-    __eq__ = (
-        object.__eq__
-    )  # weakref.ref would compare and hash the buffer, which has no hash and is dead in the callback
-    __hash__ = object.__hash__
-
-
 # Blocks move between these by single operations of dicts and deques, which are atomic. No lock is held, because a
 # finalizer may run in any thread, and in the middle of `lend`.
-_loans: dict[_Loan, mmap.mmap] = {}
+_loans: dict[int, tuple[Any, mmap.mmap]] = {}  # by the id of the weak reference whose callback takes the block back
 _idle: dict[int, deque[tuple[float, mmap.mmap]]] = {}  # by size, with the time of return, the latest last
 _trim_time = 0.0  # when `_trim` is due
 # An upper bound of the idle bytes, those of all blocks. A race may make it too low: then KEPT_BYTES holds again when
@@ -70,7 +60,11 @@ def lend(nbytes: int) -> Any:
         except OSError:  # no memory, or too many mappings: the library that asks raises its own error
             return None
     buffer = kind.from_buffer(block)
-    _loans[_Loan(buffer, _take_back)] = block
+    # A token of a type that the garbage collector doesn't follow, held by the buffer alone. It runs the callbacks of what
+    # it follows while finalizers of the same garbage may still read the buffer.
+    buffer.token = token = np.empty(0)
+    loan = weakref.ref(token, _take_back)
+    _loans[id(loan)] = loan, block
     return buffer
 
 
@@ -81,7 +75,7 @@ def array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
 
 
 def array_like(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """An uninitialised array in the memory order of `np.empty_like(x, subok=False)`."""
+    """An uninitialised array without gaps, with its dims in x's memory order, as `np.empty_like` makes it."""
     if x.flags.c_contiguous:
         return array(x.shape, x.dtype)
     if x.nbytes < LENT_BYTES:
@@ -92,13 +86,13 @@ def array_like(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def idle_bytes() -> int:
     """Bytes of the blocks that wait to be lent again."""
-    total: int = sum(size * len(blocks) for size, blocks in list(_idle.items()))
+    total: int = sum(size * len(blocks) for size, blocks in _idle.copy().items())
     return total
 
 
 def reset() -> None:
     """Unmap all idle blocks."""
-    for blocks in list(_idle.values()):
+    for blocks in _idle.copy().values():
         blocks.clear()
 
 
@@ -134,9 +128,9 @@ def _new_block(size: int) -> mmap.mmap:
     return block
 
 
-def _take_back(loan: _Loan) -> None:
-    """Called when a lent buffer was freed."""
-    block, now = _loans.pop(loan), time.monotonic()
+def _take_back(loan: Any) -> None:
+    """Called when a lent buffer is freed."""
+    (_, block), now = _loans.pop(id(loan)), time.monotonic()
     _idle[len(block)].append((now, block))
     if now >= _trim_time or _mapped_bytes > KEPT_BYTES:
         _trim()
@@ -150,14 +144,14 @@ def _trim() -> None:
     while True:
         with suppress(IndexError):  # another thread took the last block of a size: look again
             since, oldest = min(
-                ((blocks[0][0], blocks) for blocks in list(_idle.values()) if blocks),
+                ((blocks[0][0], blocks) for blocks in _idle.copy().values() if blocks),
                 key=lambda pair: pair[0],
                 default=(math.inf, None),
             )
             if oldest is None or (since > now - IDLE_SECONDS and idle_bytes() <= KEPT_BYTES):
                 break
             oldest.popleft()
-    _mapped_bytes = idle_bytes() + sum(map(len, list(_loans.values())))
+    _mapped_bytes = idle_bytes() + sum(len(block) for _, block in list(_loans.values()))
 
 
 if hasattr(os, "register_at_fork"):

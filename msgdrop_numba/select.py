@@ -15,7 +15,7 @@ from msgdrop_numba.call.arguments import ZERO
 from msgdrop_numba.call.plan import mask_shape
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import read_rule
-from msgdrop_numba.call.select import PACKED, How, Selection, how
+from msgdrop_numba.call.select import PACKED, Layout, Selection, read_layout
 from msgdrop_numba.functional import library_of, remember
 
 if TYPE_CHECKING:
@@ -335,13 +335,13 @@ def message_select(
         rule, array, scale, message_dims=message_dims, training=training, lengths=lengths, seed=seed, keys=keys,
         protect=protect, positions=positions, generator=generator,
     )  # fmt: skip
-    return select(x, request, how(layout, capacity))
+    return select(x, request, read_layout(layout, capacity))
 
 
-def select(x: Any, request: Request, how: How) -> tuple[Any, Kept | None]:
+def select(x: Any, request: Request, layout: Layout) -> tuple[Any, Kept | None]:
     """`message_select` of a request; no `Kept` where nobody asks for it."""
-    y, found = _library_of(x).message_select(x, request, how)
-    return y, Kept(found) if how.told else None
+    y, found = _library_of(x).message_select(x, request, layout)
+    return y, Kept(found) if layout.wants_kept else None
 
 
 def select_messages(
@@ -387,7 +387,7 @@ def select_messages(
     rule, array = read_rule(p, exact, span, min_keep, prefix)
     request = Request(rule, array, lengths=lengths, seed=seed, keys=keys, protect=protect, positions=positions)
     if device is None:
-        return Kept(arrays.select_messages(dims, request, how(layout, capacity)))
+        return Kept(arrays.select_messages(dims, request, read_layout(layout, capacity)))
     from msgdrop_numba.tensors import select as tensors
 
-    return Kept(tensors.select_messages(dims, request, how(layout, capacity), device))
+    return Kept(tensors.select_messages(dims, request, read_layout(layout, capacity), device))

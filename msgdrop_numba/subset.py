@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msgdrop_numba.call.arguments import message_order, order_back
 from msgdrop_numba.call.rule import DEFAULTS
-from msgdrop_numba.call.select import how
+from msgdrop_numba.call.select import read_layout
 from msgdrop_numba.nn import Layer
 from msgdrop_numba.select import select
 
@@ -105,10 +105,10 @@ class MessageSubset(Layer):
             x, seed, message_dims=1 if whole else self.message_dims, lengths=lengths, keys=keys, protect=protect,
             positions=positions,
         )  # fmt: skip
-        y, kept = select(x, request, how(None, None))
+        y, kept = select(x, request, read_layout(None, None))
         if y is not x:
             companions = tuple(kept.take(companion) for companion in companions)  # type: ignore[union-attr]
-        if y is not x and kept.max_length == 0:  # type: ignore[union-attr]  # the module has nothing to see
+        if y is not x and kept.max_length == 0 < kept.mask.numel():  # type: ignore[union-attr]  # nothing to see
             return x
         made = self.module(y, *companions, **({"kept": kept} if self.pass_kept else {}))
         if made.shape != y.shape:

@@ -165,7 +165,7 @@ def all_alike(tensors: list[Any], varying: bool) -> bool:
         return False
     first = tensors[0]
     shape = first.shape
-    told = (
+    guard_key = (
         len(tensors),
         varying,
         len(shape),
@@ -174,11 +174,11 @@ def all_alike(tensors: list[Any], varying: bool) -> bool:
         first.requires_grad,
         torch.is_inference_mode_enabled(),
     )
-    guards = _guards.get(told)
+    guards = _guards.get(guard_key)
     if guards is None and _TensorGuards is not None and len(shape) and is_plain_too(first):
         if len(_guards) >= 256:
             _guards.clear()
-        guards = _guards[told] = _guards_of(tensors[:1] * len(tensors), varying)
+        guards = _guards[guard_key] = _guards_of(tensors[:1] * len(tensors), varying)
     # It says no, too, where a tensor comes twice or the thread's state is another one than when it was made.
     return (guards is not None and guards.check(*tensors)) or _alike_by_getters(tensors, varying)
 
@@ -204,8 +204,8 @@ def _guards_of(tensors: list[Any], varying: bool, strides: tuple[int, ...] | Non
         if shape[dim] == 1 and strides is None:  # whatever its stride is
             steps[dim] = None
     sizes[:varying] = [None] * varying
-    told = {"dynamic_dims_sizes": [sizes] * len(tensors), "dynamic_dims_strides": [steps] * len(tensors)}
-    return _TensorGuards(*tensors, **told)
+    guard_key = {"dynamic_dims_sizes": [sizes] * len(tensors), "dynamic_dims_strides": [steps] * len(tensors)}
+    return _TensorGuards(*tensors, **guard_key)
 
 
 _TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)

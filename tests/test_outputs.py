@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import naive
 import numpy as np
@@ -294,6 +295,43 @@ def test_a_finalizer_in_the_middle_of_lending(monkeypatch):
     made = [memory.empty(SHAPE, torch.float32).fill_(number) for number in range(6)]
     assert [float(y.mean()) for y in made] == [0, 1, 2, 3, 4, 5]
     assert len({y.data_ptr() for y in made}) == 6
+
+
+class Reviving:
+    """Garbage in a cycle, whose finalizer makes outputs, reads what it holds, and gives it back to the living."""
+
+    revived: ClassVar[list] = []
+
+    def __init__(self, held, read):
+        self.held, self.read, self.before, self.itself = held, read, read(held), self
+
+    def __del__(self):
+        others = [message_dropout(np.full(SHAPE, 7, np.float32), 0.5) for _ in range(3)]
+        self.revived.append((self.held, self.before, self.read(self.held), others))
+
+
+@pytest.mark.parametrize("what", ["base", "array", "tensor", "storage"])
+def test_finalizers_of_garbage_may_read_and_revive_an_output(what):
+    """The garbage collector clears weak references before finalizers run."""
+    x = X if what in ("tensor", "storage") else X.numpy()
+    y = message_dropout(x, 0.5, seed=1)
+    held = y.base if what == "base" else y.untyped_storage() if what == "storage" else y
+
+    def read(held):
+        return (
+            bytes(held[:4096].tolist()) if what == "storage" else bytes(memoryview(np.asarray(held)).cast("B")[:4096])
+        )
+
+    thing = Reviving(held, read)
+    del y, held, thing
+    gc.collect()
+    revived, before, after, others = Reviving.revived.pop()
+    assert before == after
+    others += [message_dropout(np.full(SHAPE, 9, np.float32), 0.5) for _ in range(3)]
+    assert read(revived) == before
+    del revived, others
+    gc.collect()
+    assert outputs.idle_bytes() >= 4 * NBYTES, "and then it is lent again"
 
 
 def test_an_output_in_a_cycle_that_frees_itself():

@@ -179,7 +179,8 @@ def read_rule(p: Any, exact: Any, span: Any, min_keep: Any, prefix: Any) -> tupl
     if isinstance(p, Rule):
         check_alone(exact, span, min_keep, prefix)
         return p, None
-    if getattr(p, "ndim", None) is None:
+    # Numbers first: Dynamo can't ask a symbolic one for attributes.
+    if isinstance(p, (int, float, tuple)) or not (hasattr(p, "ndim") or hasattr(p, "__cuda_array_interface__")):
         return Rule(p, exact=exact, span=span, min_keep=min_keep, prefix=prefix), None
     return ArrayRule(None, exact=exact, span=span, min_keep=min_keep, prefix=prefix), p
 

@@ -24,18 +24,18 @@ from msgdrop_numba.kernels.records import COPY, LINE, GatherNumbers
 DENSE, PADDED, PACKED = LAYOUTS = "dense", "padded", "packed"
 
 
-class How(NamedTuple):
-    """How what remains is laid out.
+class Layout(NamedTuple):
+    """The form of what remains.
 
     Fields:
-        layout: one of LAYOUTS; None: dense where each row is known to keep as many, else padded.
+        name: one of LAYOUTS; None: dense if each row is known to keep the same count, else padded.
         capacity: the slots of a padded row, or of all that is packed; None: as many as are needed.
-        told: whether anybody asks what was kept.
+        wants_kept: False if the caller drops the `Kept`, which then needn't be made.
     """
 
-    layout: str | None
+    name: str | None
     capacity: int | None
-    told: bool = True
+    wants_kept: bool = True
 
 
 class Selection(NamedTuple):
@@ -60,19 +60,19 @@ class Selection(NamedTuple):
     overflow: Any = False
 
 
-def how(layout: Any, capacity: Any, told: bool = True) -> How:
-    """`How`, checked."""
+def read_layout(layout: Any, capacity: Any, wants_kept: bool = True) -> Layout:
+    """A `Layout` of checked arguments."""
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout must be 'dense', 'padded', 'packed' or None, but got {layout!r}")
     if capacity is None:
-        return How(layout, None, told)
+        return Layout(layout, None, wants_kept)
     if isinstance(capacity, bool) or not isinstance(capacity, numbers.Integral):
         raise TypeError(f"capacity must be an integer or None, but got {capacity!r}")
     if capacity < 1:
         raise ValueError(f"capacity must be at least 1, but got {capacity}")
     if layout == DENSE:
         raise ValueError(f"capacity goes with layout 'padded' or 'packed', but got {capacity} with 'dense'")
-    return How(layout or PADDED, int(capacity), told)
+    return Layout(layout or PADDED, int(capacity), wants_kept)
 
 
 def kept_of_each(rule: Rule, size: Any, request: Any) -> Any:
@@ -92,15 +92,15 @@ def kept_of_each(rule: Rule, size: Any, request: Any) -> Any:
     return size - min(wanted, max(0, n - rule.min_keep))
 
 
-def laid_out(how: How, request: Any, plan: Any) -> tuple[str, Any]:
+def laid_out(layout: Layout, request: Any, plan: Any) -> tuple[str, Any]:
     """The layout, and what each row keeps where that is known; refused where it must be and isn't."""
     each = kept_of_each(plan.rule, plan.shape[-1], request)
-    if how.layout == DENSE and each is None:
+    if layout.name == DENSE and each is None:
         raise ValueError(
             "layout 'dense' needs rows that are known to keep as many each, but got "
             f"{_uneven(plan.rule, request)}, or layout 'padded' or 'packed'"
         )
-    return how.layout or (PADDED if each is None else DENSE), each
+    return layout.name or (PADDED if each is None else DENSE), each
 
 
 def _uneven(rule: Rule, request: Any) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 _FEW = 8  # probabilities that are printed one by one
 
 
-def of_call(name: str, told: dict[str, Any], defaults: dict[str, Any]) -> str:
+def of_call(name: str, arguments: dict[str, Any], defaults: dict[str, Any]) -> str:
     """A call of `name`, with what isn't at its default; p always."""
-    parts = {key: value for key, value in told.items() if key == "p" or not _is(value, defaults.get(key))}
+    parts = {key: value for key, value in arguments.items() if key == "p" or not _is(value, defaults.get(key))}
     return f"{name}({', '.join(f'{key}={short(value, key)}' for key, value in parts.items())})"
 
 

@@ -34,7 +34,7 @@ class Usual(NamedTuple):
     plan: Plan
     in_order: Plan
     drop: Any
-    told: int
+    address: int
     record: Any
     nbytes: int
     rows: tuple[int, ...] | None
@@ -44,9 +44,9 @@ class Usual(NamedTuple):
 
 def usual(plan: Plan, alike: Any = None, in_order: Plan | None = None) -> Usual:
     """The same of a plan that the kernels follow, of an array that isn't empty."""
-    told = {"kernel": c_address(drop_range), "plan": plan.address, "draw": PLAIN.address}
-    told |= {"messages": plan.messages, "size": plan.size, "rule": rule_address(plan, PLAIN)}
-    record = np.array([tuple(told[name] for name in USUAL.names or ())], USUAL)
+    fields = {"kernel": c_address(drop_range), "plan": plan.address, "draw": PLAIN.address}
+    fields |= {"messages": plan.messages, "size": plan.size, "rule": rule_address(plan, PLAIN)}
+    record = np.array([tuple(fields[name] for name in USUAL.names or ())], USUAL)
     rows = plan.shape[:-1] if plan.messages <= ROWS * plan.size else None
     strides = None if alike is None else alike.strides
     return Usual(

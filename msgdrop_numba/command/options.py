@@ -100,14 +100,14 @@ def of_rule(columns: bool) -> Callable[..., Any]:
 
 def _with_rule(columns: bool, command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
-    def with_rule(p: Any, **told: Any) -> Any:
-        keywords = {name: told.pop(name) for name in KEYWORDS}
+    def with_rule(p: Any, **options: Any) -> Any:
+        keywords = {name: options.pop(name) for name in KEYWORDS}
         try:
             rule = ArrayRule(None, **keywords).check() if isinstance(p, str) else Rule(p, **keywords)
         except ValueError as error:
             named = re.sub(rf"\b({'|'.join(KEYWORDS)})\b", lambda m: "--" + m[0].replace("_", "-"), str(error))
             raise click.UsageError(named) from None
-        return command(p=p, rule=rule, **told)
+        return command(p=p, rule=rule, **options)
 
     for keyword in reversed([each for each in fields(Rule) if each.name in KEYWORDS]):
         more: dict[str, Any] = {"is_flag": True}

@@ -20,7 +20,7 @@ from msgdrop_numba.call.arguments import ZERO
 from msgdrop_numba.call.keys import hash64, numbered_keys, sample_keys
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import Rule
-from msgdrop_numba.call.select import DENSE, How, kept_of_each
+from msgdrop_numba.call.select import DENSE, Layout, kept_of_each
 from msgdrop_numba.command.errors import JobError, one_line
 from msgdrop_numba.functional import drop_messages, fold_in
 from msgdrop_numba.select import select
@@ -252,23 +252,23 @@ def _npy(task: Task, out: _Hashed) -> None:
         out.write(_new_head(kept_shape(header, settings), dtype) if settings.remove else head)
         width = dtype.itemsize * int(np.prod(header.shape[1:], dtype=np.int64))
         buffer = np.empty((min(_rows_at_a_time(width), rows), *header.shape[1:]), dtype)
-        for told, count in _requests(task, rows, width):
+        for request, count in _requests(task, rows, width):
             block = buffer[:count]
             data: Any = block.reshape(-1).view(np.uint8)
             _read(source, data)
             if settings.remove:
-                kept, _ = select(block, told, How(DENSE, None, told=False))
+                kept, _ = select(block, request, Layout(DENSE, None, wants_kept=False))
                 data = np.ascontiguousarray(kept).reshape(-1).view(np.uint8)
             else:
-                drop_messages(block, replace(told, inplace=True))
+                drop_messages(block, replace(request, inplace=True))
             out.write(data)
 
 
 def _npy_mask(task: Task, out: _Hashed) -> None:
     rows, size = read_header(task.source).shape[:2]
     out.write(_new_head((rows, size), np.dtype(bool)))
-    for told, count in _requests(task, rows, size):
-        out.write(keep_mask((count, size), told).reshape(-1).view(np.uint8))
+    for request, count in _requests(task, rows, size):
+        out.write(keep_mask((count, size), request).reshape(-1).view(np.uint8))
 
 
 def _rows_at_a_time(width: int) -> int:
@@ -290,8 +290,8 @@ def _requests(task: Task, rows: int, width: int) -> Iterator[tuple[Request, int]
 def _new_head(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     """The header of a .npy file."""
     head = io.BytesIO()
-    told = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(head, told)
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(head, fields)
     return head.getvalue()
 
 

@@ -51,8 +51,8 @@ def lines(masks: Masks, letters: tuple[str, str]) -> Iterator[str]:
         if epochs:
             yield f"epoch {epoch}"
         for name, row, real in zip(names, mask, valid, strict=True):
-            told = "".join(letters[not kept] if here else " " for kept, here in zip(row, real, strict=True))
-            yield f"{name:>{width}} {told}".rstrip()
+            text = "".join(letters[not kept] if is_message else " " for kept, is_message in zip(row, real, strict=True))
+            yield f"{name:>{width}} {text}".rstrip()
     every = np.broadcast_to(valid, keep.shape)
     yield f"kept {keep[every].mean() if every.any() else 1:.1%} of {every.sum()} messages"
     if not valid.all():

@@ -80,8 +80,8 @@ def dropout_edge(
     at, kept = _numbers(keep)
     left = _columns(edges, at, force_undirected)
     attr = None if edge_attr is None else _attributes(edge_attr, at, kept, force_undirected)
-    told = at.repeat(2) if force_undirected else keep
-    return (left, told) if edge_attr is None else (left, attr, told)
+    kept_edges = at.repeat(2) if force_undirected else keep
+    return (left, kept_edges) if edge_attr is None else (left, attr, kept_edges)
 
 
 def _keep(count: int, p: Any, ids: Tensor | None, keys: Tensor | None, seed: Any, device: torch.device) -> Tensor:

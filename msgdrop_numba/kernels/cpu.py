@@ -102,47 +102,47 @@ def _fill_dropped(target: int, step: int, keep: Array, fill: int, width: int, st
 
 
 @inlined_jit
-def _write_narrow(target: int, source: int, keep: Array, plan: Any, how: Writing, scale: float) -> None:
+def _write_narrow(target: int, source: int, keep: Array, plan: Any, mode: Writing, scale: float) -> None:
     """Write messages of a few bytes: without a branch, of which a third would be guessed wrong. Scaled, 0 stays 0."""
     width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]
-    fill = how.fill if how.fill else how.memory.scratch
-    asked, distance = (width, AHEAD // width) if how.foresee else (0, 0)
+    fill = mode.fill if mode.fill else mode.memory.scratch
+    asked, distance = (width, AHEAD // width) if mode.foresee else (0, 0)
     for j in range(keep.size):
-        to, from_ = target + j * target_step, fill + keep[j] * (source + j * source_step - fill)
+        dst, src = target + j * target_step, fill + keep[j] * (source + j * source_step - fill)
         for at in range(0, asked, LINE):
             prefetch(source + min(j + distance, keep.size - 1) * source_step + at)
-        if how.kind == COPY:
-            copy_narrow(to, from_, width)
+        if mode.kind == COPY:
+            copy_narrow(dst, src, width)
         else:
-            multiply(to, from_, width, how.kind, scale)
+            multiply(dst, src, width, mode.kind, scale)
 
 
 @inlined_jit
-def _write_each(target: int, source: int, keep: Array, plan: Any, how: Writing, scale: float, scales: int) -> None:
+def _write_each(target: int, source: int, keep: Array, plan: Any, mode: Writing, scale: float, scales: int) -> None:
     """Write messages one by one, each with its own of the `scales`, if there are any; what is dropped isn't read."""
     width, source_step, target_step = plan["width"], plan["x_step"], plan["out_step"]  # not read again after a write
     each = view(scales, keep.size if scales else 0, np.float64)
     # With gaps between them, the processor doesn't foresee which messages are read next.
-    kept, passed = _listed(keep[: keep.size if how.foresee else 0], True, how.memory.found), 0
-    distance = AHEAD // width if how.foresee else 0
+    kept, passed = _listed(keep[: keep.size if mode.foresee else 0], True, mode.memory.found), 0
+    distance = AHEAD // width if mode.foresee else 0
     for j in range(keep.size):
-        to, from_ = target + j * target_step, source + j * source_step
+        dst, src = target + j * target_step, source + j * source_step
         if not keep[j]:
-            fill_message(to, how.fill, width, how.stream)
+            fill_message(dst, mode.fill, width, mode.stream)
             continue
         passed += 1
-        ahead = source + kept[min(passed + distance, kept.size - 1)] * source_step if how.foresee else 0
+        ahead = source + kept[min(passed + distance, kept.size - 1)] * source_step if mode.foresee else 0
         message_scale = each[j] if scales else scale
-        if how.kind == COPY or message_scale == 0:
-            if to != from_:
-                copy(to, from_, width, how.stream, ahead)
+        if mode.kind == COPY or message_scale == 0:
+            if dst != src:
+                copy(dst, src, width, mode.stream, ahead)
             continue
         for at in range(0, width if ahead else 0, LINE):
             prefetch(ahead + at)
-        if how.stream or to == from_:
-            multiply_by_way(to, from_, width, how.kind, message_scale, how.memory.scratch, how.stream)
+        if mode.stream or dst == src:
+            multiply_by_way(dst, src, width, mode.kind, message_scale, mode.memory.scratch, mode.stream)
         else:
-            multiply(to, from_, width, how.kind, message_scale)
+            multiply(dst, src, width, mode.kind, message_scale)
 
 
 @inner_jit
@@ -222,47 +222,47 @@ def _is_even(plan: Any) -> Any:
 
 @inner_jit
 def _write_part(
-    to: int, from_: int, keep: Array, plan: Any, how: Writing, as_words: Any, scale: float, scales: Any
+    dst: int, src: int, keep: Array, plan: Any, mode: Writing, as_words: Any, scale: float, scales: Any
 ) -> None:
     """Write the messages of `keep` in the way that is quickest for their width."""
-    width, memory = plan["width"], how.memory
-    if as_words and how.kind == COPY:
-        _write_words(to, from_, keep, width, how.fill, memory.found)
-    elif to == from_ and how.kind == COPY:
-        _fill_dropped(to, plan["out_step"], keep, how.fill, width, how.stream, memory.found)
-    elif how.narrow and (how.kind == COPY or (how.zeros and not scales)):
-        _write_narrow(to, from_, keep, plan, how, scale)
+    width, memory = plan["width"], mode.memory
+    if as_words and mode.kind == COPY:
+        _write_words(dst, src, keep, width, mode.fill, memory.found)
+    elif dst == src and mode.kind == COPY:
+        _fill_dropped(dst, plan["out_step"], keep, mode.fill, width, mode.stream, memory.found)
+    elif mode.narrow and (mode.kind == COPY or (mode.zeros and not scales)):
+        _write_narrow(dst, src, keep, plan, mode, scale)
     else:
-        _write_each(to, from_, keep, plan, how, scale, scales)
-    if how.then_kind != COPY:
-        multiply_by_way(to, to, keep.size * width, how.then_kind, scale, memory.found, how.stream)
+        _write_each(dst, src, keep, plan, mode, scale, scales)
+    if mode.then_kind != COPY:
+        multiply_by_way(dst, dst, keep.size * width, mode.then_kind, scale, memory.found, mode.stream)
         _fill_dropped(
-            to, width, keep[: keep.size if how.then_fill else 0], how.then_fill, width, how.stream, memory.found
+            dst, width, keep[: keep.size if mode.then_fill else 0], mode.then_fill, width, mode.stream, memory.found
         )
 
 
 @inlined_jit
 def _write_block(
-    to: int, from_: int, keep: Array, inside: int, plan: Any, draw: Any, how: Writing, scale: float, scales: int
+    dst: int, src: int, keep: Array, inside: int, plan: Any, draw: Any, mode: Writing, scale: float, scales: int
 ) -> None:
     """Write the messages of `keep`; those from `inside` on are padding, which passes as it is, or has a fill."""
     width = plan["width"]
-    as_words = plan["words"] and (from_ | to) & (min(width, 8) - 1) == 0 and (width <= 8 or how.fill == 0)
-    behind = view(how.memory.flags + inside, keep.size - inside, np.bool_)
+    as_words = plan["words"] and (src | dst) & (min(width, 8) - 1) == 0 and (width <= 8 or mode.fill == 0)
+    behind = view(mode.memory.flags + inside, keep.size - inside, np.bool_)
     for j in range(behind.size):
         behind[j] = not draw["sources"]
     for piece in range(plan["pieces"]):
-        at, there, here = piece * width, to + piece * plan["out_piece"], from_ + piece * plan["x_piece"]
-        fill, then_fill = how.fill + at if how.fill else 0, how.then_fill + at if how.then_fill else 0
+        at, dst_at, src_at = piece * width, dst + piece * plan["out_piece"], src + piece * plan["x_piece"]
+        fill, then_fill = mode.fill + at if mode.fill else 0, mode.then_fill + at if mode.then_fill else 0
         way = Writing(
-            how.kind, fill, how.then_kind, then_fill, how.stream, how.foresee, how.narrow, how.zeros, how.memory
+            mode.kind, fill, mode.then_kind, then_fill, mode.stream, mode.foresee, mode.narrow, mode.zeros, mode.memory
         )
         part, some, as_some = keep[:inside], scales, as_words
         for _ in range(2 if behind.size else 1):
-            _write_part(there, here, part, plan, way, as_some, scale, some)
-            there, here = there + inside * plan["out_step"], here + inside * plan["x_step"]
+            _write_part(dst_at, src_at, part, plan, way, as_some, scale, some)
+            dst_at, src_at = dst_at + inside * plan["out_step"], src_at + inside * plan["x_step"]
             fill = draw["padding"] + at if draw["padding"] else 0
-            way = Writing(COPY, fill, COPY, 0, how.stream, False, how.narrow, False, how.memory)
+            way = Writing(COPY, fill, COPY, 0, mode.stream, False, mode.narrow, False, mode.memory)
             part, some, as_some = behind, 0, 0
 
 
@@ -295,7 +295,7 @@ def drop_across(
     beside = turned["x_step"] == turned["out_step"] == width and width <= LINE and width & (width - 1) == 0
     aligned = (x | out | plan["x_step"] | plan["out_step"]) & (min(width, 8) - 1) == 0
     as_words = np.int64(beside and aligned and (width <= 8 or draw["fill"] == 0))
-    how = _writing(turned, draw, x, out, rows * size, memory)
+    mode = _writing(turned, draw, x, out, rows * size, memory)
     for position in range(0, size, BLOCK):
         count = min(BLOCK, size - position)
         pitch = whole_groups(count)
@@ -313,11 +313,11 @@ def drop_across(
         for j in range(count):
             for row in range(rows):
                 across[j * rows + row] = tile[row * pitch + j]
-        to, from_ = out + index * plan["out_row"], x + index * plan["x_row"]
+        dst, src = out + index * plan["out_row"], x + index * plan["x_row"]
         for j in range(count):
             keep = view(memory.across + j * rows, rows, np.bool_)
-            there, here = to + (position + j) * plan["out_step"], from_ + (position + j) * plan["x_step"]
-            _write_part(there, here, keep, turned, how, as_words, plan["scale"], np.int64(0))  # a 0 is its own type
+            dst_at, src_at = dst + (position + j) * plan["out_step"], src + (position + j) * plan["x_step"]
+            _write_part(dst_at, src_at, keep, turned, mode, as_words, plan["scale"], np.int64(0))  # a 0 is its own type
 
 
 @jit
@@ -340,7 +340,7 @@ def drop_range(
     view(memory.known, 1, np.int64)[0] = -1
     even = alike and _is_even(plan)
     across = plan["across"] if alike and out and (size <= BLOCK or not rule) else 0  # each row's limit is found once
-    how = _writing(plan, draw, x, out, last - first, memory)
+    mode = _writing(plan, draw, x, out, last - first, memory)
     index, position, count = first // size, first % size, 0
     while first < last:
         if across and position == 0 and last - first >= size:
@@ -371,8 +371,8 @@ def drop_range(
                     scale = row_scale(plan, row)
                     scales = message_scales(memory.scales, plan, draw, row, scale, index, begin, inside)
                 keep = view(mask + first if given else memory.flags, count, np.bool_)
-                to, from_ = out + index * plan["out_row"] + begin * plan["out_step"], source + begin * plan["x_step"]
-                _write_block(to, from_, keep, inside, plan, draw, how, scale, scales)
+                dst, src = out + index * plan["out_row"] + begin * plan["out_step"], source + begin * plan["x_step"]
+                _write_block(dst, src, keep, inside, plan, draw, mode, scale, scales)
             first, count = first + count, 0
         index, position = index + 1, 0
 

@@ -16,7 +16,7 @@ import numba.cuda
 import numpy as np
 
 from msgdrop_numba.kernels.cuda_memory import Device, device, number, scaler
-from msgdrop_numba.kernels.cuda_rules import Rule, Told, keeps, make_row, scale_of_kept, select, takes_part
+from msgdrop_numba.kernels.cuda_rules import CudaArgs, Rule, keeps, make_row, scale_of_kept, select, takes_part
 from msgdrop_numba.kernels.records import COPY
 
 cuda: Any = numba.cuda  # of which the simulator, the built-in target and numba-cuda each know other types
@@ -72,7 +72,7 @@ def _make_drop(unit: int, kind: int) -> Device:
     scaled, places = kind != COPY, THREADS
 
     def drop(
-        messages: int, width: int, x_row: int, x_step: int, out_row: int, out_step: int, rule: Rule, told: Told,
+        messages: int, width: int, x_row: int, x_step: int, out_row: int, out_step: int, rule: Rule, args: CudaArgs,
         fill: int, scales: int, x: int, out: int, mask: int, limits: int, scale: float,
     ) -> None:  # fmt: skip
         tile_source = cuda.shared.array(places, np.int64)
@@ -80,28 +80,28 @@ def _make_drop(unit: int, kind: int) -> Device:
         tile_scale = cuda.shared.array(places if scaled else 1, np.float64)
         j, tile = cuda.threadIdx.x + cuda.blockDim.x * cuda.threadIdx.y, UNROLL * cuda.blockDim.y
         if j < tile:  # no loop: what it carries would take half of the registers
-            message, from_, to, kept_scale = np.int64(cuda.blockIdx.x) * tile + j, np.int64(0), np.int64(0), 0.0
+            message, src, dst, kept_scale = np.int64(cuda.blockIdx.x) * tile + j, np.int64(0), np.int64(0), 0.0
             if message < messages:
-                index = np.int64(np.uint64(message) // np.uint64(told.size))
-                i, row, keep = message - index * told.size, make_row(rule, told, index), True
+                index = np.int64(np.uint64(message) // np.uint64(args.size))
+                i, row, keep = message - index * args.size, make_row(rule, args, index), True
                 taking = takes_part(rule, row, i)
-                if taking and told.given:
+                if taking and args.given:
                     keep = _load_byte(mask + message) != 0
                 elif taking:
                     keep = keeps(rule, row, i, limits + 16 * index if limits else np.int64(0))
-                if mask and not told.given and cuda.blockIdx.y == 0:
+                if mask and not args.given and cuda.blockIdx.y == 0:
                     _store_byte(mask + message, np.uint8(keep))
                 if out:
-                    from_ = x + index * x_row + i * x_step
-                    to = out + index * out_row + i * out_step
+                    src = x + index * x_row + i * x_step
+                    dst = out + index * out_row + i * out_step
                     if not keep:
-                        from_ = np.int64(fill)
+                        src = np.int64(fill)
                     elif scaled and taking:
-                        place = scales + told.row_bytes * index + 8 * i if scales else np.int64(0)
+                        place = scales + args.row_bytes * index + 8 * i if scales else np.int64(0)
                         kept_scale = scale_of_kept(rule, row, scale, place)
-                    elif from_ == to:
-                        to = np.int64(0)
-            tile_source[j], tile_target[j] = from_ if to else 0, to
+                    elif src == dst:
+                        dst = np.int64(0)
+            tile_source[j], tile_target[j] = src if dst else 0, dst
             if scaled:
                 tile_scale[j] = kept_scale
         if out:
@@ -134,16 +134,16 @@ def _make_gather(unit: int, kind: int) -> Device:
         tile_scale = cuda.shared.array(places if scaled else 1, np.float64)
         j, tile = cuda.threadIdx.x + cuda.blockDim.x * cuda.threadIdx.y, UNROLL * cuda.blockDim.y
         if j < tile:
-            message, from_, to, scale = np.int64(cuda.blockIdx.x) * tile + j, np.int64(0), np.int64(0), 0.0
+            message, src, dst, scale = np.int64(cuda.blockIdx.x) * tile + j, np.int64(0), np.int64(0), 0.0
             if message < messages:
-                origin, to = _load_int(index + 8 * message), out + message * width
+                origin, dst = _load_int(index + 8 * message), out + message * width
                 if origin < 0:
-                    from_ = fill + message * fill_step
+                    src = fill + message * fill_step
                 else:
-                    from_ = _source(x, width, size, row, step, origin)
+                    src = _source(x, width, size, row, step, origin)
                     if scaled:
                         scale = _load_float(scales + 8 * message)
-            tile_source[j], tile_target[j] = from_, to
+            tile_source[j], tile_target[j] = src, dst
             if scaled:
                 tile_scale[j] = scale
         cuda.syncthreads()

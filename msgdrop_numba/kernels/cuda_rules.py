@@ -48,7 +48,7 @@ class Rule(NamedTuple):
     prefix: int
 
 
-class Told(NamedTuple):
+class CudaArgs(NamedTuple):
     """What else decides a mask, as the kernels' arguments name it: a count or a flag, or where an array lies."""
 
     size: int
@@ -107,23 +107,23 @@ def _first_draw(seed: Any, key: Any, stream: Any) -> Any:
 
 
 @device
-def make_row(rule: Rule, told: Told, index: Any) -> Row:
+def make_row(rule: Rule, args: CudaArgs, index: Any) -> Row:
     """What holds for the row of this index; nobody may have looked at what lies on the device."""
-    seed = _load_word(told.seed) if told.seed else np.uint64(0)
-    key, size = _row_key(told.keys, told.inner, index), np.int64(told.size)
-    valid = min(max(_load_int(told.lengths + 8 * index), np.int64(0)), size) if told.lengths else size
-    taking = _load_int(told.taking + 8 * index) if told.taking else max(np.int64(0), valid - rule.prefix)
+    seed = _load_word(args.seed) if args.seed else np.uint64(0)
+    key, size = _row_key(args.keys, args.inner, index), np.int64(args.size)
+    valid = min(max(_load_int(args.lengths + 8 * index), np.int64(0)), size) if args.lengths else size
+    taking = _load_int(args.taking + 8 * index) if args.taking else max(np.int64(0), valid - rule.prefix)
     phase, threshold = np.int64(0), np.uint64(rule.threshold)
-    if rule.span > 1 and not told.given:
+    if rule.span > 1 and not args.given:
         phase = np.int64(_multiply_shift(rule.span, np.int64(_first_draw(seed, key, STREAM_PHASE)), 32))
     if rule.ranged:
         threshold += (np.uint64(rule.spread) * _first_draw(seed, key, STREAM_RANGE)) >> _32
     return Row(
         seed, key, valid, taking, phase, threshold,
-        told.thresholds + told.row_bytes * index if told.thresholds else np.int64(0),
-        told.protect + told.protect_row * index if told.protect else np.int64(0),
-        told.offset,
-        told.positions + told.positions_row * index if told.positions else np.int64(0),
+        args.thresholds + args.row_bytes * index if args.thresholds else np.int64(0),
+        args.protect + args.protect_row * index if args.protect else np.int64(0),
+        args.offset,
+        args.positions + args.positions_row * index if args.positions else np.int64(0),
     )  # fmt: skip
 
 
@@ -233,13 +233,13 @@ def _next_tie(chosen: Any, after: Any, draw: Any, rule: Rule, row: Row) -> Any:
     return found
 
 
-def select(rows: int, rule: Rule, told: Told, limits: int) -> None:
+def select(rows: int, rule: Rule, args: CudaArgs, limits: int) -> None:
     """Write each row's cutoff to `limits`, 16 bytes a row: the (draw, position) below which candidates drop."""
     counts = cuda.shared.array(BINS, np.int64)
     chosen = cuda.shared.array(3, np.int64)
     index = np.int64(cuda.blockIdx.x)
     while index < rows:
-        row = make_row(rule, told, index)
+        row = make_row(rule, args, index)
         limit = _may_drop(rule, row)
         leading, shift, end, digit = np.uint64(0), np.uint64(32), np.int64(0), np.int64(0)
         while shift > np.uint64(0) and digit >= 0:

@@ -130,17 +130,17 @@ def _emit_zero_line(builder: Any, target: Any) -> None:
 
 
 def _emit_stream(builder: Any, target: Any, source: Any) -> None:
-    here, there, after = (builder.append_basic_block(name) for name in ("zeros", "copy", "store"))
-    builder.cbranch(builder.icmp_unsigned("==", source, source.type(0)), here, there)
-    builder.position_at_end(here)
+    zeros, copies, after = (builder.append_basic_block(name) for name in ("zeros", "copy", "store"))
+    builder.cbranch(builder.icmp_unsigned("==", source, source.type(0)), zeros, copies)
+    builder.position_at_end(zeros)
     builder.branch(after)
-    builder.position_at_end(there)
+    builder.position_at_end(copies)
     value = builder.load(builder.inttoptr(source, _LINE.as_pointer()), align=1)
     builder.branch(after)
     builder.position_at_end(after)
     chosen = builder.phi(_LINE)
-    chosen.add_incoming(_LINE(None), here)
-    chosen.add_incoming(value, there)
+    chosen.add_incoming(_LINE(None), zeros)
+    chosen.add_incoming(value, copies)
     store = builder.store(chosen, builder.inttoptr(target, _LINE.as_pointer()), align=64)
     one = builder.module.add_metadata([ir.IntType(32)(1)])
     store.set_metadata("nontemporal", one)

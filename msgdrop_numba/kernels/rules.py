@@ -318,9 +318,9 @@ def decide(
 def keep_plain(memory: int, words: int, plan: Any, draw: Any, seed: int, index: int, first: int, count: int) -> None:
     """`decide` where each message drops by a draw of its own, at the plan's p, and by nothing else."""
     key = view(draw["keys"] + 8 * index, 1, np.uint64)[0] if draw["keys"] else np.uint64(index)
-    there = _draw_run(words, np.uint64(np.int64(seed)), key, STREAM_DRAW, first + draw["offset"], count)
+    first_word = _draw_run(words, np.uint64(np.int64(seed)), key, STREAM_DRAW, first + draw["offset"], count)
     keep, threshold = view(memory, whole_groups(count), np.bool_), np.uint64(plan["threshold"])
-    draws = view(there, keep.size, np.uint32)
+    draws = view(first_word, keep.size, np.uint32)
     for j in range(keep.size):
         keep[j] = np.uint64(draws[j]) >= threshold
 

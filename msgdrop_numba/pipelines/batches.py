@@ -153,9 +153,9 @@ class MessageDropoutBatch:
         """
         columns.check_names(columns.names(batch), self.needed)
         fields = {name: columns.field(batch, name) for name in self.needed}
-        told, rows = self._read(fields), columns.read(*fields[self.columns[0]], copied=False)
+        row_columns, rows = self._read(fields), columns.read(*fields[self.columns[0]], copied=False)
         first = 0
-        for block, request in zip(rows.blocks, self._requests(rows, told), strict=True):
+        for block, request in zip(rows.blocks, self._requests(rows, row_columns), strict=True):
             if 0 <= (at := row - first) < len(block):
                 own: dict[str, Any] = {}
                 for name in ("p", "lengths", "keys", "protect", "positions"):
@@ -193,20 +193,20 @@ class MessageDropoutBatch:
         return list(dict.fromkeys([*self.companions, *own]))
 
     def __call__(self, batch: Any) -> Any:
-        there = columns.names(batch)
-        columns.check_names(there, self.needed)
+        names_given = columns.names(batch)
+        columns.check_names(names_given, self.needed)
         fields = {name: columns.field(batch, name) for name in self.needed}
         for name, wanted in ((MASK, self.return_mask), (INDICES, self.return_indices)):
-            if wanted and name in there:
+            if wanted and name in names_given:
                 option = "return_mask" if name == MASK else "return_indices"
                 raise ValueError(f"the batch has a column {name!r} already: rename it, or leave {option} out")
-        told = self._read(fields)
+        row_columns = self._read(fields)
         sizes: dict[str, list[int]] = {}
         done: dict[str, Done] = {}
         for name in self.columns:
             try:
                 rows = columns.read(*fields[name], copied=not self.remove)
-                requests = self._requests(rows, told)
+                requests = self._requests(rows, row_columns)
                 done[name] = shorten(rows, requests, self.even) if self.remove else drop(rows, requests)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"column {name!r}: {error}") from error
@@ -220,7 +220,7 @@ class MessageDropoutBatch:
         first = done[self.columns[0]]
         if first.remains is not None:
             for name in self.shorter:
-                changed[name] = companion(name, fields[name], first.remains, told.called)
+                changed[name] = companion(name, fields[name], first.remains, row_columns.called)
             if self.lengths is not None:
                 changed[self.lengths] = columns.like(fields[self.lengths].column, first.remains.counts)
         if self.return_mask:
@@ -229,7 +229,7 @@ class MessageDropoutBatch:
             changed[INDICES] = first.rows.beside(first.indices, False)
         return columns.answer(batch, changed, self.passthrough)
 
-    def _read(self, fields: dict[str, Field]) -> _Told:
+    def _read(self, fields: dict[str, Field]) -> _RowColumns:
         """What the rows bring."""
         column = fields[self.key].column
         keys = columns.keys(self.key, column)
@@ -247,11 +247,11 @@ class MessageDropoutBatch:
             else:
                 read[argument] = read_each(argument, columns.each(argument, name, values), place, called)
         own = Own(called, **read) if self.own or self.offset else None
-        return _Told(keys, lengths, own, called)
+        return _RowColumns(keys, lengths, own, called)
 
-    def _requests(self, rows: Rows, told: _Told) -> list[Request]:
+    def _requests(self, rows: Rows, row_columns: _RowColumns) -> list[Request]:
         """What is asked for in each block of a column."""
-        keys, lengths, own, _ = told
+        keys, lengths, own, _ = row_columns
         count = sum(map(len, rows.blocks))
         arrays = {"key": keys, "lengths": lengths, **({} if own is None else own.arrays())}
         for what, array in arrays.items():
@@ -259,13 +259,13 @@ class MessageDropoutBatch:
                 raise ValueError(f"it has {count} rows, but the {what} column has {len(array)}")
         requests, first = [], 0
         for block in rows.blocks:
-            here, size = slice(first, first + len(block)), block.shape[1]
-            first = here.stop
+            part, size = slice(first, first + len(block)), block.shape[1]
+            first = part.stop
             options = replace(self.options.for_rows(size), fill=_like(self.options.fill, block))
-            request = Request.of(options, inplace=rows.writable, seed=self.seed, keys=keys[here], return_mask=True)
+            request = Request.of(options, inplace=rows.writable, seed=self.seed, keys=keys[part], return_mask=True)
             if own is not None:
-                request = own.block(here).requested(request, [size] * len(block), size)
-            requests.append(replace(request, lengths=None if lengths is None else lengths[here]))
+                request = own.block(part).requested(request, [size] * len(block), size)
+            requests.append(replace(request, lengths=None if lengths is None else lengths[part]))
         return requests
 
 
@@ -277,7 +277,7 @@ def _listed(argument: str, names: Any) -> tuple[str, ...]:
     return tuple(listed)
 
 
-class _Told(NamedTuple):
+class _RowColumns(NamedTuple):
     """What the columns beside those of messages say: each row's key, its length, what it brings, what it is called."""
 
     keys: np.ndarray

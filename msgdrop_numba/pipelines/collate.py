@@ -304,7 +304,7 @@ class MessageDropoutCollate:
             for mask in dict.fromkeys(field.mask for field in fields.values()):
                 found = {field.label: at(batch, path) for path, field in fields.items() if field.mask == mask}
                 sharing[mask] = found, request_in(self._options, found, _mask_seed(seed, mask), keys, own)
-            keep = {mask: drop_in(*told) for mask, told in sharing.items()}
+            keep = {mask: drop_in(*fields_and_request) for mask, fields_and_request in sharing.items()}
             if self.return_mask:
                 extras["keep_mask"] = keep
         return extend(batch, {name: by_mask.get(None, by_mask) for name, by_mask in extras.items()})
@@ -319,12 +319,12 @@ class MessageDropoutCollate:
         self, samples: list[Any], fields: dict[Path, Field], brought: dict[Path, Each], stacks: dict[str | None, Any]
     ) -> dict[Path, Callable[[list[Any]], Any]]:
         """What builds the leaves that lie beside the fields, as long as those: companions, and samples' own."""
-        there = find(self._companions, samples[0], "a sample", "companions") if self._companions else {}
-        if both := [there[path].label for path in there if path in fields]:
+        companion_fields = find(self._companions, samples[0], "a sample", "companions") if self._companions else {}
+        if both := [companion_fields[path].label for path in companion_fields if path in fields]:
             raise ValueError(f"companions must not be among fields too, but {both[0]} is: leave it out")
         alone = list(stacks) if self.remove and len(stacks) == 1 else []
         masks = {path: mask for path in brought for mask in alone}
-        masks |= {path: companion.mask for path, companion in there.items()}
+        masks |= {path: companion.mask for path, companion in companion_fields.items()}
         firsts = {field.mask: (field.label, path) for path, field in reversed(fields.items())}
 
         def build(path: Path, values: list[Any]) -> Any:
@@ -334,7 +334,11 @@ class MessageDropoutCollate:
             if stack.lengths is None:  # it lies before the first field in the sample
                 label, first = firsts[masks[path]]
                 stack.look(label, column(samples, first))
-            return stack.own_leaf(brought[path].name) if path in brought else stack.companion(there[path].label, values)
+            return (
+                stack.own_leaf(brought[path].name)
+                if path in brought
+                else stack.companion(companion_fields[path].label, values)
+            )
 
         left = brought if self._padding.wanted else {}
         return {path: partial(build, path) for path in {**left, **masks}}

@@ -41,12 +41,12 @@ class Rows(NamedTuple):
     one_array: bool = False
 
 
-def check_names(there: list[str], needed: list[str], noun: str = "the batch") -> None:
-    """Refuse a batch of the columns `there`, or what `noun` says, unless each that is needed is among them once."""
+def check_names(names_given: list[str], needed: list[str], noun: str = "the batch") -> None:
+    """Refuse a batch, or what `noun` says, unless it has each column that is needed once."""
     for name in needed:
-        if there.count(name) != 1:
-            have = f"{there.count(name)} columns" if name in there else "no column"
-            raise ValueError(f"{noun} has {have} {name!r}: it has {', '.join(map(repr, there))}")
+        if names_given.count(name) != 1:
+            have = f"{names_given.count(name)} columns" if name in names_given else "no column"
+            raise ValueError(f"{noun} has {have} {name!r}: it has {', '.join(map(repr, names_given))}")
 
 
 def names(batch: Any) -> list[str]:
@@ -78,15 +78,15 @@ def answer(batch: Any, changed: dict[str, Any], passthrough: bool) -> Any:
         return {**({name: batch[name] for name in batch} if passthrough else {}), **changed}
     table = batch if passthrough else batch.select([])
     for name, column in changed.items():
-        told: Any = name
+        new_field: Any = name
         if name in batch.column_names:
-            told = batch.schema.field(name)
-            if told.type != column.type:  # what the field says besides is of the type that was
-                told = told.with_type(column.type).remove_metadata()
+            new_field = batch.schema.field(name)
+            if new_field.type != column.type:  # what the field says besides is of the type that was
+                new_field = new_field.with_type(column.type).remove_metadata()
         if name in table.column_names:
-            table = table.set_column(table.column_names.index(name), told, column)
+            table = table.set_column(table.column_names.index(name), new_field, column)
         else:
-            table = table.append_column(told, column)
+            table = table.append_column(new_field, column)
     return table
 
 
@@ -141,13 +141,13 @@ def _ragged(column: Any, read_row: Callable[[Any], Any]) -> Rows:
     if not isinstance(column, (list, np.ndarray)):
         raise TypeError(f"it must be an array, a tensor, a list of those or an Arrow column, but is a {type(column)}")
     rows = [read_row(value) for value in column]
-    told = [row.shape != (0,) for row in rows]  # one without messages may not tell its features
+    has_features = [row.shape != (0,) for row in rows]  # one without messages may not tell its features
 
     def join(done: list[Any]) -> list[Any]:
-        return [y[0] if tells else row for y, row, tells in zip(done, rows, told, strict=True)]
+        return [y[0] if has else row for y, row, has in zip(done, rows, has_features, strict=True)]
 
     return Rows(
-        [row[None] if tells else np.empty((1, 0, 0)) for row, tells in zip(rows, told, strict=True)],
+        [row[None] if has else np.empty((1, 0, 0)) for row, has in zip(rows, has_features, strict=True)],
         join, lambda parts, _: [part[0] for part in parts],
         lambda done, _: join([[y] for y in done]),
     )  # fmt: skip

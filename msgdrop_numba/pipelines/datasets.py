@@ -142,11 +142,11 @@ class KeyedDataset(Dataset[Keyed]):
         if has_state and not hasattr(type(self), "state_dict"):
             self.state_dict, self.load_state_dict = self._state_dict, self._load_state_dict
 
-    def _state_dict(self, *where: Any, **told: Any) -> dict[str, Any]:
+    def _state_dict(self, *where: Any, **parts: Any) -> dict[str, Any]:
         """With what a framework says of where it is, as Composer and Streaming do: the wrapped dataset's to know."""
         state = {"keyed_epoch": self.epoch}
         has_state = hasattr(self.dataset, "state_dict")
-        return {**state, "dataset": self.dataset.state_dict(*where, **told)} if has_state else state
+        return {**state, "dataset": self.dataset.state_dict(*where, **parts)} if has_state else state
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
         if "keyed_epoch" not in state:  # the wrapped one's alone, as it was saved once
@@ -184,7 +184,7 @@ class KeyedDataset(Dataset[Keyed]):
             epochs = [self._epoch.get()] * len(indices)
         fetch = getattr(self.dataset, "__getitems__", None)
         samples = fetch(list(indices)) if fetch else [self.dataset[index] for index in indices]
-        return [self._keyed(*told) for told in zip(indices, samples, epochs, strict=True)]
+        return [self._keyed(*parts) for parts in zip(indices, samples, epochs, strict=True)]
 
     def _split(self, index: Any) -> tuple[int | None, Any]:
         """The epoch of the sample that is asked for, and its index alone."""

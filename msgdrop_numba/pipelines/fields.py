@@ -168,12 +168,12 @@ def _located(path: Path, sample: Any, noun: str, argument: str = "fields") -> Pa
     place: list[Any] = []
     for depth, name in enumerate(path):
         attributes = list(getattr(sample, "_fields", ()))
-        there = list(sample) if isinstance(sample, Mapping) else range(len(sample)) if _is_row(sample) else ()
+        steps = list(sample) if isinstance(sample, Mapping) else range(len(sample)) if _is_row(sample) else ()
         step = attributes.index(name) if name in attributes else name
-        if step not in there:
+        if step not in steps:
             where = f"field {label(path[:depth])} of {noun}" if depth else noun
             raise ValueError(
-                f"{argument} must be among {attributes or list(there)}, which {where} has, but got {name!r}"
+                f"{argument} must be among {attributes or list(steps)}, which {where} has, but got {name!r}"
             )
         place.append(step)
         sample = sample[step]

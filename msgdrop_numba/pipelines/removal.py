@@ -43,7 +43,7 @@ class Removal(Stack):
 
     def own_leaf(self, argument: str) -> Tensor:
         """What samples bring of their own, of kept messages alone."""
-        values, index = getattr(self.told, argument), self._selected().numbers
+        values, index = getattr(self.row_values, argument), self._selected().numbers
         picked = values.ravel().take(index, mode="clip") if values.size else np.empty(index.shape, values.dtype)
         return sent(np.where(index < 0, values.dtype.type(PADDING[argument]), picked))
 

@@ -42,7 +42,7 @@ class Each(NamedTuple):
     rows: Any
 
 
-class Told(NamedTuple):
+class RowValues(NamedTuple):
     """The same for a block of rows, as a request takes it: p `(rows, 1)`, the others `(rows, messages)` or a number."""
 
     p: np.ndarray | None = None
@@ -70,26 +70,26 @@ class Own(NamedTuple):
         each = {"protect": self.protect, "positions": self.positions}
         return {"p": self.p, **{name: value.rows for name, value in each.items() if isinstance(value, Each)}}
 
-    def block(self, here: slice) -> Own:
+    def block(self, part: slice) -> Own:
         """The same of some rows."""
 
         def cut(each: Any) -> Any:
-            return each._replace(rows=each.rows[here]) if isinstance(each, Each) else each
+            return each._replace(rows=each.rows[part]) if isinstance(each, Each) else each
 
-        p = None if self.p is None else self.p[here]
-        return Own(lambda row: self.called(here.start + row), p, cut(self.protect), cut(self.positions))
+        p = None if self.p is None else self.p[part]
+        return Own(lambda row: self.called(part.start + row), p, cut(self.protect), cut(self.positions))
 
-    def told(self, counts: Sequence[int] | None, size: int, of: str = "") -> Told:
+    def row_values(self, counts: Sequence[int] | None, size: int, of: str = "") -> RowValues:
         """What a request takes, for rows of `size` messages, of which `counts` are a row's own; None: up to all."""
 
         def laid(each: Any) -> Any:
             return laid_out(each, counts, size, self.called, of) if isinstance(each, Each) else each
 
-        return Told(None if self.p is None else self.p[:, None], laid(self.protect), laid(self.positions))
+        return RowValues(None if self.p is None else self.p[:, None], laid(self.protect), laid(self.positions))
 
     def requested(self, request: Request, counts: Sequence[int] | None, size: int, of: str = "") -> Request:
         """The request for such rows, with what they bring."""
-        p, protect, positions = self.told(counts, size, of)
+        p, protect, positions = self.row_values(counts, size, of)
         request = replace(request, protect=protect, positions=positions)
         return request if p is None else request.with_p(p)
 

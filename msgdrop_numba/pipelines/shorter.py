@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.select import DENSE, PACKED, How
+from msgdrop_numba.call.select import DENSE, PACKED, Layout
 from msgdrop_numba.functional import drop_messages
 from msgdrop_numba.pipelines import columns
 from msgdrop_numba.pipelines.columns import Field, Rows
@@ -55,18 +55,18 @@ def drop(rows: Rows, requests: list[Request]) -> Done:
 
 def shorten(rows: Rows, requests: list[Request], even: bool) -> Done:
     """Remove them instead; `even`: what is one array remains one."""
-    how = How(DENSE if even and rows.one_array else PACKED, None)
+    layout = Layout(DENSE if even and rows.one_array else PACKED, None)
     done, masks, indices, counts = [], [], [], []
     for block, request in zip(rows.blocks, requests, strict=True):
-        y, kept = select(block, request, how)
+        y, kept = select(block, request, layout)
         assert kept is not None
         done.append(y)
         counts.append(_host(kept.lengths))
         masks.append(_with_padding(kept, request.lengths))
-        indices.append(kept.indices if how.layout == DENSE else kept.indices % max(1, kept.size))
+        indices.append(kept.indices if layout.name == DENSE else kept.indices % max(1, kept.size))
     sizes = [np.full(len(block), block.shape[1]) for block in rows.blocks]
     remains = Remains(_all(sizes), _all(counts), _all(indices), even)
-    if how.layout == DENSE:
+    if layout.name == DENSE:
         return Done(rows.join(done), rows, masks, indices, remains)
     each = [columns.split_rows(index, count) for index, count in zip(indices, counts, strict=True)]
     return Done(rows.shorten(done, counts), rows, masks, each, remains)
@@ -98,14 +98,14 @@ def companion(name: str, field: Field, remains: Remains, called: Name) -> Any:
 
 
 def _companion(name: str, field: Field, remains: Remains, called: Name) -> Any:
-    column, told = field
+    column, arrow_field = field
     if columns.is_arrow(column):
         from msgdrop_numba.pipelines import arrow
 
-        if arrow.is_plain_list(column.type, told):
+        if arrow.is_plain_list(column.type, arrow_field):
             _check(arrow.list_sizes(column), remains.sizes, called)
-            return arrow.taken(column, arrow.short_type(column.type, told), remains.counts, remains.within)
-    rows = columns.read_companion(column, told)
+            return arrow.taken(column, arrow.short_type(column.type, arrow_field), remains.counts, remains.within)
+    rows = columns.read_companion(column, arrow_field)
     _check(np.array([block.shape[1] for block in rows.blocks for _ in block], np.int64), remains.sizes, called)
     done, counts, first, at = [], [], 0, 0
     for block in rows.blocks:

@@ -11,25 +11,25 @@ from msgdrop_numba.call.shown import of_call
 def of_collate(collate: Any) -> str:
     """A MessageDropoutCollate, and the epoch where one was set."""
     padding = collate._padding
-    told = {
+    arguments = {
         **_shared(collate, collate._options), "fields": _paths(collate._masks), "pad_value": padding.value,
         "pad": padding.wanted and not collate.remove, "seed": collate.seed, "collate_fn": collate.collate_fn,
         "positions": collate._offset or None, "companions": _paths(collate._companions) or None,
         "epoch": collate._epoch.get() or 0,
     }  # fmt: skip
     own = {name: _one(where) if isinstance(where, tuple) else where for name, where in collate._own.items()}
-    return _call(collate, {**told, **own}, {"epoch": 0})
+    return _call(collate, {**arguments, **own}, {"epoch": 0})
 
 
 def of_batch(batch: Any) -> str:
     """A MessageDropoutBatch."""
     seed, epoch = batch.given
-    told = {
+    arguments = {
         **_shared(batch, batch.options), "columns": _one(batch.columns, list), "key": batch.key, "seed": seed,
         "epoch": epoch, "lengths": batch.lengths, "passthrough": batch.passthrough, "positions": batch.offset or None,
         "companions": _one(batch.companions, list) or None,
     }  # fmt: skip
-    return _call(batch, {**told, **batch.own}, {})
+    return _call(batch, {**arguments, **batch.own}, {})
 
 
 def _shared(owner: Any, options: Any) -> dict[str, Any]:
@@ -37,10 +37,10 @@ def _shared(owner: Any, options: Any) -> dict[str, Any]:
     return {"p": options.given_p, "scale": options.scale, "fill": options.fill, **options.rule.keywords, **flags}
 
 
-def _call(owner: Any, told: dict[str, Any], more: dict[str, Any]) -> str:
+def _call(owner: Any, arguments: dict[str, Any], more: dict[str, Any]) -> str:
     """In the order of the signature, and what it hasn't behind."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(type(owner)).parameters.items()} | more
-    return of_call(type(owner).__name__, {name: told[name] for name in defaults if name in told}, defaults)
+    return of_call(type(owner).__name__, {name: arguments[name] for name in defaults if name in arguments}, defaults)
 
 
 def _paths(fields: Any) -> Any:

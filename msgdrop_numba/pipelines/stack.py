@@ -14,7 +14,7 @@ from msgdrop_numba.call.plan import USUAL, Draw, Plan, Rows, make_plan, row_plac
 from msgdrop_numba.call.request import Job, Options, Request
 from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.records import COPY
-from msgdrop_numba.pipelines.rows import Each, Own, Told, laid_out
+from msgdrop_numba.pipelines.rows import Each, Own, RowValues, laid_out
 from msgdrop_numba.pipelines.samples import Samples, read, torch_dtype
 from msgdrop_numba.tensors import memory
 from msgdrop_numba.tensors.arguments import check_number, fill_message, scaled_kind
@@ -43,7 +43,7 @@ class Stack:
         own: Own | None,
     ) -> None:  # fmt: skip
         self.options, self.padding, self.seed, self.ids, self.keys = options, padding, seed, ids, keys
-        self.own, self.told = own, Told()
+        self.own, self.row_values = own, RowValues()
         self.lengths: list[int] | None = None
 
     def build(self, field: str, samples: list[Any]) -> Tensor:
@@ -65,7 +65,7 @@ class Stack:
         rows, first = self._rows(field, samples), self.lengths is None
         self._check_lengths(field, rows.lengths)
         if first and self.own is not None:
-            self.told = self.own.told(rows.lengths, self.size, f" of {field}" if field else "")
+            self.row_values = self.own.row_values(rows.lengths, self.size, f" of {field}" if field else "")
         return rows
 
     def request(self, field: str, sample: Any) -> tuple[Request, int]:
@@ -113,8 +113,10 @@ class Stack:
         lengths = None if full else np.array(self.lengths, np.int64)
         p, row_thresholds, row_scales, places = self.options.p, None, None, USUAL
         if self.own is not None:
-            p = p if self.told.p is None else self.told.p.repeat(plan.size, axis=1)
-            places = row_places(plan, lengths, self.told.protect, *split_positions(self.told.positions, plan.size))
+            p = p if self.row_values.p is None else self.row_values.p.repeat(plan.size, axis=1)
+            places = row_places(
+                plan, lengths, self.row_values.protect, *split_positions(self.row_values.positions, plan.size)
+            )
         if isinstance(p, np.ndarray):
             row_thresholds = thresholds(p[..., : plan.size])
             row_scales = scales(p[..., : plan.size]) if self.options.scale else None

@@ -62,23 +62,25 @@ class _DropUsual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: tuple[Usual, int, int]) -> Tensor:
-        how, seed, start = call
-        result = dense(x, how.nbytes, how.strides)
-        how.drop(how.told, 0, 0, seed, start, result.data_ptr(), *team(how.nbytes))
-        ctx.again = how, seed
+        fast_path, seed, start = call
+        result = dense(x, fast_path.nbytes, fast_path.strides)
+        fast_path.drop(fast_path.address, 0, 0, seed, start, result.data_ptr(), *team(fast_path.nbytes))
+        ctx.again = fast_path, seed
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        how, seed = ctx.again
+        fast_path, seed = ctx.again
         if not (grad.requires_grad and torch.is_grad_enabled()) and not is_watched():
-            here = how if how.alike.known(grad) else find_as(how, grad)  # it may lie otherwise than x
-            if here is not None:
-                result = dense(grad, here.nbytes, here.strides)
-                here.drop(here.told, 0, 0, seed, grad.data_ptr(), result.data_ptr(), *team(here.nbytes))
+            of_grad = (
+                fast_path if fast_path.alike.known(grad) else find_as(fast_path, grad)
+            )  # it may lie otherwise than x
+            if of_grad is not None:
+                result = dense(grad, of_grad.nbytes, of_grad.strides)
+                of_grad.drop(of_grad.address, 0, 0, seed, grad.data_ptr(), result.data_ptr(), *team(of_grad.nbytes))
                 return result, None
         grad = grad.to_dense() if grad.layout != torch.strided else grad
-        return _dropped(grad, Job(how.in_order, PLAIN, seed % 2**64)), None
+        return _dropped(grad, Job(fast_path.in_order, PLAIN, seed % 2**64)), None
 
 
 def _drawn_again(job: Job) -> Tensor:

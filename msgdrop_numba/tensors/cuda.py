@@ -96,7 +96,7 @@ def _copied(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.clone(memory_format=torch.contiguous_format)
 
 
-def told(draw: Draw) -> operations.Rows:
+def rows_of(draw: Draw) -> operations.Rows:
     """The same arrays for torch's operations."""
     protect, _, offset, positions = draw.places
     return operations.Rows(draw.lengths, draw.keys, protect, offset, positions)
@@ -156,5 +156,5 @@ def draw_mask(plan: Plan, draw: Draw, seed: Tensor, mask: Tensor | None = None) 
     if mask is None:
         mask = torch.empty(plan.shape, dtype=torch.bool, device=seed.device)
     if plan.messages and not draw.given and not launch(plan, draw, seed, 0, 0, mask.data_ptr()):
-        mask.copy_(operations.keep_mask(plan.shape, plan.rule, seed, told(draw), draw.thresholds))
+        mask.copy_(operations.keep_mask(plan.shape, plan.rule, seed, rows_of(draw), draw.thresholds))
     return mask

@@ -29,7 +29,7 @@ from msgdrop_numba.tensors.pieces import Piece, cutting, local_of, piece_of, pla
 from msgdrop_numba.tensors.traced import TRACED
 
 
-class Here(NamedTuple):
+class LocalCall(NamedTuple):
     """A call on a DTensor, cut to what this rank draws.
 
     Fields:
@@ -47,7 +47,7 @@ class Here(NamedTuple):
     request: Request
 
 
-def cut(x: DTensor, request: Request) -> Here:
+def cut(x: DTensor, request: Request) -> LocalCall:
     """A call on x; what it says of rows and messages is meant of the whole."""
     piece = piece_of("x", x)
     dims = arguments.message_dims(piece.shape, request.message_dims)
@@ -64,15 +64,15 @@ def cut(x: DTensor, request: Request) -> Here:
     fill, out = local_part("fill", request.fill, dims, piece), _local_out(x, request, rule.p != 0, piece)
     counted = rule.count_limited and piece.cuts(dims - 1)
     sizes = (*piece.sizes[: dims - 1], whole[-1] if counted else piece.sizes[dims - 1])
-    here = Here(piece, dims, whole, sizes, counted, request)
-    told = replace(
-        request, p=None if array is None else _part(here, "p", array, probabilities_on, x.device),
+    call = LocalCall(piece, dims, whole, sizes, counted, request)
+    local_request = replace(
+        request, p=None if array is None else _part(call, "p", array, probabilities_on, x.device),
         rule=rule if counted else rule.for_rows(sizes[-1], piece.starts[dims - 1]),
         fill=fill, out=out, message_dims=dims, inplace=request.inplace and not graph,
-        lengths=_lengths(here, x.device), keys=_keys(here, x.device), positions=_positions(here, x.device),
-        protect=_part(here, "protect", request.protect, protect_on, x.device),
+        lengths=_lengths(call, x.device), keys=_keys(call, x.device), positions=_positions(call, x.device),
+        protect=_part(call, "protect", request.protect, protect_on, x.device),
     )  # fmt: skip
-    return here._replace(request=told)
+    return call._replace(request=local_request)
 
 
 def _split_p(p: Any) -> tuple[P, Any]:
@@ -98,34 +98,34 @@ def _check_mesh(name: str, value: DTensor, piece: Piece) -> None:
         raise ValueError(f"{name} must be on x's mesh, {piece.mesh}, but it is on {value.device_mesh}")
 
 
-def _part(here: Here, name: str, value: Any, read: Callable[..., Any], device: Any, leading: bool = False) -> Any:
+def _part(call: LocalCall, name: str, value: Any, read: Callable[..., Any], device: Any, leading: bool = False) -> Any:
     """An argument over messages or rows, read, checked, and cut to what lies here.
 
     Args:
         read: of the argument, the message dims and a device.
         leading: whether its dims are the first ones of x, else the last message dims.
     """
-    value = _replica(name, value, here.piece)
+    value = _replica(name, value, call.piece)
     if value is None:
         return None
     if isinstance(value, DTensor):
-        return read(_placed_as_x(here, name, value, 0 if leading else here.dims - value.ndim), here.sizes, device)
-    values = read(value, here.whole, device)
-    return _narrowed(here, values, 0 if leading else here.dims - values.ndim)
+        return read(_placed_as_x(call, name, value, 0 if leading else call.dims - value.ndim), call.sizes, device)
+    values = read(value, call.whole, device)
+    return _narrowed(call, values, 0 if leading else call.dims - values.ndim)
 
 
-def _narrowed(here: Here, values: Tensor, first: int, dims: int | None = None) -> Tensor:
+def _narrowed(call: LocalCall, values: Tensor, first: int, dims: int | None = None) -> Tensor:
     """A tensor over dims of the whole, from `first` on, cut where they are; all of them or the last `dims`."""
     for dim in range(0 if dims is None else values.ndim - dims, values.ndim):
         at = first + dim
-        if here.piece.cuts(at) and not (here.counted and at == here.dims - 1):
-            values = values.narrow(dim, here.piece.starts[at], here.piece.sizes[at])
+        if call.piece.cuts(at) and not (call.counted and at == call.dims - 1):
+            values = values.narrow(dim, call.piece.starts[at], call.piece.sizes[at])
     return values
 
 
-def _placed_as_x(here: Here, name: str, value: DTensor, first: int) -> Tensor:
+def _placed_as_x(call: LocalCall, name: str, value: DTensor, first: int) -> Tensor:
     """What lies here of a DTensor whose dims are x's from `first` on, sharded as they are."""
-    piece, dims = here.piece, value.ndim
+    piece, dims = call.piece, value.ndim
     shared, given = piece.shape[max(0, first) : first + dims], tuple(value.shape)
     fits = [size == full or (size == 1 and name == "p") for size, full in zip(given, shared, strict=False)]
     if len(given) != len(shared) or not all(fits):
@@ -133,8 +133,8 @@ def _placed_as_x(here: Here, name: str, value: DTensor, first: int) -> Tensor:
     wanted = [Replicate() if p.is_shard() and given[p.dim] != shared[p.dim] else p for p in piece.along(first, dims)]
     if cutting(piece.mesh, placements_of(name, value)) != cutting(piece.mesh, wanted):
         raise _misplaced(name, value, wanted)
-    if here.counted:  # rows are needed whole
-        last = here.dims - 1 - first
+    if call.counted:  # rows are needed whole
+        last = call.dims - 1 - first
         wanted = [Replicate() if p.is_shard(last) else p for p in wanted]
         value = value.redistribute(placements=wanted)
     return waited(value.to_local())
@@ -147,54 +147,54 @@ def _misplaced(name: str, value: DTensor, wanted: list[Any]) -> ValueError:
     )
 
 
-def _lengths(here: Here, device: Any) -> Any:
+def _lengths(call: LocalCall, device: Any) -> Any:
     """How much of each row lies here."""
 
     def read(value: Any, shape: tuple[int, ...], device: Any) -> Tensor | None:
-        return lengths_on(value, (*shape[:-1], here.whole[-1]), device)
+        return lengths_on(value, (*shape[:-1], call.whole[-1]), device)
 
-    lengths = _part(here, "lengths", here.request.lengths, read, device, leading=True)
-    if lengths is None or here.counted or not here.piece.cuts(here.dims - 1):
+    lengths = _part(call, "lengths", call.request.lengths, read, device, leading=True)
+    if lengths is None or call.counted or not call.piece.cuts(call.dims - 1):
         return lengths
-    return (lengths - here.piece.starts[here.dims - 1]).clamp(0, here.sizes[-1])
+    return (lengths - call.piece.starts[call.dims - 1]).clamp(0, call.sizes[-1])
 
 
-def _keys(here: Here, device: Any) -> Any:
+def _keys(call: LocalCall, device: Any) -> Any:
     """The rows' keys; those of rows that are cut have their numbers in the whole."""
-    rows = range(here.dims - 1)
-    if here.request.keys is None:
-        return _row_numbers(here, device) if any(map(here.piece.cuts, rows)) else None
+    rows = range(call.dims - 1)
+    if call.request.keys is None:
+        return _row_numbers(call, device) if any(map(call.piece.cuts, rows)) else None
     keys = _part(
-        here, "keys", here.request.keys, lambda v, shape, device: keys_on(v, shape[:-1], device), device, leading=True
+        call, "keys", call.request.keys, lambda v, shape, device: keys_on(v, shape[:-1], device), device, leading=True
     )
     missing = rows[keys.ndim :]
-    if not any(map(here.piece.cuts, missing)):
+    if not any(map(call.piece.cuts, missing)):
         return keys
-    folded = operations.row_keys(keys, (*keys.shape, *here.whole[keys.ndim : -1]), device)
-    return _narrowed(here, folded, 0, len(missing))
+    folded = operations.row_keys(keys, (*keys.shape, *call.whole[keys.ndim : -1]), device)
+    return _narrowed(call, folded, 0, len(missing))
 
 
-def _row_numbers(here: Here, device: Any) -> Tensor:
+def _row_numbers(call: LocalCall, device: Any) -> Tensor:
     """The numbers of the rows here, in C order over the whole."""
     numbers = torch.zeros((), dtype=torch.int64, device=device)
-    for dim in range(here.dims - 1):
-        start = here.piece.starts[dim]
-        index = torch.arange(start, start + here.sizes[dim], device=device)
-        numbers = numbers.unsqueeze(-1) * here.whole[dim] + index
+    for dim in range(call.dims - 1):
+        start = call.piece.starts[dim]
+        index = torch.arange(start, start + call.sizes[dim], device=device)
+        numbers = numbers.unsqueeze(-1) * call.whole[dim] + index
     return numbers
 
 
-def _positions(here: Here, device: Any) -> Any:
+def _positions(call: LocalCall, device: Any) -> Any:
     """The first position here, or all of them; None: 0."""
-    value = _replica("positions", here.request.positions, here.piece)
+    value = _replica("positions", call.request.positions, call.piece)
     if isinstance(value, DTensor):
-        return _part(here, "positions", value, lambda v, shape, device: positions_on(v, shape, device)[1], device)
-    offset, values = positions_on(value, here.whole, device)
+        return _part(call, "positions", value, lambda v, shape, device: positions_on(v, shape, device)[1], device)
+    offset, values = positions_on(value, call.whole, device)
     if values is not None:
-        return _narrowed(here, values, here.dims - values.ndim)
-    if not here.sizes[-1]:  # behind the last position there may be none
+        return _narrowed(call, values, call.dims - values.ndim)
+    if not call.sizes[-1]:  # behind the last position there may be none
         return None
-    return offset + (0 if here.counted else here.piece.starts[here.dims - 1]) or None
+    return offset + (0 if call.counted else call.piece.starts[call.dims - 1]) or None
 
 
 def local_part(name: str, value: Any, first: int, piece: Piece) -> Any:

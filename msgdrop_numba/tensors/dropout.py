@@ -32,57 +32,63 @@ def short(
     scale = bool(scale)
     try:
         x.shape  # noqa: B018  # raises where a guard would end the process, see `has_sizes`
-        how: Usual | None
+        fast_path: Usual | None
         for is_like, known in latest(scale, message_dims, p, exact, span, min_keep, prefix):
             if is_like(x):
-                how = known
+                fast_path = known
                 break
         else:
-            how = find(x, scale, message_dims, p, exact, span, min_keep, prefix)
+            fast_path = find(x, scale, message_dims, p, exact, span, min_keep, prefix)
     except (TypeError, RuntimeError):  # what is wrong is said elsewhere
         return None
-    if how is None or not (start := x.data_ptr()):
+    if fast_path is None or not (start := x.data_ptr()):
         return None
     tracked, target = x.requires_grad and torch.is_grad_enabled(), None
     if inplace or out is not None:
-        target, to = _target(x, start, how, inplace, out)
+        target, to = _target(x, start, fast_path, inplace, out)
         if not to or tracked:
             return None
     at_lengths = at_keys = 0
     if lengths is not None or keys is not None:
-        at_lengths = 0 if lengths is None else _row_address(lengths, how.rows)
-        at_keys = 0 if keys is None else _row_address(keys, how.rows)
+        at_lengths = 0 if lengths is None else _row_address(lengths, fast_path.rows)
+        at_keys = 0 if keys is None else _row_address(keys, fast_path.rows)
         if tracked or (lengths is not None and not at_lengths) or (keys is not None and not at_keys):
             return None
     if seed is not None:
         seed = seed_bits(seed)
         if seed is None:
             return None
-    elif at_lengths and not lengths_fit(at_lengths, how.plan.messages // how.plan.size, how.plan.size):
+    elif at_lengths and not lengths_fit(
+        at_lengths, fast_path.plan.messages // fast_path.plan.size, fast_path.plan.size
+    ):
         return None
     else:
         seed = fresh_seed(None)
     if tracked:
-        return run_usual(x, (how, seed, start))  # type: ignore[no-any-return]
+        return run_usual(x, (fast_path, seed, start))  # type: ignore[no-any-return]
     result = target
     if target is None:
-        result = dense(x, how.nbytes, how.strides)
+        result = dense(x, fast_path.nbytes, fast_path.strides)
         to = result.data_ptr()
-    if not how.drop(how.told, at_lengths, at_keys, seed, start, to, *team(how.nbytes)):
+    if not fast_path.drop(fast_path.address, at_lengths, at_keys, seed, start, to, *team(fast_path.nbytes)):
         return None
     if target is not None:
         increment_versions((target,))  # torch can't see a write through a pointer
     return result
 
 
-def _target(x: Tensor, start: int, how: Usual, inplace: Any, out: Any) -> tuple[Any, int]:
+def _target(x: Tensor, start: int, fast_path: Usual, inplace: Any, out: Any) -> tuple[Any, int]:
     """The tensor to write and its address; 0: all there is to know of it must be asked."""
     if inplace:
         return (None, 0) if out is not None or x.is_inference() else (x, start)
     if type(out) is not Tensor or out.is_inference():
         return None, 0
-    to = how.alike.known(out)
-    if not to or (out.requires_grad and torch.is_grad_enabled()) or (to != start and abs(to - start) < how.nbytes):
+    to = fast_path.alike.known(out)
+    if (
+        not to
+        or (out.requires_grad and torch.is_grad_enabled())
+        or (to != start and abs(to - start) < fast_path.nbytes)
+    ):
         return None, 0
     return out, to
 

@@ -16,7 +16,7 @@ from msgdrop_numba.tensors.arguments import check_distinct, check_target, fill_m
 from msgdrop_numba.tensors.autograd import run_job
 from msgdrop_numba.tensors.seeds import check_device_seed, check_host_seed, device_seed, folded, fresh_seed, rank_of
 from msgdrop_numba.tensors.write import draw_mask, where, write
-from msgdrop_numba.torch_private import is_view
+from msgdrop_numba.torch_private import is_plain_too, is_view
 
 
 class Tensors:
@@ -31,8 +31,15 @@ class Tensors:
     def target(self, x: Tensor, request: Request, active: bool, fill: Tensor | None) -> Tensor | None:
         target = check_target(x, request.inplace, request.out, active, fill)
         if target is not None and not torch.compiler.is_compiling():  # its sizes may be symbols
-            check_distinct("x, to be changed in place," if request.inplace else "out", target)
+            self._check_memory("x, to be changed in place," if request.inplace else "out", x, target)
         return target
+
+    def _check_memory(self, name: str, x: Tensor, target: Tensor) -> None:
+        """Refuse a target without memory, or that holds elements twice or overlaps x; as far as addresses tell."""
+        if is_plain_too(x) and is_plain_too(target):
+            check_apart(name, x, target)
+        else:
+            check_distinct(name, target)
 
     def mask(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.empty(shape, dtype=torch.bool, device=device)
@@ -51,14 +58,8 @@ class _Ordinary(Tensors):
     plan = staticmethod(array_plan)
     mask_plan = staticmethod(mask_plan)
 
-    def target(self, x: Tensor, request: Request, active: bool, fill: Tensor | None) -> Tensor | None:
-        target = super().target(x, request, active, fill)
-        name = "x, to be changed in place," if request.inplace else "out"
-        if target is not None and target.data_ptr() == 0 and target.numel():
-            raise ValueError(f"{name} has no memory, though its shape is {tuple(target.shape)}: its storage was freed")
-        if target is not None and not _apart(x, target):
-            arguments.check_memory(name, _memory(x), _memory(target))
-        return target
+    def _check_memory(self, name: str, x: Tensor, target: Tensor) -> None:
+        check_apart(name, x, target)
 
     def run(self, x: Tensor, job: Job, request: Request) -> Any:
         _, draw, seed, target, mask, _ = job
@@ -108,7 +109,15 @@ def _own_fill(fill: Tensor | None, request: Request) -> Tensor | None:
     return fill.clone() if fill is not None and (request.inplace or request.out is not None) else fill
 
 
-def _apart(x: Tensor, target: Tensor) -> bool:
+def check_apart(name: str, x: Tensor, target: Tensor) -> None:
+    """Refuse a target that was freed, holds elements twice, or overlaps x in part."""
+    if target.data_ptr() == 0 and target.numel():
+        raise ValueError(f"{name} has no memory, though its shape is {tuple(target.shape)}: its storage was freed")
+    if not _are_apart(x, target):
+        arguments.check_memory(name, _memory(x), _memory(target))
+
+
+def _are_apart(x: Tensor, target: Tensor) -> bool:
     """Whether it is plain that writing `target` can't disturb x, or that it is x: no need to look closer."""
     if not (x.is_contiguous() and (target is x or target.is_contiguous())):
         return False

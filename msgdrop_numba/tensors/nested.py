@@ -30,8 +30,8 @@ def check_sizes(x: Tensor) -> None:
 
 def message_dropout(x: Tensor, request: Request) -> Any:
     """`functional.message_dropout` for a nested tensor."""
-    values, offsets, shape, told = _rows(x, request)
-    result = perform(_Ragged(shape), values, told)
+    values, offsets, shape, padded_request = _rows(x, request)
+    result = perform(_Ragged(shape), values, padded_request)
     y, keep = result if request.return_mask else (result, None)
     if y is not values:
         x = torch.nested.nested_tensor_from_jagged(y, offsets)
@@ -40,10 +40,12 @@ def message_dropout(x: Tensor, request: Request) -> Any:
 
 def padded(x: Tensor, request: Request) -> tuple[Tensor, Request]:
     """A nested tensor padded with zeros, and the request of it."""
-    values, offsets, shape, told = _rows(x, request)
+    values, offsets, shape, padded_request = _rows(x, request)
     wide = values.new_zeros((*shape, *values.shape[1:]))
-    told = replace(told, rule=told.rule.for_rows(shape[1]))  # rows may be shorter than the prefix
-    return wide.index_put((_inside(offsets.diff(), shape[1]),), values), told
+    padded_request = replace(
+        padded_request, rule=padded_request.rule.for_rows(shape[1])
+    )  # rows may be shorter than the prefix
+    return wide.index_put((_inside(offsets.diff(), shape[1]),), values), padded_request
 
 
 def _rows(x: Tensor, request: Request) -> tuple[Tensor, Tensor, tuple[int, int], Request]:

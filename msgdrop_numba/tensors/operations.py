@@ -120,7 +120,7 @@ class Rows(NamedTuple):
     positions: Tensor | None = None
 
 
-def keep_mask(shape: tuple[int, ...], rule: Rule, seed: Tensor, told: Rows, thresholds: Tensor | None) -> Tensor:
+def keep_mask(shape: tuple[int, ...], rule: Rule, seed: Tensor, arrays: Rows, thresholds: Tensor | None) -> Tensor:
     """The keep mask over the message dims `shape`, on the seed's device.
 
     Args:
@@ -128,28 +128,28 @@ def keep_mask(shape: tuple[int, ...], rule: Rule, seed: Tensor, told: Rows, thre
         seed: 0-d int64.
     """
     *rows, size = shape
-    keys = row_keys(told.keys, tuple(rows), seed.device)
-    takes = taking(shape, rule, told, seed.device)
+    keys = row_keys(arrays.keys, tuple(rows), seed.device)
+    takes = taking(shape, rule, arrays, seed.device)
     count: Any = takes.sum(-1).broadcast_to(rows) if rule.count_limited else None
     threshold = _row_threshold(rule, seed, keys) if thresholds is None else thresholds
     if rule.exact:
-        drawn = torch.where(takes, _drawn(seed, keys, told, size, 0), 2**33)
+        drawn = torch.where(takes, _drawn(seed, keys, arrays, size, 0), 2**33)
         wanted = _exactly(count, rule, threshold.squeeze(-1) if rule.ranged else threshold)
         return ~(_fewer(drawn, wanted) & takes)
-    dropped = (_drawn(seed, keys, told, size, 0, rule.span) < threshold) & takes
+    dropped = (_drawn(seed, keys, arrays, size, 0, rule.span) < threshold) & takes
     if rule.min_keep:
-        drawn = torch.where(dropped, _drawn(seed, keys, told, size, 2), 2**33)
+        drawn = torch.where(dropped, _drawn(seed, keys, arrays, size, 2), 2**33)
         dropped = dropped & _fewer(drawn, (count - rule.min_keep).clamp(min=0))
     return torch.logical_not(dropped)
 
 
-def taking(shape: tuple[int, ...], rule: Rule, told: Rows, device: torch.device) -> Tensor:
+def taking(shape: tuple[int, ...], rule: Rule, arrays: Rows, device: torch.device) -> Tensor:
     """Whether a message takes part, neither padding nor protected; broadcastable to `shape`."""
     position = torch.arange(shape[-1], device=device)
     takes = position >= rule.prefix
-    if told.lengths is not None:
-        takes = takes & (position < told.lengths.unsqueeze(-1))
-    return takes if told.protect is None else takes & ~told.protect
+    if arrays.lengths is not None:
+        takes = takes & (position < arrays.lengths.unsqueeze(-1))
+    return takes if arrays.protect is None else takes & ~arrays.protect
 
 
 def _row_threshold(rule: Rule, seed: Tensor, keys: Tensor) -> Any:
@@ -159,39 +159,39 @@ def _row_threshold(rule: Rule, seed: Tensor, keys: Tensor) -> Any:
     return rule.threshold + _multiply_shift(draws(seed, keys, 0, 1, 3), rule.spread, 32)
 
 
-def _drawn(seed: Tensor, keys: Tensor, told: Rows, size: int, stream: int, span: int = 1) -> Tensor:
+def _drawn(seed: Tensor, keys: Tensor, arrays: Rows, size: int, stream: int, span: int = 1) -> Tensor:
     """The draws of a row's messages, `span` neighbouring positions sharing one."""
-    positions: Any = told.positions
+    positions: Any = arrays.positions
     if span == 1:
         return (
-            draws(seed, keys, told.offset, size, stream)
+            draws(seed, keys, arrays.offset, size, stream)
             if positions is None
             else draws_of(seed, keys, positions, stream)
         )
     phase = _multiply_shift(draws(seed, keys, 0, 1, 1), span, 32)
     if positions is not None:
         return draws_of(seed, keys, (positions + phase) // span, stream)
-    start = told.offset // span
-    index = (torch.arange(size, device=keys.device) + told.offset % span + phase) // span
+    start = arrays.offset // span
+    index = (torch.arange(size, device=keys.device) + arrays.offset % span + phase) // span
     # No more groups than positions, and one: their exact number would bind the sizes of an exported program.
-    return draws(seed, keys, start, size + (1 if told.offset % span else 0), stream).gather(-1, index)
+    return draws(seed, keys, start, size + (1 if arrays.offset % span else 0), stream).gather(-1, index)
 
 
 def row_scales(
-    shape: tuple[int, ...], rule: Rule, seed: Tensor, told: Rows, scales: Tensor | None
+    shape: tuple[int, ...], rule: Rule, seed: Tensor, arrays: Rows, scales: Tensor | None
 ) -> tuple[Any, Tensor | None]:
     """What each message is multiplied by (a number, or float64), and where: where it takes part; None: everywhere.
 
     `scales` are those of a p that is an array.
     """
     takes = None
-    if rule.prefix or told.lengths is not None or told.protect is not None:
-        takes = taking(shape, rule, told, seed.device)
+    if rule.prefix or arrays.lengths is not None or arrays.protect is not None:
+        takes = taking(shape, rule, arrays, seed.device)
     if scales is not None:
         return scales, takes
     if rule.drops_all or not (rule.exact or rule.ranged):
         return rule.scale, takes
-    threshold = _row_threshold(rule, seed, row_keys(told.keys, tuple(shape[:-1]), seed.device))
+    threshold = _row_threshold(rule, seed, row_keys(arrays.keys, tuple(shape[:-1]), seed.device))
     if rule.exact:
         n: Any = torch.full((1,), shape[-1], device=seed.device) if takes is None else takes.sum(-1, keepdim=True)
         scale = n.to(torch.float64) / (n - _exactly(n, rule, threshold)).clamp(min=1)

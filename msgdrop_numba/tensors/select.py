@@ -16,7 +16,7 @@ from msgdrop_numba.call.request import Job, Library, Request, prepare, prepare_m
 from msgdrop_numba.call.select import (
     DENSE,
     PACKED,
-    How,
+    Layout,
     Selection,
     Source,
     laid_out,
@@ -57,48 +57,48 @@ class Way(NamedTuple):
         return Way(self.back, self.numbers, False, self.back_scales, self.scales)
 
 
-def message_select(x: Tensor, request: Request, how: How) -> tuple[Tensor, Selection | None]:
+def message_select(x: Tensor, request: Request, layout: Layout) -> tuple[Tensor, Selection | None]:
     """`select.message_select` for a tensor."""
     if x.is_nested:
-        return message_select(*nested.padded(x, request), how)
+        return message_select(*nested.padded(x, request), layout)
     nested.check_sizes(x)
-    return turned(partial(_select, how), Tensor, Tensor.permute, x, request)  # type: ignore[no-any-return]
+    return turned(partial(_select, layout), Tensor, Tensor.permute, x, request)  # type: ignore[no-any-return]
 
 
-def _select(how: How, x: Tensor, request: Request) -> tuple[Tensor, Selection | None]:
+def _select(layout: Layout, x: Tensor, request: Request) -> tuple[Tensor, Selection | None]:
     library = ways.library(x, request)
-    lay = partial(laid_out, how, request)
+    lay = partial(laid_out, layout, request)
     job = prepare(library, x, request, lay)
     dims = len(job.plan.shape)
-    passes = job.seed is None and (how.layout != PACKED or request.lengths is None)
-    found = None if passes and not how.told else _selection(library, job, lay(job.plan), how, x.device)
+    passes = job.seed is None and (layout.name != PACKED or request.lengths is None)
+    found = None if passes and not layout.wants_kept else _selection(library, job, lay(job.plan), layout, x.device)
     if passes:
-        return (_in_a_row(x, dims) if how.layout == PACKED else x), found
+        return (_in_a_row(x, dims) if layout.name == PACKED else x), found
     assert found is not None
     scales = scales_of(library, job) if request.scale and job.seed is not None else None
     return take(x, dims, found, scales), found
 
 
-def select_messages(shape: tuple[int, ...], request: Request, how: How, device: Any) -> Selection:
+def select_messages(shape: tuple[int, ...], request: Request, layout: Layout, device: Any) -> Selection:
     """`select.select_messages` on a device."""
     device = check_device(device)
     library = ways.mask_library(device, request)
-    lay = partial(laid_out, how, request)
+    lay = partial(laid_out, layout, request)
     job = prepare_mask(library, shape, request, device, lay)
-    return _selection(library, job, lay(job.plan), how, device)
+    return _selection(library, job, lay(job.plan), layout, device)
 
 
-def _selection(library: Library, job: Job, laid: tuple[str, Any], how: How, device: torch.device) -> Selection:
-    shape, capacity = tuple(job.plan.shape), how.capacity
+def _selection(library: Library, job: Job, laid: tuple[str, Any], layout: Layout, device: torch.device) -> Selection:
+    shape, capacity = tuple(job.plan.shape), layout.capacity
     if job.seed is None or job.plan.rule.p == 0:  # x itself, in its own room
         mask, capacity = torch.ones(shape, dtype=torch.bool, device=device), None if laid[0] == PACKED else shape[-1]
     else:
         mask = traced.draw_mask(job) if library is TRACED else draw_mask(job)
     if library is not ON_HOST:
         return _placed(laid, capacity, mask, job.draw.rows.lengths if library is TRACED else job.draw.lengths)
-    layout, _, *arrays, longest, _ = place(laid, capacity, shape, mask.data_ptr(), job.draw.lengths)
+    name, _, *arrays, longest, _ = place(laid, capacity, shape, mask.data_ptr(), job.draw.lengths)
     numbers, slots, lengths = map(torch.from_numpy, arrays)
-    return Selection(layout, shape, numbers, slots, lengths, longest)
+    return Selection(name, shape, numbers, slots, lengths, longest)
 
 
 def on(found: Selection, device: Any) -> Selection:
@@ -125,19 +125,19 @@ def _placed(laid: tuple[str, Any], capacity: Any, mask: Tensor, lengths: Tensor 
     if room is None or is_plain(mask):
         total, longest = _totals(counts) if each is None else (each * math.prod(rows), each)
         room = room_for(capacity, total, "all rows") if packed else room_for(capacity, longest, "a row")
-    at, there, overflow = keep.cumsum(-1) - 1, keep, None
+    at, fits, overflow = keep.cumsum(-1) - 1, keep, None
     if capacity is not None:
-        there = keep & (at < room)
-        overflow = (keep & ~there).any()
-        counts = there.reshape(shape).sum(-1)
+        fits = keep & (at < room)
+        overflow = (keep & ~fits).any()
+        counts = fits.reshape(shape).sum(-1)
     index = number.new_full((*number.shape[:-1], room + 1), -1)
-    index = index.scatter(-1, torch.where(there, at, room), number)[..., :room].contiguous()
+    index = index.scatter(-1, torch.where(fits, at, room), number)[..., :room].contiguous()
     if not packed:
         at = at + room * torch.arange(math.prod(rows), device=device).reshape(*rows, 1)
         longest = room
     elif longest is None:
         longest = min(size, room)
-    slots = torch.where(there, at, -1).reshape(shape)
+    slots = torch.where(fits, at, -1).reshape(shape)
     return Selection(layout, shape, index, slots, counts, longest, False if overflow is None else overflow)
 
 
@@ -164,7 +164,7 @@ def scales_of(library: Library, job: Job) -> Tensor:
     if library is TRACED:
         scale, taking = traced.row_scales(job)
     else:
-        scale, taking = operations.row_scales(plan.shape, plan.rule, seed, cuda.told(draw), draw.scales)
+        scale, taking = operations.row_scales(plan.shape, plan.rule, seed, cuda.rows_of(draw), draw.scales)
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float64, device=seed.device)
     return (scale if taking is None else torch.where(taking, scale, 0.0)).expand(plan.shape)

@@ -20,7 +20,7 @@ from msgdrop_numba.call.request import Job, Library, Request, carry_out, prepare
 from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.call.ways import SHARDED, Answer
 from msgdrop_numba.tensors import operations, traced, ways
-from msgdrop_numba.tensors.cut import Here, cut
+from msgdrop_numba.tensors.cut import LocalCall, cut
 from msgdrop_numba.tensors.pieces import agreed, check_agreed, is_outside, local_of, piece_of, whole
 from msgdrop_numba.tensors.select import scales_of
 from msgdrop_numba.tensors.traced import TRACED
@@ -38,78 +38,78 @@ def _drop(x: DTensor, request: Request) -> Any:
         piece, dims = piece_of("x", x), message_dims(tuple(x.shape), request.message_dims)
         y, keep = x if request.out is None else request.out, torch.empty(0, dtype=torch.bool, device=x.device)
     else:
-        here = cut(x, request)
-        piece, dims = here.piece, here.dims
-        y, keep = _perform(x, here, request)
+        call = cut(x, request)
+        piece, dims = call.piece, call.dims
+        y, keep = _perform(x, call, request)
     return (y, whole(keep, piece, dims)) if request.return_mask else y
 
 
 def explain(x: DTensor, request: Request) -> Answer:
     """Which way a call takes, and why; nothing is dropped."""
-    here = cut(x, request)
-    if here.counted:
+    call = cut(x, request)
+    if call.counted:
         return Answer(SHARDED, "its rows' messages, which the rule counts, lie on several ranks")
-    answer = ways.explain(local_of("x", x, here.piece), here.request)
+    answer = ways.explain(local_of("x", x, call.piece), call.request)
     return answer._replace(way=SHARDED)
 
 
-def _perform(x: DTensor, here: Here, request: Request) -> tuple[Any, Any]:
+def _perform(x: DTensor, call: LocalCall, request: Request) -> tuple[Any, Any]:
     """The result, and the mask that lies here."""
-    local, told = local_of("x", x, here.piece), here.request
-    library = ways.library(local, told)
-    job = prepared(library, local, here)
-    if here.counted and job.seed is not None:
-        result = _by_whole_rows(library, local, job, here)
+    local, local_request = local_of("x", x, call.piece), call.request
+    library = ways.library(local, local_request)
+    job = prepared(library, local, call)
+    if call.counted and job.seed is not None:
+        result = _by_whole_rows(library, local, job, call)
     else:
-        result = carry_out(library, local, job, told)
+        result = carry_out(library, local, job, local_request)
     made, keep = result if isinstance(result, tuple) else (result, None)
-    written = request.out if request.out is not None else x if told.inplace and job.seed is not None else None
+    written = request.out if request.out is not None else x if local_request.inplace and job.seed is not None else None
     if written is not None:
         if not written.is_inference():
             increment_versions((written,))  # what was written is the local tensor, whose version is another
         return written, keep
     if made is local:
         return x, keep
-    y = whole(made, here.piece, x.ndim, like=x.stride() if made.stride() == local.stride() else None)
+    y = whole(made, call.piece, x.ndim, like=x.stride() if made.stride() == local.stride() else None)
     return (x.copy_(y) if request.inplace else y), keep
 
 
-def prepared(library: Library, local: Tensor, here: Here, check: Any = None) -> Job:
+def prepared(library: Library, local: Tensor, call: LocalCall, check: Any = None) -> Job:
     """The job of the local tensor, its seed that of all ranks; `check` as for `prepare`.
 
     All is checked before a seed is drawn, and where ranks talk with one another.
     """
-    told, device = here.request, local.device
-    if here.counted:  # `_by_whole_rows` draws the mask: only p == 0 matters here, so that 0.5 stands for an array
-        told = replace(
-            told, p=None, rule=Rule(0.5 if told.rule.p is None else told.rule.p),
+    local_request, device = call.request, local.device
+    if call.counted:  # `_by_whole_rows` draws the mask: only p == 0 matters here, so that 0.5 stands for an array
+        local_request = replace(
+            local_request, p=None, rule=Rule(0.5 if local_request.rule.p is None else local_request.rule.p),
             **dict.fromkeys(("lengths", "keys", "protect", "positions")),
         )  # fmt: skip
-    given, generator = told.seed, told.generator
+    given, generator = local_request.seed, local_request.generator
     if given is None:
         library.check_seed(None, generator, device)
-        told = replace(told, seed=0, generator=None)
-    job = prepare(library, local, told, check)
+        local_request = replace(local_request, seed=0, generator=None)
+    job = prepare(library, local, local_request, check)
     if job.seed is None:
         return job
     if given is None:
-        return job._replace(seed=agreed(library.seed(None, generator, device), here.piece.mesh))
-    check_agreed(job.seed, here.piece.mesh)
+        return job._replace(seed=agreed(library.seed(None, generator, device), call.piece.mesh))
+    check_agreed(job.seed, call.piece.mesh)
     return job
 
 
-def _by_whole_rows(library: Library, local: Tensor, job: Job, here: Here) -> tuple[Tensor, Tensor]:
+def _by_whole_rows(library: Library, local: Tensor, job: Job, call: LocalCall) -> tuple[Tensor, Tensor]:
     """What is kept of the piece, and its mask, by masks of whole rows."""
-    told = replace(here.request, seed=job.seed)
-    of_rows = ways.mask_library(local.device, told)
-    rows = prepare_mask(of_rows, here.sizes, told, local.device)
-    at = here.dims - 1
-    part = (at, here.piece.starts[at], here.piece.sizes[at])
+    local_request = replace(call.request, seed=job.seed)
+    of_rows = ways.mask_library(local.device, local_request)
+    rows = prepare_mask(of_rows, call.sizes, local_request, local.device)
+    at = call.dims - 1
+    part = (at, call.piece.starts[at], call.piece.sizes[at])
     keep = (traced.draw_mask(rows) if of_rows is TRACED else draw_mask(rows)).narrow(*part).contiguous()
-    scales = scales_of(of_rows, rows).narrow(*part).contiguous() if told.scale else None
+    scales = scales_of(of_rows, rows).narrow(*part).contiguous() if local_request.scale else None
     if library is not TRACED:
         job = job._replace(draw=_as_drawn(job.draw.fill, scales), mask=None, given=keep)
-        return library.run(local, job, replace(told, return_mask=False)), keep
+        return library.run(local, job, replace(local_request, return_mask=False)), keep
     y = local if scales is None else operations.scaled(local, scales)
     y = operations.select(y, keep, job.draw.fill)
     return (y if job.target is None else job.target.copy_(y)), keep

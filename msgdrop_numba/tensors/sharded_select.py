@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from msgdrop_numba.call.request import Request, turned
-from msgdrop_numba.call.select import DENSE, PACKED, How, Selection, laid_out
+from msgdrop_numba.call.select import DENSE, PACKED, Layout, Selection, laid_out
 from msgdrop_numba.tensors import select, ways
 from msgdrop_numba.tensors.arguments import fill_message
 from msgdrop_numba.tensors.cut import cut, local_part
@@ -21,41 +21,41 @@ from msgdrop_numba.tensors.pieces import Piece, cutting, is_outside, local_of, p
 from msgdrop_numba.tensors.sharded import prepared
 
 
-def message_select(x: DTensor, request: Request, how: How) -> tuple[DTensor, Selection | None]:
+def message_select(x: DTensor, request: Request, layout: Layout) -> tuple[DTensor, Selection | None]:
     """`select.message_select` for a DTensor."""
-    return turned(partial(_select, how), DTensor, Tensor.permute, x, request)  # type: ignore[no-any-return]
+    return turned(partial(_select, layout), DTensor, Tensor.permute, x, request)  # type: ignore[no-any-return]
 
 
-def _select(how: How, x: DTensor, request: Request) -> tuple[DTensor, Selection | None]:
+def _select(layout: Layout, x: DTensor, request: Request) -> tuple[DTensor, Selection | None]:
     if is_outside(x):
         raise ValueError(f"messages can't be removed on a rank outside of x's mesh, {x.device_mesh}: call it on others")
-    here = cut(x, request)
-    piece, rows, told = here.piece, here.dims - 1, here.request
+    call = cut(x, request)
+    piece, rows, local_request = call.piece, call.dims - 1, call.request
     if piece.cuts(rows):
         raise ValueError(
             f"messages are removed where a rank holds whole rows, but x is placed {piece.placements}, which cuts them: "
             f"redistribute it, with no Shard({rows})"
         )
     local = local_of("x", x, piece)
-    job = prepared(ways.library(local, told), local, here, partial(_check_size, how, told))
+    job = prepared(ways.library(local, local_request), local, call, partial(_check_size, layout, local_request))
     if job.seed is not None:
-        told = replace(told, seed=job.seed, generator=None)
-    y, found = select.message_select(local, told, how)
+        local_request = replace(local_request, seed=job.seed, generator=None)
+    y, found = select.message_select(local, local_request, layout)
     if found is not None:
         numbers, slots = (whole(each, piece, rows, tuple(each.shape[rows:])) for each in (found.numbers, found.slots))
         lengths = whole(found.lengths, piece, rows)
-        found = found._replace(shape=here.whole, numbers=numbers, slots=slots, lengths=lengths)
+        found = found._replace(shape=call.whole, numbers=numbers, slots=slots, lengths=lengths)
     return (x if y is local else _resized(y, piece, rows)), found
 
 
-def _check_size(how: How, request: Request, plan: Any) -> None:
+def _check_size(layout: Layout, request: Request, plan: Any) -> None:
     """Refuse what remains without a size that is the same on all ranks."""
-    layout, _ = laid_out(how, request, plan)
+    name, _ = laid_out(layout, request, plan)
     if not request.training or plan.rule.p == 0:
         return
-    if layout == PACKED:
+    if name == PACKED:
         raise ValueError("layout 'packed' lays rows of all ranks one behind the other: take 'dense' or 'padded'")
-    if layout != DENSE and how.capacity is None:
+    if name != DENSE and layout.capacity is None:
         raise ValueError(
             "what remains of a DTensor needs a size that all ranks know, but rows may keep different counts: "
             "give exact=True, or capacity"
@@ -106,7 +106,7 @@ def restore(y: DTensor, fill: Any, found: Selection) -> DTensor:
     rows = found.numbers.ndim - 1
     piece = _rows_of("y", y, rows, found)
     full = (*found.shape, *y.shape[rows + 1 :])
-    piece, here = piece._replace(shape=full), local_of("y", y, piece)
+    piece, local = piece._replace(shape=full), local_of("y", y, piece)
     each = isinstance(fill, Tensor) and fill.ndim == len(full)
     if each:
         if tuple(fill.shape) != full or fill.dtype != y.dtype:
@@ -116,7 +116,7 @@ def restore(y: DTensor, fill: Any, found: Selection) -> DTensor:
     elif isinstance(fill, Tensor):
         fill_message(fill, y, rows + 1)
     fill = local_part("fill", fill, 0 if each else rows + 1, piece)
-    return _resized(select.restore(here, fill, _local(found)), piece, rows)
+    return _resized(select.restore(local, fill, _local(found)), piece, rows)
 
 
 def _rows_of(name: str, x: DTensor, rows: int, found: Selection) -> Piece:

@@ -30,7 +30,7 @@ class Outline(NamedTuple):
     rule: Rule
 
 
-class Told(NamedTuple):
+class TracedArgs(NamedTuple):
     """What of a draw operations need, on x's device."""
 
     fill: Tensor | None = None
@@ -41,7 +41,7 @@ class Told(NamedTuple):
 class Traced(Tensors):
     """Torch's operations, see call.request.Library."""
 
-    nothing = Told()
+    nothing = TracedArgs()
     split_p = staticmethod(split_p_traced)
     check_seed = staticmethod(check_device_seed)
     seed = staticmethod(device_seed)
@@ -52,19 +52,19 @@ class Traced(Tensors):
     def mask_plan(self, shape: tuple[int, ...], rule: Rule) -> Outline:
         return _outline(shape, rule)
 
-    def draw(self, plan: Outline, p: Any, fill: Any, request: Request, device: torch.device) -> Told:
+    def draw(self, plan: Outline, p: Any, fill: Any, request: Request, device: torch.device) -> TracedArgs:
         shape = plan.shape
         p = None if p is None else probabilities_on(p, shape, device)
-        return Told(fill, p, rows_on(request, shape, device))
+        return TracedArgs(fill, p, rows_on(request, shape, device))
 
     def mask(self, shape: tuple[int, ...], device: torch.device) -> None:  # type: ignore[override]
         """Operations make their own."""
 
     def run(self, x: Tensor, job: Job, request: Request) -> Any:
-        told: Told = job.draw
+        args: TracedArgs = job.draw
         keep = draw_mask(job)
         scale, taking = row_scales(job) if request.scale else (None, None)
-        y = operations.select(x, keep, told.fill, scale, taking)
+        y = operations.select(x, keep, args.fill, scale, taking)
         if job.target is not None:
             y = job.target.copy_(y)
         return (y, keep) if request.return_mask else y

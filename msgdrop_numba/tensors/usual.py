@@ -42,20 +42,20 @@ def find(x: Tensor, scale: bool, message_dims: Any, *keywords: Any) -> Usual | N
     rule = cached_rule(*keywords)
     if rule.p == 0:  # x itself comes back
         return None
-    how = _usual(x.shape, x.dtype, None if x.is_contiguous() else x.stride(), scale, message_dims, rule)
-    if how is None or not how.alike.address(x):
+    fast_path = _usual(x.shape, x.dtype, None if x.is_contiguous() else x.stride(), scale, message_dims, rule)
+    if fast_path is None or not fast_path.alike.address(x):
         return None
-    now = [(check, how) for check in how.alike.checks[x.requires_grad] if check(x)]
+    now = [(check, fast_path) for check in fast_path.alike.checks[x.requires_grad] if check(x)]
     before = latest(scale, message_dims, *keywords)
     before[:] = [*now[:1], *before[: _LATEST - 1]]
-    return how
+    return fast_path
 
 
-def find_as(how: Usual, x: Tensor) -> Usual | None:
+def find_as(fast_path: Usual, x: Tensor) -> Usual | None:
     """The same for a tensor of the shape and dtype that `how` is for, by its rule; it may lie otherwise."""
-    if how.alike.address(x):
-        return how
-    *_, kind, message_dims, rule = how.plan.arguments
+    if fast_path.alike.address(x):
+        return fast_path
+    *_, kind, message_dims, rule = fast_path.plan.arguments
     return find(x, kind != COPY, message_dims, rule, *DEFAULTS.values()) if x.layout is torch.strided else None
 
 

@@ -105,5 +105,5 @@ def where(job: Job, x: Tensor, mask: Tensor) -> Tensor:
     if type(seed) is int:
         scales, taking = (torch.from_numpy(np.array(each)) for each in kept_scales(plan, draw, seed))
     else:
-        scales, taking = operations.row_scales(plan.shape, plan.rule, seed, cuda.told(draw), draw.scales)
+        scales, taking = operations.row_scales(plan.shape, plan.rule, seed, cuda.rows_of(draw), draw.scales)
     return operations.select(x, mask, draw.fill, scales, taking)

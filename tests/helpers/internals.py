@@ -326,15 +326,15 @@ def lent_blocks() -> list[int]:
     """What tells the blocks apart that are lent now."""
     from msgdrop_numba import outputs
 
-    return [id(block) for block in outputs._loans.values()]
+    return [id(block) for _, block in outputs._loans.values()]
 
 
 def when_a_block_is_lent(patch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
     """Call `act` in the middle of `outputs.lend`: a block is taken, and not noted as lent yet."""
     from msgdrop_numba import outputs
 
-    loan = outputs._Loan
-    patch.setattr(outputs, "_Loan", lambda buffer, callback: (act(), loan(buffer, callback))[1])
+    ref = outputs.weakref.ref
+    patch.setattr(outputs.weakref, "ref", lambda *arguments: (act(), ref(*arguments))[1])
 
 
 # ---- the command

@@ -179,13 +179,23 @@ class _Mode(TorchDispatchMode):
     "within", [contextlib.nullcontext, _Mode, forward_ad.dual_level], ids=["eager", "mode", "dual"]
 )
 def test_expanded_memory_is_refused_before_a_seed_is_drawn(within):
-    expanded = torch.randn(1, 4, 3).expand(2, 4, 3)
+    expanded, freed, both = torch.randn(1, 4, 3).expand(2, 4, 3), torch.empty(2, 4, 3), torch.randn(3, 4, 3)
     before, state = expanded.clone(), torch.get_rng_state()
     with within():
         with pytest.raises(ValueError, match="x, to be changed in place, must not hold elements twice"):
             message_dropout(expanded, inplace=True)
         with pytest.raises(ValueError, match="out must not hold elements twice"):
             message_dropout(before, out=expanded)
+        overlapping = torch.zeros(30).as_strided((2, 4, 3), (3, 3, 1))
+        with pytest.raises(ValueError, match="out must not hold elements twice"):
+            message_dropout(before, out=overlapping)
+        with pytest.raises(ValueError, match="out overlaps x in part"):
+            message_dropout(both[1:], out=both[:-1])
+        freed.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="out has no memory"):
+            message_dropout(before, out=freed)
+        with pytest.raises(ValueError, match="x, to be changed in place, has no memory"):
+            message_dropout(freed, inplace=True)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(expanded, before)
 
