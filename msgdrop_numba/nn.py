@@ -52,8 +52,9 @@ class Layer(torch.nn.Module):
 
     def _generator(self, x: Any, seed: Any) -> Any:
         """A PerRank if the layer has per_rank and x, a tensor, gets no seed; else None."""
-        needs_rank = self.per_rank is not False and seed is None and isinstance(x, Tensor)
-        return PerRank(self.per_rank) if needs_rank else None
+        if self.per_rank is False or seed is not None or not isinstance(x, Tensor):
+            return None
+        return PerRank(self.per_rank)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """With the same group of processes, which can't be copied."""

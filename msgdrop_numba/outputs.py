@@ -1,8 +1,8 @@
 """Memory for large outputs, lent and taken back: fresh pages cost more than the kernel that writes them.
 
-A block is a private anonymous mapping of ours. `lend` wraps it in a buffer object that NumPy and torch keep alive as
+A block is a private anonymous mapping of ours. Each output over it has a token, which NumPy or torch keeps alive as
 long as anything can reach the memory: a view, an array, a storage, a tensor saved for backward. When they free the
-buffer, and only then, the block waits to be lent again. Use counts couldn't tell this: another thread may share a
+token, and only then, the block waits to be lent again. Use counts couldn't tell this: another thread may share a
 storage between two looks at them.
 Measured in benchmarks/README.md, "In the cache" and "By size"; what it costs users is in LIMITS.md.
 """
@@ -34,7 +34,7 @@ _FLAGS: Any = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, 
 
 
 # Blocks move between these by single operations of dicts and deques, which are atomic. No lock is held, because a
-# finalizer may run in any thread, and in the middle of `lend`.
+# finalizer may run in any thread, and in the middle of `_lend`.
 _loans: dict[int, tuple[Any, mmap.mmap]] = {}  # by the id of the weak reference whose callback takes the block back
 _idle: dict[int, deque[tuple[float, mmap.mmap]]] = {}  # by size, with the time of return, the latest last
 _trim_time = 0.0  # when `_trim` is due
@@ -43,35 +43,36 @@ _trim_time = 0.0  # when `_trim` is due
 _mapped_bytes = 0
 
 
-def lend(nbytes: int) -> Any:
-    """A writable buffer of at least `nbytes` uninitialised bytes; None if the output is small, or KEPT_BYTES is 0.
-
-    Returns a ctypes array, which arrays and tensors over it keep alive. Over a memoryview, NumPy would keep the mapping
-    alive instead of the view, and the block would be taken back too early.
-    """
-    if nbytes < LENT_BYTES or KEPT_BYTES <= 0:
-        return None
-    idle, kind = _pool(nbytes)
-    try:
-        _, block = idle.pop()  # the latest: the cache may still hold it
-    except IndexError:
-        try:
-            block = _new_block(_block_size(nbytes))
-        except OSError:  # no memory, or too many mappings: the library that asks raises its own error
-            return None
-    buffer = kind.from_buffer(block)
-    # A token of a type that the garbage collector doesn't follow, held by the buffer alone. It runs the callbacks of what
-    # it follows while finalizers of the same garbage may still read the buffer.
-    buffer.token = token = np.empty(0)
-    loan = weakref.ref(token, _take_back)
-    _loans[id(loan)] = loan, block
-    return buffer
-
-
 def array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """An uninitialised array in C order, of a dtype without Python objects."""
-    buffer = lend(math.prod(shape) * dtype.itemsize)
-    return np.empty(shape, dtype) if buffer is None else np.ndarray(shape, dtype, buffer)
+    block = _lend(math.prod(shape) * dtype.itemsize)
+    if block is None:
+        return np.empty(shape, dtype)
+    # A ctypes array as its base: whatever reaches the memory keeps it alive. Over a memoryview, NumPy would keep the
+    # mapping alive instead of the view. The token isn't followed by the garbage collector, which runs the callbacks of
+    # what it follows while finalizers of the same garbage may still read the memory.
+    base = _ctypes_array(len(block)).from_buffer(block)
+    base.token = token = np.empty(0)
+    _take_back_after(token, block)
+    return np.ndarray(shape, dtype, base)
+
+
+def array_for_torch(
+    nbytes: int, shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...] | None = None
+) -> np.ndarray[Any, Any] | None:
+    """An uninitialised array that a tensor alone may hold; None if the output is small, or KEPT_BYTES is 0.
+
+    Its memory is lent again when it dies, though its base, the mapping, may live on: never give it to a user.
+
+    Args:
+        nbytes: of the array. strides: in bytes; None: C order.
+    """
+    block = _lend(nbytes)
+    if block is None:
+        return None
+    made: np.ndarray[Any, Any] = np.ndarray(shape, dtype, block, 0, strides)
+    _take_back_after(made, block)
+    return made
 
 
 def array_like(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -96,6 +97,25 @@ def reset() -> None:
         blocks.clear()
 
 
+def _lend(nbytes: int) -> mmap.mmap | None:
+    """A block of at least `nbytes` uninitialised bytes, which nothing else uses."""
+    if nbytes < LENT_BYTES or KEPT_BYTES <= 0:
+        return None
+    try:
+        return _pool(nbytes).pop()[1]  # the latest: the cache may still hold it
+    except IndexError:
+        try:
+            return _new_block(_block_size(nbytes))
+        except OSError:  # no memory, or too many mappings: the library that asks raises its own error
+            return None
+
+
+def _take_back_after(token: Any, block: mmap.mmap) -> None:
+    """Let the block be lent again when the token has died."""
+    loan = weakref.ref(token, _take_back)
+    _loans[id(loan)] = loan, block
+
+
 def _block_size(nbytes: int) -> int:
     """`nbytes` rounded up to one of eight sizes between powers of two, so that outputs of varying lengths share blocks.
 
@@ -106,14 +126,13 @@ def _block_size(nbytes: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _pool(nbytes: int) -> tuple[deque[tuple[float, mmap.mmap]], Any]:
-    """The idle blocks for outputs of this size, and the ctypes array of one."""
-    size = _block_size(nbytes)
-    return _idle.setdefault(size, deque()), _block_type(size)
+def _pool(nbytes: int) -> deque[tuple[float, mmap.mmap]]:
+    """The idle blocks for outputs of this size."""
+    return _idle.setdefault(_block_size(nbytes), deque())
 
 
 @cache
-def _block_type(size: int) -> Any:
+def _ctypes_array(size: int) -> Any:
     return ctypes.c_char * size
 
 
@@ -129,7 +148,7 @@ def _new_block(size: int) -> mmap.mmap:
 
 
 def _take_back(loan: Any) -> None:
-    """Called when a lent buffer is freed."""
+    """Called when a token has died."""
     (_, block), now = _loans.pop(id(loan)), time.monotonic()
     _idle[len(block)].append((now, block))
     if now >= _trim_time or _mapped_bytes > KEPT_BYTES:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -176,6 +178,10 @@ class ArrayRule(Rule):
 
 def read_rule(p: Any, exact: Any, span: Any, min_keep: Any, prefix: Any) -> tuple[Rule, Any]:
     """The rule that a call's p and keywords name, and p itself if it is an array or tensor, else None."""
+    torch = sys.modules.get("torch")
+    if type(p) is float and (torch is None or not torch.compiler.is_compiling()):
+        with suppress(TypeError):  # unhashable: made below, to say which
+            return cached_rule(p, exact, span, min_keep, prefix), None
     if isinstance(p, Rule):
         check_alone(exact, span, min_keep, prefix)
         return p, None
@@ -188,7 +194,10 @@ def read_rule(p: Any, exact: Any, span: Any, min_keep: Any, prefix: Any) -> tupl
 @lru_cache(maxsize=1024, typed=True)
 def cached_rule(p: float | Rule, exact: Any, span: Any, min_keep: Any, prefix: Any) -> Rule:
     """The same rule object for the same numbers. Not for traced code: Dynamo warns of lru_cache."""
-    return read_rule(p, exact, span, min_keep, prefix)[0]
+    if isinstance(p, Rule):
+        check_alone(exact, span, min_keep, prefix)
+        return p
+    return Rule(p, exact=exact, span=span, min_keep=min_keep, prefix=prefix)
 
 
 def check_alone(*keywords: Any) -> None:

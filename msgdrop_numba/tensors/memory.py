@@ -15,8 +15,8 @@ from msgdrop_numba.torch_private import shared_storage
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor in C order."""
-    buffer = outputs.lend(math.prod(shape) * dtype.itemsize)
-    return torch.empty(shape, dtype=dtype, device="cpu") if buffer is None else _tensor(buffer, shape, dtype, None)
+    lent = _lent(math.prod(shape) * dtype.itemsize, shape, dtype, None)
+    return torch.empty(shape, dtype=dtype, device="cpu") if lent is None else lent
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -34,8 +34,9 @@ def dense(x: Tensor, nbytes: int, strides: tuple[int, ...] | None) -> Tensor:
         nbytes: of x, which the caller knows.
         strides: in elements; None: x is in C order.
     """
-    buffer = None if nbytes < outputs.LENT_BYTES else outputs.lend(nbytes)  # a small call feels each function
-    return torch.empty_like(x) if buffer is None else _tensor(buffer, x.shape, x.dtype, strides)
+    small = nbytes < outputs.LENT_BYTES  # a small call feels each function
+    lent = None if small else _lent(nbytes, x.shape, x.dtype, strides)
+    return torch.empty_like(x) if lent is None else lent
 
 
 # By way of NumPy, a tensor takes one call of torch's, which costs most.
@@ -45,14 +46,21 @@ _OF_NUMPY = {
 }
 
 
-def _tensor(buffer: Any, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None) -> Tensor:
-    """A tensor over a lent buffer. No view: users may change it in place."""
+def _lent(nbytes: int, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None) -> Tensor | None:
+    """A tensor over lent memory; None if there is none. No view: users may change it in place."""
     known = _OF_NUMPY.get(dtype)
-    if known is None:
-        flat = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape))
-        return flat.resize_(shape) if strides is None else flat.as_strided_(shape, strides)
-    steps = None if strides is None else [step * dtype.itemsize for step in strides]
-    return torch.from_numpy(np.ndarray(shape, known, buffer, 0, steps))
+    if known is not None:
+        steps = None if strides is None else tuple(step * dtype.itemsize for step in strides)
+        made = outputs.array_for_torch(nbytes, shape, known, steps)
+        return None if made is None else torch.from_numpy(made)
+    made = outputs.array_for_torch(nbytes, (nbytes,), _BYTE)
+    if made is None:
+        return None
+    flat = torch.frombuffer(made, dtype=dtype)
+    return flat.resize_(shape) if strides is None else flat.as_strided_(shape, strides)
+
+
+_BYTE = np.dtype(np.uint8)
 
 
 def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
