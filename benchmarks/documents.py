@@ -80,13 +80,14 @@ def summary() -> str:
         ("Ray Data, 2 workers", "`masked_fill`", seconds["masked_fill, 2"] / seconds["ours, 2"]),
     ]  # fmt: skip
     table = measure.markdown(["what", "beside", "times as fast"], [[what, by, f"{r:.2f}"] for what, by, r in rows])
-    on = {
-        f"{m['threads']} threads of {m['processor']}, Python {m['python']}, torch {m['torch']}, numba {m['numba']}, "
-        f"NumPy {m['numpy']}"
-        for m in (one["machine"] for one in found.values())
-    }
+    machines: dict[str, list[str]] = {}
+    for name, one in found.items():
+        m = one["machine"]
+        machine = f"{m['threads']} threads of {m['processor']}, torch {m['torch']}, numba {m['numba']}"
+        machines.setdefault(machine, []).append(name)
     p = f"float32, p = {found['cpu']['p']}, in a `DataLoader` {found['loader']['p']}"
-    return f"{table}\n\n{p}; {'; '.join(sorted(on))}."
+    measured = ";\n".join(f"{', '.join(names)}: {machine}" for machine, names in machines.items())
+    return f"{table}\n\n{p}; {measured}."
 
 
 def ways() -> str:
