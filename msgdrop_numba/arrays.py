@@ -24,7 +24,7 @@ from msgdrop_numba.call.plan import (
     row_arguments,
 )
 from msgdrop_numba.call.request import Job, Request, perform, prepare, prepare_mask, turned
-from msgdrop_numba.call.rule import Rule, cached_rule
+from msgdrop_numba.call.rule import cached_rule
 from msgdrop_numba.call.select import (
     PACKED,
     Layout,
@@ -182,9 +182,9 @@ def message_dropout(x: np.ndarray, request: Request) -> Any:
 
 @lru_cache(maxsize=1024, typed=True)
 def _usual(
-    shape: tuple[int, ...], dtype: np.dtype[Any], scale: bool, message_dims: Any, *keywords: Any
+    shape: tuple[int, ...], dtype: np.dtype[Any], scale: bool, message_dims: Any, *rule_arguments: Any
 ) -> Usual | None:  # fmt: skip
-    rule = cached_rule(*keywords)
+    rule = cached_rule(*rule_arguments)
     if isinstance(message_dims, tuple) or rule.p == 0:  # then x itself comes back
         return None
     plan = make_plan(shape, dtype.itemsize, _kind(dtype, scale), message_dims, rule)
@@ -192,13 +192,13 @@ def _usual(
 
 
 def short(
-    x: np.ndarray, p: float | Rule, exact: Any, span: Any, min_keep: Any, prefix: Any, scale: Any, message_dims: Any,
-    inplace: Any, lengths: Any, seed: Any, keys: Any, out: Any,
+    x: np.ndarray, rule_arguments: tuple[Any, ...], scale: Any, message_dims: Any, inplace: Any, lengths: Any,
+    seed: Any, keys: Any, out: Any,
 ) -> np.ndarray | None:  # fmt: skip
     """The usual call, see `call.usual`; None: it is another, and nothing was done."""
     try:
-        keywords = p, exact, span, min_keep, prefix
-        fast_path = _usual(x.shape, x.dtype, bool(scale), message_dims, *keywords) if x.flags.c_contiguous else None
+        args = x.shape, x.dtype, bool(scale), message_dims
+        fast_path = _usual(*args, *rule_arguments) if x.flags.c_contiguous else None
     except TypeError:  # what is wrong is said elsewhere
         return None
     if fast_path is None:

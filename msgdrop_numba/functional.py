@@ -176,7 +176,8 @@ def message_dropout(
         short is not None and training is True and protect is None and positions is None and generator is None
         and not return_mask and (fill is ZERO or is_zero(fill)) and ((type(p) is float and p) or type(p) is Rule)
     ):  # fmt: skip
-        y = short(x, p, exact, span, min_keep, prefix, scale, message_dims, inplace, lengths, seed, keys, out)
+        rule_arguments = p, exact, span, min_keep, prefix
+        y = short(x, rule_arguments, scale, message_dims, inplace, lengths, seed, keys, out)
         if y is not None:
             return y
     rule, array = read_rule(p, exact, span, min_keep, prefix)

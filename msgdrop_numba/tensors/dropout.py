@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call.request import Request, perform, prepare_mask, turned
-from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.call.threads import team
 from msgdrop_numba.call.usual import Usual, row_address, seed_bits
 from msgdrop_numba.kernels.usual import lengths_fit
@@ -23,22 +22,26 @@ from msgdrop_numba.torch_private import dense_address, increment_versions, is_wa
 
 
 def short(
-    x: Tensor, p: float | Rule, exact: Any, span: Any, min_keep: Any, prefix: Any, scale: Any, message_dims: Any,
-    inplace: Any, lengths: Any, seed: Any, keys: Any, out: Any,
+    x: Tensor, rule_arguments: tuple[Any, ...], scale: Any, message_dims: Any, inplace: Any, lengths: Any, seed: Any,
+    keys: Any, out: Any,
 ) -> Tensor | None:  # fmt: skip
-    """The usual call, see `call.usual`; None: it is another, and nothing was done. What the plan refuses is raised."""
+    """The usual call, see `call.usual`; None: it is another, and nothing was done. What the plan refuses is raised.
+
+    Args:
+        rule_arguments: those of `read_rule`.
+    """
     if is_watched() or not x.is_cpu:
         return None
     scale = bool(scale)
     try:
         x.shape  # noqa: B018  # raises where a guard would end the process, see `has_sizes`
         fast_path: Usual | None
-        for is_like, known in latest(scale, message_dims, p, exact, span, min_keep, prefix):
+        for is_like, known in latest(scale, message_dims, *rule_arguments):
             if is_like(x):
                 fast_path = known
                 break
         else:
-            fast_path = find(x, scale, message_dims, p, exact, span, min_keep, prefix)
+            fast_path = find(x, scale, message_dims, *rule_arguments)
     except (TypeError, RuntimeError):  # what is wrong is said elsewhere
         return None
     if fast_path is None or not (start := x.data_ptr()):

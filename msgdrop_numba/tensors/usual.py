@@ -23,7 +23,7 @@ _LATEST = 4
 
 
 @lru_cache(maxsize=256, typed=True)
-def latest(scale: bool, message_dims: Any, *keywords: Any) -> list[tuple[Any, Usual]]:
+def latest(scale: bool, message_dims: Any, *rule_arguments: Any) -> list[tuple[Any, Usual]]:
     """What tells the tensors of the latest calls of one rule, and what these were done by; the last one first.
 
     Asked before `find`: a guard looks at shape, dtype and strides in a third of the time that it takes to name them.
@@ -31,22 +31,22 @@ def latest(scale: bool, message_dims: Any, *keywords: Any) -> list[tuple[Any, Us
     return []
 
 
-def find(x: Tensor, scale: bool, message_dims: Any, *keywords: Any) -> Usual | None:
+def find(x: Tensor, scale: bool, message_dims: Any, *rule_arguments: Any) -> Usual | None:
     """What the usual call of an eager tensor is done by; None: it is another call.
 
     What the plan refuses is raised, and so is RuntimeError of a tensor without strides.
 
     Args:
-        keywords: p and the keywords of a rule; or a Rule and their defaults.
+        rule_arguments: p and the keywords of a rule; or a Rule and their defaults.
     """
-    rule = cached_rule(*keywords)
+    rule = cached_rule(*rule_arguments)
     if rule.p == 0:  # x itself comes back
         return None
     fast_path = _usual(x.shape, x.dtype, None if x.is_contiguous() else x.stride(), scale, message_dims, rule)
     if fast_path is None or not fast_path.alike.address(x):
         return None
     now = [(check, fast_path) for check in fast_path.alike.checks[x.requires_grad] if check(x)]
-    before = latest(scale, message_dims, *keywords)
+    before = latest(scale, message_dims, *rule_arguments)
     before[:] = [*now[:1], *before[: _LATEST - 1]]
     return fast_path
 
