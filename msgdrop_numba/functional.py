@@ -337,8 +337,8 @@ def key_padding_mask(keep: Mask, lengths: Any = None) -> Mask:
 
     from msgdrop_numba.tensors.arguments import lengths_on
 
-    there: Any = lengths_on(lengths, shape, mask.device)
-    return ~mask | (torch.arange(shape[-1], device=mask.device) >= there.unsqueeze(-1))  # type: ignore[no-any-return]
+    ends: Any = lengths_on(lengths, shape, mask.device)
+    return ~mask | (torch.arange(shape[-1], device=mask.device) >= ends.unsqueeze(-1))  # type: ignore[no-any-return]
 
 
 def fold_in(seed: Any, data: Any) -> int:

@@ -138,11 +138,13 @@ class Kept:
         at = len(rows) if dim is None else operator.index(dim)
         at += t.ndim if at < 0 else 0
         shared = at == 0 and bool(rows)
-        here = tuple(t.shape)
-        if not (0 <= at < t.ndim and here[at] == size and (shared or (at >= len(rows) and here[: len(rows)] == rows))):
+        shape = tuple(t.shape)
+        if not (
+            0 <= at < t.ndim and shape[at] == size and (shared or (at >= len(rows) and shape[: len(rows)] == rows))
+        ):
             raise ValueError(
                 f"t must have shape {(*rows, size)} and features, or its messages along another dim behind its rows, "
-                f"or ({size}, features) with dim=0, but got {here} with dim={at}"
+                f"or ({size}, features) with dim=0, but got {shape} with dim={at}"
             )
         if shared:
             return library.take_shared(t, Kept(found)._within)

@@ -156,8 +156,8 @@ def verify(output: Path, tick: Callable[[int], Any]) -> Verdict:
     unfinished, wrong, missing = [], [], header["files"] - len(files)
     if missing:
         unfinished.append(f"{len(files)} of {header['files']} files are done")
-    there = {p.relative_to(output).as_posix() for p in output.rglob("*") if not p.is_dir()} - {LOCK, journal.NAME}
-    for name in sorted(there - files.keys()):
+    present = {p.relative_to(output).as_posix() for p in output.rglob("*") if not p.is_dir()} - {LOCK, journal.NAME}
+    for name in sorted(present - files.keys()):
         if name.endswith(PARTIAL):
             unfinished.append(f"{name} was left when a job was stopped")
         elif missing > 0 and name.startswith("epoch-"):  # stopped between the file and its line in the journal
@@ -166,7 +166,7 @@ def verify(output: Path, tick: Callable[[int], Any]) -> Verdict:
         else:
             wrong.append(f"{name} is not in the journal")
     for name, written in files.items():
-        if name not in there:
+        if name not in present:
             wrong.append(f"{name} is missing: run the same msgdrop apply again")
             continue
         try:

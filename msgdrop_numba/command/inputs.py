@@ -196,11 +196,11 @@ def _check_lengths(file: File, size: int) -> None:
 
 def _masks(files: list[File], settings: Settings) -> list[File]:
     """The keep masks that are made beside the shards."""
-    there, made = {file.name for file in files}, []
+    names, made = {file.name for file in files}, []
     for file in files:
         if file.path.name not in settings.beside:
             name = f"{file.name.removesuffix('.npy')}.keep_mask.npy"
-            if name in there:
+            if name in names:
                 raise JobError(f"--mask would write {name}, but there is such a shard: rename it, or leave --mask out")
             made.append(file._replace(name=name, bytes=0, mask_of=file.name))
     return made

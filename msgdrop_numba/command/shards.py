@@ -283,8 +283,8 @@ def _requests(task: Task, rows: int, width: int) -> Iterator[tuple[Request, int]
     at_a_time = _rows_at_a_time(width)
     for first in range(0, rows, at_a_time):
         count = min(at_a_time, rows - first)
-        here = None if of_rows is None else np.array(of_rows[first : first + count])
-        yield replace(request, keys=keys(first, count), lengths=here), count
+        row_lengths = None if of_rows is None else np.array(of_rows[first : first + count])
+        yield replace(request, keys=keys(first, count), lengths=row_lengths), count
 
 
 def _new_head(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:

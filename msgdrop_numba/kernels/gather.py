@@ -83,8 +83,8 @@ def _gather_narrow(first: int, last: int, job: Any, zeros: int) -> None:
     index, width = view(job["index"], last, np.int64), job["width"]
     fill = job["fill"] if job["fill"] else zeros
     for j in range(first, last):
-        from_ = _source(job, index[j]) if index[j] >= 0 else fill + j * job["fill_step"]
-        copy_narrow(job["out"] + j * width, from_, width)
+        src = _source(job, index[j]) if index[j] >= 0 else fill + j * job["fill_step"]
+        copy_narrow(job["out"] + j * width, src, width)
 
 
 @jit
@@ -102,22 +102,22 @@ def gather_range(first: int, last: int, address: int) -> None:
         foresee = width >= 4 * LINE and (last - first) * width >= PREFETCH_BYTES
         distance = 1 + AHEAD // width if foresee else 0
         for j in range(first, last):
-            to, number = job["out"] + j * width, index[j]
+            dst, number = job["out"] + j * width, index[j]
             if number < 0:
-                fill_message(to, job["fill"] + j * job["fill_step"], width, stream)
+                fill_message(dst, job["fill"] + j * job["fill_step"], width, stream)
                 continue
-            from_, next_, ahead = _source(job, number), index[min(j + distance, last - 1)], 0
+            src, next_, ahead = _source(job, number), index[min(j + distance, last - 1)], 0
             if foresee and next_ >= 0:
                 ahead = _source(job, next_)
             if kind == COPY or scales[j] == 0:
-                copy(to, from_, width, stream, ahead)
+                copy(dst, src, width, stream, ahead)
                 continue
             for at in range(0, width if ahead else 0, LINE):
                 prefetch(ahead + at)
             if stream:
-                multiply_by_way(to, from_, width, kind, scales[j], scratch, stream)
+                multiply_by_way(dst, src, width, kind, scales[j], scratch, stream)
             else:
-                multiply(to, from_, width, kind, scales[j])
+                multiply(dst, src, width, kind, scales[j])
 
 
 @parallel_jit
