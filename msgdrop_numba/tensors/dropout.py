@@ -10,6 +10,7 @@ from torch import Tensor
 from msgdrop_numba.call.request import Request, perform, prepare_mask, turned
 from msgdrop_numba.call.threads import team
 from msgdrop_numba.call.usual import Usual, row_address, seed_bits
+from msgdrop_numba.kernels._jit import direct
 from msgdrop_numba.kernels.usual import lengths_fit
 from msgdrop_numba.tensors import nested, traced, ways
 from msgdrop_numba.tensors.arguments import check_device
@@ -61,7 +62,7 @@ def short(
         seed = seed_bits(seed)
         if seed is None:
             return None
-    elif at_lengths and not lengths_fit(
+    elif at_lengths and not direct(lengths_fit)(
         at_lengths, fast_path.plan.messages // fast_path.plan.size, fast_path.plan.size
     ):
         return None
