@@ -178,8 +178,8 @@ class ArrayRule(Rule):
 
 def read_rule(p: Any, exact: Any, span: Any, min_keep: Any, prefix: Any) -> tuple[Rule, Any]:
     """The rule that a call's p and keywords name, and p itself if it is an array or tensor, else None."""
-    torch = sys.modules.get("torch")
-    if type(p) is float and (torch is None or not torch.compiler.is_compiling()):
+    compiler = getattr(sys.modules.get("torch"), "compiler", None)  # not there yet in a half-done import
+    if type(p) is float and (compiler is None or not compiler.is_compiling()):
         with suppress(TypeError):  # unhashable: made below, to say which
             return cached_rule(p, exact, span, min_keep, prefix), None
     if isinstance(p, Rule):
