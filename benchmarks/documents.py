@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
-from msgdrop_numba.call.ways import WAYS
+from msgdrop_numba.command.info import PATHS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -92,7 +92,7 @@ def summary() -> str:
 
 def ways() -> str:
     """The table of LIMITS.md: which way each kind of array takes, as `msgdrop info` says it."""
-    return measure.markdown(["array", "path", "why"], [list(row) for row in WAYS])
+    return measure.markdown(["array", "path", "why"], [list(row) for row in PATHS])
 
 
 def trained() -> str:

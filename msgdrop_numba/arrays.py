@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,25 +12,26 @@ import numpy as np
 from msgdrop_numba import outputs
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.arguments import address
+from msgdrop_numba.call.keys import row_keys
 from msgdrop_numba.call.plan import (
     PLAIN,
     Draw,
     Plan,
+    RecentPlans,
     array_plan,
     follow,
     kept_scales,
-    make_plan,
     mask_plan,
+    recent_plans,
     row_arguments,
 )
 from msgdrop_numba.call.request import Job, Request, perform, prepare, prepare_mask, turned
-from msgdrop_numba.call.rule import cached_rule
 from msgdrop_numba.call.select import (
     PACKED,
     Layout,
     Selection,
     Source,
-    laid_out,
+    form_of,
     move,
     moving,
     of_slots,
@@ -38,9 +39,7 @@ from msgdrop_numba.call.select import (
     slot_scales,
     source,
 )
-from msgdrop_numba.call.threads import launch, team
-from msgdrop_numba.call.usual import Usual, row_address, seed_bits, usual
-from msgdrop_numba.call.ways import ARRAY, ARRAY_APART, Answer
+from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.records import COPY, FLOAT16, FLOAT32, FLOAT64
 
 _SCALED = {"f2": FLOAT16, "f4": FLOAT32, "c8": FLOAT32, "f8": FLOAT64, "c16": FLOAT64}
@@ -49,29 +48,12 @@ FOREIGN = "its bytes aren't in this machine's order"
 
 def keep_mask(shape: tuple[int, ...], request: Request) -> np.ndarray:
     """The bool mask over the message dims `shape`."""
-    return draw_mask(prepare_mask(NUMPY, shape, request))
-
-
-def draw_mask(job: Job) -> np.ndarray:
-    """The mask alone."""
-    mask: np.ndarray = np.empty(job.plan.shape, np.bool_) if job.mask is None else job.mask
-    if job.plan.messages:
-        launch(job.plan, job.draw, job.seed, 0, 0, address(mask))
-    return mask
+    return NUMPY.draw_mask(prepare_mask(NUMPY, shape, request))
 
 
 def obstacle(plan: Plan, dtype: np.dtype[Any]) -> str:
     """Why the kernels can't follow an array of that plan; empty: they can."""
     return FOREIGN if plan.kind != COPY and not dtype.isnative else plan.obstacle
-
-
-def explain(x: np.ndarray, request: Request) -> Answer:
-    """Which way a call takes, and why; nothing is dropped."""
-    plan = prepare(NUMPY, x, request).plan
-    if not x.flags.c_contiguous:
-        plan = follow(plan, x.strides, x.strides)
-    reason = obstacle(plan, x.dtype)
-    return Answer(ARRAY_APART, reason) if reason else Answer(ARRAY, "", plan.nbytes)
 
 
 def _kind(dtype: np.dtype[Any], scale: Any) -> int:
@@ -159,17 +141,30 @@ class _NumPy:
         return target
 
     def run(self, x: np.ndarray, job: Job, request: Request) -> Any:
-        plan, draw, seed, target, mask, _ = job
-        in_order = x.flags.c_contiguous
-        result = outputs.array_like(x) if target is None else target
-        if not (in_order and result.flags.c_contiguous):
+        result = self.drop(job.plan, job.draw, job.seed, x, job.target, job.mask)
+        return (result, job.mask) if request.return_mask else result
+
+    def drop(self, plan: Plan, draw: Draw, seed: int, x: np.ndarray, target: Any, mask: Any = None) -> np.ndarray:
+        """x with its messages dropped, in the target or in a new array. A mask is written."""
+        in_order, result = x.flags.c_contiguous, target
+        if target is None:
+            result = outputs.array(x.shape, x.dtype) if in_order else outputs.array_like(x)
+        if not (in_order and (target is None or target.flags.c_contiguous)):
             plan = follow(plan, x.strides, result.strides)
         if plan.messages and not obstacle(plan, x.dtype):
             launch(plan, draw, seed, address(x), address(result), 0 if mask is None else address(mask))
         elif plan.messages:
-            mask = draw_mask(job)
-            _write(job, plan, x, result, mask)
-        return (result, mask) if request.return_mask else result
+            _write(plan, draw, seed, x, result, self.draw_mask(Job(self, plan, draw, seed, None, mask)))
+        return result  # type: ignore[no-any-return]
+
+    def draw_mask(self, job: Job) -> np.ndarray:
+        mask: np.ndarray = np.empty(job.plan.shape, np.bool_) if job.mask is None else job.mask
+        if job.plan.messages:
+            launch(job.plan, job.draw, job.seed, 0, 0, address(mask))
+        return mask
+
+    def message_scales(self, job: Job) -> np.ndarray:
+        return slot_scales(job.plan, job.draw, job.seed)
 
 
 NUMPY = _NumPy()
@@ -180,67 +175,63 @@ def message_dropout(x: np.ndarray, request: Request) -> Any:
     return turned(partial(perform, NUMPY), np.ndarray, np.transpose, x, request)
 
 
-@lru_cache(maxsize=1024, typed=True)
-def _usual(
-    shape: tuple[int, ...], dtype: np.dtype[Any], scale: bool, message_dims: Any, *rule_arguments: Any
-) -> Usual | None:  # fmt: skip
-    rule = cached_rule(*rule_arguments)
-    if isinstance(message_dims, tuple) or rule.p == 0:  # then x itself comes back
-        return None
-    plan = make_plan(shape, dtype.itemsize, _kind(dtype, scale), message_dims, rule)
-    return usual(plan) if plan.messages and not obstacle(plan, dtype) else None
-
-
-def short(
-    x: np.ndarray, rule_arguments: tuple[Any, ...], scale: Any, message_dims: Any, inplace: Any, lengths: Any,
-    seed: Any, keys: Any, out: Any,
+def fast_path(
+    x: np.ndarray, options: tuple[Any, ...], lengths: Any, keys: Any, seed: int | None, inplace: Any, out: Any
 ) -> np.ndarray | None:  # fmt: skip
-    """The usual call, see `call.usual`; None: it is another, and nothing was done."""
+    """Drop by a plan that is known for arrays like x. None: the call takes all steps, and nothing was done.
+
+    Args:
+        options: of `recent_plans`.
+    """
     try:
-        args = x.shape, x.dtype, bool(scale), message_dims
-        fast_path = _usual(*args, *rule_arguments) if x.flags.c_contiguous else None
-    except TypeError:  # what is wrong is said elsewhere
+        recent = recent_plans(*options)
+        plan = recent.arrays.get((x.shape, x.dtype)) if x.flags.c_contiguous else None
+        if plan is None:
+            plan = _plan_of(x, recent)
+            if plan is None:
+                return None
+        draw = PLAIN
+        if lengths is not None or keys is not None:
+            rows = plan.shape[:-1]
+            draw = Draw(None, arguments.row_lengths(lengths, rows, plan.size), row_keys(keys, rows))
+    except (TypeError, ValueError):  # all steps say what is wrong
         return None
-    if fast_path is None:
-        return None
-    start, target = address(x), None
-    if inplace or out is not None:
-        target, to = _target(x, start, fast_path, inplace, out)
-        if not to:
-            return None
-    at_lengths = 0 if lengths is None else row_address(lengths, fast_path.rows)
-    at_keys = 0 if keys is None else row_address(keys, fast_path.rows)
-    if (lengths is not None and not at_lengths) or (keys is not None and not at_keys):
-        return None
-    seed = NUMPY.seed(None, None, None) if seed is None else seed_bits(seed)
-    if seed is None:
-        return None
-    if target is None:
-        target = outputs.array(x.shape, x.dtype)
-        to = address(target)
-    return (
-        target
-        if fast_path.drop(fast_path.address, at_lengths, at_keys, seed, start, to, *team(fast_path.nbytes))
-        else None
-    )
-
-
-def _target(x: np.ndarray, start: int, fast_path: Usual, inplace: Any, out: Any) -> tuple[Any, int]:
-    """The array to write and its address; 0: all there is to know of it must be asked."""
     target = x if inplace else out
-    if type(target) is not np.ndarray or not target.flags.carray or (inplace and out is not None):
-        return None, 0
-    to = start if target is x else address(target)
-    apart = to == start or abs(to - start) >= fast_path.nbytes
-    return target, to if apart and target.shape == x.shape and target.dtype == x.dtype else 0
+    if target is not None and ((inplace and out is not None) or not _fits(target, x, plan)):
+        return None
+    return NUMPY.drop(plan, draw, NUMPY.seed(seed, None, None), x, target)
 
 
-def _write(job: Job, plan: Plan, x: np.ndarray, result: np.ndarray, mask: np.ndarray) -> None:
+def _plan_of(x: np.ndarray, recent: RecentPlans) -> Plan | None:
+    """The plan of an array in C order, from now on among the recent ones; None: the call takes all steps."""
+    if not x.flags.c_contiguous or recent.rule.p == 0 or isinstance(recent.message_dims, tuple):
+        return None
+    plan = array_plan(x, _kind(x.dtype, recent.scale), recent.message_dims, recent.rule)
+    if len(recent.arrays) >= _KNOWN:
+        recent.arrays.clear()
+    recent.arrays[x.shape, x.dtype] = plan
+    return plan
+
+
+_KNOWN = 256
+
+
+def _fits(target: Any, x: np.ndarray, plan: Plan) -> bool:
+    """True if a target needs no closer look: it is x, or an array like x that lies apart from it."""
+    if type(target) is not np.ndarray or not target.flags.carray:
+        return False
+    if target is x:
+        return True
+    apart = abs(address(target) - address(x)) >= plan.nbytes
+    return apart and target.shape == x.shape and target.dtype == x.dtype
+
+
+def _write(plan: Plan, draw: Draw, seed: int, x: np.ndarray, result: np.ndarray, mask: np.ndarray) -> None:
     """What the kernels do, in NumPy's operations: for layouts and byte orders that they can't follow."""
-    draw, wide = job.draw, (*plan.shape, *(1,) * (x.ndim - mask.ndim))
+    wide = (*plan.shape, *(1,) * (x.ndim - mask.ndim))
     kept = mask.reshape(wide)
     if plan.kind != COPY:
-        scales, taking = (array.reshape(wide) for array in kept_scales(plan, draw, job.seed))
+        scales, taking = (array.reshape(wide) for array in kept_scales(plan, draw, seed))
         real = np.float64 if plan.kind == FLOAT64 else np.float32
         parts = [(x.real, result.real), (x.imag, result.imag)] if x.dtype.kind == "c" else [(x, result)]
         with np.errstate(all="ignore"):
@@ -261,36 +252,32 @@ def message_select(x: np.ndarray, request: Request, layout: Layout) -> tuple[np.
 
 
 def _select(layout: Layout, x: np.ndarray, request: Request) -> tuple[np.ndarray, Selection | None]:
-    lay = partial(laid_out, layout, request)
-    job = prepare(NUMPY, x, request, lay)
-    plan, draw, seed, *_ = job
-    dims = len(plan.shape)
-    passes = seed is None and (layout.name != PACKED or draw.lengths is None)
-    found = None if passes and not layout.wants_kept else _selection(job, lay(job.plan), layout)
+    job = prepare(NUMPY, x, request, partial(form_of, layout, request))
+    plan, dims = job.plan, len(job.plan.shape)
+    passes = job.seed is None and (layout.name != PACKED or job.draw.lengths is None)
+    found = None if passes and not layout.wants_kept else _selection(job, layout.capacity)
     if passes:
         return (x.reshape(plan.messages, *x.shape[dims:]) if layout.name == PACKED else x), found
     assert found is not None
-    if plan.kind == COPY or seed is None:
+    if plan.kind == COPY or job.seed is None:
         return _moved(x, dims, found.numbers), found
     native = x.astype(x.dtype.newbyteorder("="), copy=False)
-    scales = of_slots(slot_scales(plan, draw, seed), found.numbers)
+    scales = of_slots(NUMPY.message_scales(job), found.numbers)
     return _moved(native, dims, found.numbers, scales=scales, kind=plan.kind).astype(x.dtype, copy=False), found
 
 
 def select_messages(shape: tuple[int, ...], request: Request, layout: Layout) -> Selection:
     """`select.select_messages` without a device."""
-    lay = partial(laid_out, layout, request)
-    job = prepare_mask(NUMPY, shape, request, None, lay)
-    return _selection(job, lay(job.plan), layout)
+    return _selection(prepare_mask(NUMPY, shape, request, None, partial(form_of, layout, request)), layout.capacity)
 
 
-def _selection(job: Job, laid: tuple[str, Any], layout: Layout) -> Selection:
-    plan, draw, seed, *_ = job
-    if seed is None or plan.rule.p == 0:  # x itself, in its own room
-        mask, capacity = np.ones(plan.shape, np.bool_), None if laid[0] == PACKED else plan.size
+def _selection(job: Job, capacity: int | None) -> Selection:
+    plan, form = job.plan, job.form
+    if job.seed is None or plan.rule.p == 0:  # x itself, in its own room
+        mask, capacity = np.ones(plan.shape, np.bool_), None if form.name == PACKED else plan.size
     else:
-        mask, capacity = draw_mask(job), layout.capacity
-    return place(laid, capacity, plan.shape, address(mask), draw.lengths)
+        mask = NUMPY.draw_mask(job)
+    return place(form, capacity, plan.shape, address(mask), job.draw.lengths)
 
 
 def take(x: np.ndarray, dims: int, found: Selection) -> np.ndarray:

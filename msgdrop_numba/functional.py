@@ -14,7 +14,6 @@ from msgdrop_numba.call.keys import row_key as row_key
 from msgdrop_numba.call.plan import mask_shape
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import Rule, read_rule
-from msgdrop_numba.call.ways import Answer
 from msgdrop_numba.kernels import philox
 
 if TYPE_CHECKING:
@@ -171,13 +170,14 @@ def message_dropout(
 
     Source: the mask contract, version 1.1 (CONTRACT.md), on Philox4x32-10 (Salmon et al., SC'11).
     """
-    short = _short.get(type(x))
+    fast_path = _fast_paths.get(type(x))
     if (
-        short is not None and training is True and protect is None and positions is None and generator is None
-        and not return_mask and (fill is ZERO or is_zero(fill)) and ((type(p) is float and p) or type(p) is Rule)
+        fast_path is not None and training is True and protect is None and positions is None and generator is None
+        and not return_mask and (fill is ZERO or is_zero(fill)) and (type(p) is float or type(p) is Rule)
+        and (seed is None or (type(seed) is int and 0 <= seed < 2**64))
     ):  # fmt: skip
-        rule_arguments = p, exact, span, min_keep, prefix
-        y = short(x, rule_arguments, scale, message_dims, inplace, lengths, seed, keys, out)
+        options = bool(scale), message_dims, p, exact, span, min_keep, prefix
+        y = fast_path(x, options, lengths, keys, seed, inplace, out)
         if y is not None:
             return y
     rule, array = read_rule(p, exact, span, min_keep, prefix)
@@ -193,18 +193,13 @@ def drop_messages(x: Any, request: Request) -> Any:
     return library_of(x).message_dropout(x, request)
 
 
-def explain(x: Any, request: Request) -> Answer:
-    """Which way a call takes, and why; nothing is dropped."""
-    return library_of(x).explain(x, request)  # type: ignore[no-any-return]
-
-
 def library_of(x: Any) -> Any:
     """The module that handles an array: `arrays`, or one of `tensors`."""
     return _libraries.get(type(x)) or _library(x)
 
 
 _libraries: dict[type, Any] = {np.ndarray: arrays}  # of exact types; torch's once a tensor has come
-_short: dict[type, Any] = {np.ndarray: arrays.short}  # what takes the usual call
+_fast_paths: dict[type, Any] = {np.ndarray: arrays.fast_path}  # for calls without arrays beside x
 
 
 def _library(x: Any) -> Any:
@@ -218,7 +213,7 @@ def _library(x: Any) -> Any:
         from msgdrop_numba.tensors import dropout
 
         remember(_libraries, dropout, torch.Tensor, torch.nn.Parameter)
-        remember(_short, dropout.short, torch.Tensor, torch.nn.Parameter)
+        remember(_fast_paths, dropout.fast_path, torch.Tensor, torch.nn.Parameter)
         return dropout
     if is_masked(x):
         raise TypeError("x must be a plain NumPy array, but got a masked one, whose mask would be lost: give filled()")

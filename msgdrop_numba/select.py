@@ -239,10 +239,10 @@ def _library(x: Any) -> Any:
         return arrays
     spread = sys.modules.get("torch.distributed.tensor")
     if spread is not None and isinstance(x, spread.DTensor):
-        from msgdrop_numba.tensors import sharded_select
+        from msgdrop_numba.tensors import sharded
 
-        remember(_libraries, sharded_select, type(x))
-        return sharded_select
+        remember(_libraries, sharded, type(x))
+        return sharded
     import torch
 
     from msgdrop_numba.tensors import select

@@ -15,7 +15,7 @@ DTYPES = ["float32", ">f4", "float16", "complex128", "longdouble", "int16", "boo
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", USUAL, ids=str)
-def test_the_short_way_is_the_long_one(options, dtype, monkeypatch):
+def test_the_fast_path_is_the_long_one(options, dtype, monkeypatch):
     monkeypatch.setattr("os.urandom", lambda count: bytes(range(count)))
     seed = int.from_bytes(bytes(range(8)), "little") >> 1
     x = np.random.default_rng(3).integers(0, 2, (4, 6, 3)).astype(dtype)
@@ -27,7 +27,7 @@ def test_the_short_way_is_the_long_one(options, dtype, monkeypatch):
                     results.append(message_dropout(array, 0.4, **options, **more))
                 except TypeError as error:
                     results.append(str(error))
-                internals.no_short_way(patch)
+                internals.no_fast_path(patch)
         y, want = results
         if isinstance(want, str):
             assert y == want
@@ -40,11 +40,11 @@ def test_the_short_way_is_the_long_one(options, dtype, monkeypatch):
 @pytest.mark.parametrize("options", [{"span": 0}, {"span": [1]}, {"span": True}, {"min_keep": -1}, {"exact": "no"},
                                      {"message_dims": 3}, {"message_dims": True}, {"p": 1.5}, {"p": float("nan")},
                                      {"exact": True, "span": 2}])  # fmt: skip
-def test_the_short_way_refuses_what_the_long_one_does(options, monkeypatch):
+def test_the_fast_path_refuses_what_all_steps_do(options, monkeypatch):
     x = np.ones((4, 6, 3), np.float32)
     message_dropout(x)  # the same shape is known
     errors = []
-    for refuse in (lambda _: None, internals.no_short_way):
+    for refuse in (lambda _: None, internals.no_fast_path):
         refuse(monkeypatch)
         with pytest.raises((TypeError, ValueError)) as raised:
             message_dropout(x, **options)
@@ -52,7 +52,7 @@ def test_the_short_way_refuses_what_the_long_one_does(options, monkeypatch):
     assert errors[0] == errors[1]
 
 
-def test_the_usual_call_takes_the_short_way(monkeypatch):
+def test_a_call_without_arrays_takes_the_fast_path(monkeypatch):
     monkeypatch.setattr(arrays, "message_dropout", None)
     assert message_dropout(np.ones((4, 6, 3), np.float32), 0.5).shape == (4, 6, 3)
     assert message_dropout(np.ones((4, 6, 3), np.float32), fill=0).shape == (4, 6, 3)

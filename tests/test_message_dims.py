@@ -119,7 +119,7 @@ def test_operations_and_compiled_code_know_them(monkeypatch):
     layer = MessageDropout(0.5, scale=True, message_dims=(0, 2))
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x, seed=seed), want)
     assert torch.equal(torch.func.vmap(lambda x: layer(x[None], seed=seed)[0])(x[:1]), want[:1])
-    internals.no_plain_tensors(monkeypatch)
+    internals.no_host_tensors(monkeypatch)
     assert torch.equal(layer(x, seed=seed), want)
 
 

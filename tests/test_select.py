@@ -57,7 +57,7 @@ def test_what_is_removed_never_leaks(make, layout, monkeypatch):
         (grad,) = torch.autograd.grad(y.sum(), x)
         assert torch.equal(grad[..., 0] != 0, kept.mask)
         x = x.detach()
-        internals.no_plain_tensors(monkeypatch)
+        internals.no_host_tensors(monkeypatch)
 
 
 @both
@@ -298,7 +298,7 @@ def test_device_arrays_are_refused():
 @pytest.mark.parametrize("width", [1, 3, 16, 17, 48, 64, 128, 256, 1024, 1088, 4096, 8192])
 def test_stores_past_the_cache(make, width, chunks, monkeypatch):
     """Which large outputs alone are written by."""
-    internals.stream_removal(monkeypatch)
+    internals.stream_everything(monkeypatch)
     for dtype in ("uint8", "float32"):
         features = max(1, width // np.dtype(dtype).itemsize)
         x = np.random.default_rng(width).integers(0, 99, (3, 20, features)).astype(dtype)

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from msgdrop_numba.call.rule import MAX_ROW, ArrayRule, P, Rule, check_p, read_rule
+from msgdrop_numba.kernels._jit import direct
+from msgdrop_numba.kernels.rules import lengths_fit
 
 _U64 = 2**64 - 1
 _MAX_WORK: Any = 100_000  # steps of the exact search for shared memory; past them it counts as shared
@@ -117,7 +119,8 @@ def integers(name: str, values: Any, read: Callable[[str, Any], int] = check_key
     if torch is not None and isinstance(values, torch.Tensor):
         if values.dtype.is_floating_point or values.dtype.is_complex:
             raise TypeError(f"{name} must be integers, but got dtype {values.dtype}")
-        values = values.detach().cpu().clone().numpy()  # .numpy() of the user's own would fix its storage's size
+        # .numpy() of the user's own would fix its storage's size
+        values = (values.clone() if values.is_cpu else values.cpu()).numpy()
     refuse_masked(name, values)
     array: np.ndarray = np.asarray(values)
     if array.dtype.kind in "OUST":
@@ -144,10 +147,11 @@ def row_lengths(lengths: Any, row_shape: tuple[int, ...], size: int) -> np.ndarr
     array = integers("lengths", lengths)
     if array.shape != row_shape:
         raise ValueError(f"lengths must have shape {row_shape}, one a row, but got {array.shape}")
-    if array.size and not (array.min() >= 0 and array.max() <= size):
+    counts = np.array(array, dtype=np.int64, order="C").ravel()  # the user's own memory may be what is written
+    if counts.size and not direct(lengths_fit)(address(counts), counts.size, size):
         wrong = array[(array < 0) | (array > size)].flat[0]
         raise ValueError(f"lengths must be from 0 to {size}, the messages of a row, but got {wrong}")
-    return np.array(array, dtype=np.int64, order="C").ravel()  # the user's own memory may be what is written
+    return counts
 
 
 def protected(protect: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -94,24 +94,28 @@ class Job(NamedTuple):
     """A checked call.
 
     Fields:
+        library: the backend that runs it.
         plan: what is the same for all arrays of this shape, its rule too.
         draw: what the call's arrays decide beside.
         seed: of the kind that the library draws from; None: nothing drops.
         target: the array to write; None: a new one.
         mask: where the keep mask goes; None: nobody asks for it.
         given: a keep mask to be read; None: it is drawn.
+        form: what the caller of `prepare` made of the plan.
     """
 
+    library: Any
     plan: Any
     draw: Any
     seed: Any
     target: Any = None
     mask: Any = None
     given: Any = None
+    form: Any = None
 
 
 class Library(Protocol):
-    """The primitives of an array library. All but the last five check, and write nothing."""
+    """The primitives of an array library. All before `mask` check, and write nothing."""
 
     def kind(self, x: Any, scale: Any) -> int:
         """What is done to the elements of a kept message, see kernels.records."""
@@ -154,16 +158,25 @@ class Library(Protocol):
     def run(self, x: Any, job: Job, request: Request) -> Any:
         """Do the job: the array, or a pair with the mask where the request asks for it."""
 
+    def draw_mask(self, job: Job) -> Any:
+        """The keep mask of a job."""
 
-def prepare(library: Library, x: Any, request: Request, check: Any = None) -> Job:
-    """The job of a call. Raises before anything is written or drawn; so does `check`, which gets the plan."""
+    def message_scales(self, job: Job) -> Any:
+        """The factor of each message, float64 over the message dims; 0: it passes as it is."""
+
+
+def prepare(library: Library, x: Any, request: Request, form_of: Any = None) -> Job:
+    """The job of a call. Raises before anything is written or drawn.
+
+    Args:
+        form_of: makes the job's form of the plan, and may raise, too; None: there is none.
+    """
     if request.training is not True and not isinstance(request.training, (bool, np.bool_)):
         raise TypeError(f"training must be True or False, but got {request.training!r}")
     kind = library.kind(x, request.scale)
     rule, p = _rule_and_p(library, request)
     plan = library.plan(x, kind, request.message_dims, rule)
-    if check is not None:
-        check(plan)
+    form = None if form_of is None else form_of(plan)
     fill = library.fill(request.fill, x, len(plan.shape))
     active = request.training and rule.p != 0
     target = None
@@ -175,23 +188,22 @@ def prepare(library: Library, x: Any, request: Request, check: Any = None) -> Jo
         seed = library.check_seed(seed, request.generator, device)
     draw = _draw(library, plan, p, fill, request, device)
     if not active:
-        return Job(plan, draw, None, target)
+        return Job(library, plan, draw, None, target, form=form)
     seed = library.seed(seed, request.generator, device)
     mask = library.mask(plan.shape, device) if request.return_mask else None
-    return Job(plan, draw, seed, target, mask)
+    return Job(library, plan, draw, seed, target, mask, None, form)
 
 
 def prepare_mask(
-    library: Library, shape: tuple[int, ...], request: Request, device: Any = None, check: Any = None
+    library: Library, shape: tuple[int, ...], request: Request, device: Any = None, form_of: Any = None
 ) -> Job:
-    """The job of a mask alone, over the message dims `shape`; `check` as above."""
+    """The job of a mask alone, over the message dims `shape`; `form_of` as above."""
     rule, p = _rule_and_p(library, request)
     plan = library.mask_plan(shape, rule)
-    if check is not None:
-        check(plan)
+    form = None if form_of is None else form_of(plan)
     seed = None if request.seed is None else library.check_seed(request.seed, None, device)
     draw = _draw(library, plan, p, None, request, device)
-    return Job(plan, draw, library.seed(seed, None, device))
+    return Job(library, plan, draw, library.seed(seed, None, device), form=form)
 
 
 def _rule_and_p(library: Library, request: Request) -> tuple[Rule, Any]:
@@ -233,12 +245,12 @@ def turned(run: Any, kind: Any, permute: Any, x: Any, request: Request) -> Any:
 
 def perform(library: Library, x: Any, request: Request) -> Any:
     """`functional.message_dropout` by a library's primitives, x having its message dims in front."""
-    return carry_out(library, x, prepare(library, x, request), request)
+    return carry_out(x, prepare(library, x, request), request)
 
 
-def carry_out(library: Library, x: Any, job: Job, request: Request) -> Any:
+def carry_out(x: Any, job: Job, request: Request) -> Any:
     """The same of a job that is prepared."""
     if job.seed is not None:
-        return library.run(x, job, request)
-    y = x if job.target is None or job.target is x else library.copy(x, job.target)
-    return (y, library.kept(x, job.plan)) if request.return_mask else y
+        return job.library.run(x, job, request)
+    y = x if job.target is None or job.target is x else job.library.copy(x, job.target)
+    return (y, job.library.kept(x, job.plan)) if request.return_mask else y

@@ -178,8 +178,7 @@ class ArrayRule(Rule):
 
 def read_rule(p: Any, exact: Any, span: Any, min_keep: Any, prefix: Any) -> tuple[Rule, Any]:
     """The rule that a call's p and keywords name, and p itself if it is an array or tensor, else None."""
-    compiler = getattr(sys.modules.get("torch"), "compiler", None)  # not there yet in a half-done import
-    if type(p) is float and (compiler is None or not compiler.is_compiling()):
+    if type(p) is float and not _is_compiling():
         with suppress(TypeError):  # unhashable: made below, to say which
             return cached_rule(p, exact, span, min_keep, prefix), None
     if isinstance(p, Rule):
@@ -189,6 +188,12 @@ def read_rule(p: Any, exact: Any, span: Any, min_keep: Any, prefix: Any) -> tupl
     if isinstance(p, (int, float, tuple)) or not (hasattr(p, "ndim") or hasattr(p, "__cuda_array_interface__")):
         return Rule(p, exact=exact, span=span, min_keep=min_keep, prefix=prefix), None
     return ArrayRule(None, exact=exact, span=span, min_keep=min_keep, prefix=prefix), p
+
+
+def _is_compiling() -> bool:
+    """True in code that torch compiles."""
+    compiler = getattr(sys.modules.get("torch"), "compiler", None)  # not there yet in a half-done import
+    return compiler is not None and compiler.is_compiling()
 
 
 @lru_cache(maxsize=1024, typed=True)

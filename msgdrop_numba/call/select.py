@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from msgdrop_numba.call import plan as plans
 from msgdrop_numba.call.arguments import address
-from msgdrop_numba.call.plan import STREAM_BYTES, Plan, kept_scales, steps
+from msgdrop_numba.call.plan import Plan, kept_scales, steps
 from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.call.threads import run
 from msgdrop_numba.kernels.gather import count_range, gather_range, place_range
@@ -92,15 +93,27 @@ def kept_of_each(rule: Rule, size: Any, request: Any) -> Any:
     return size - min(wanted, max(0, n - rule.min_keep))
 
 
-def laid_out(layout: Layout, request: Any, plan: Any) -> tuple[str, Any]:
-    """The layout, and what each row keeps where that is known; refused where it must be and isn't."""
+class Form(NamedTuple):
+    """The form of what remains of one call.
+
+    Fields:
+        name: one of LAYOUTS.
+        each: how many messages each row keeps; None: it isn't known beforehand, or rows differ.
+    """
+
+    name: str
+    each: Any
+
+
+def form_of(layout: Layout, request: Any, plan: Any) -> Form:
+    """The form of a call. Raises ValueError for layout "dense" where rows may keep different counts."""
     each = kept_of_each(plan.rule, plan.shape[-1], request)
     if layout.name == DENSE and each is None:
         raise ValueError(
             "layout 'dense' needs rows that are known to keep as many each, but got "
             f"{_uneven(plan.rule, request)}, or layout 'padded' or 'packed'"
         )
-    return layout.name or (PADDED if each is None else DENSE), each
+    return Form(layout.name or (PADDED if each is None else DENSE), each)
 
 
 def _uneven(rule: Rule, request: Any) -> str:
@@ -111,15 +124,14 @@ def _uneven(rule: Rule, request: Any) -> str:
     return f"p={rule.p} of each row: give one for all" if rule.ranged else "exact=False: give exact=True"
 
 
-def place(laid: tuple[str, Any], capacity: int | None, shape: tuple[int, ...], mask: int, lengths: Any) -> Selection:
+def place(form: Form, capacity: int | None, shape: tuple[int, ...], mask: int, lengths: Any) -> Selection:
     """The selection of a keep mask on the host, over the message dims `shape`.
 
     Args:
-        laid: as `laid_out` says.
         mask: its address.
         lengths: int64, one a row: what lies behind isn't kept, whatever the mask says; None: all may be.
     """
-    (layout, each), (*row_shape, size) = laid, shape
+    (layout, each), (*row_shape, size) = form, shape
     rows = math.prod(row_shape)
     counts = np.empty(rows, np.int64) if each is None else np.full(rows, each, np.int64)
     slots, starts = np.empty(shape, np.int64), None
@@ -167,7 +179,7 @@ def of_slots(scales: np.ndarray, index: np.ndarray) -> np.ndarray:
 def load() -> None:
     """Compile these kernels, or read them from the cache."""
     kept, out = np.ones(1, np.uint8), np.empty(1, np.uint8)
-    index = place((PADDED, None), None, (1, 1), address(kept), None).numbers
+    index = place(Form(PADDED, None), None, (1, 1), address(kept), None).numbers
     move(moving(Source(address(kept)), address(out), index, 1), index.size)
 
 
@@ -203,7 +215,7 @@ def moving(
     Returns:
         A GatherNumbers. The caller keeps alive what it names.
     """
-    stream = 2 * math.prod(index.shape) * width >= STREAM_BYTES and width % LINE == 0 and out % LINE == 0
+    stream = 2 * math.prod(index.shape) * width >= plans.STREAM_BYTES and width % LINE == 0 and out % LINE == 0
     kind = COPY if scales is None else kind
     return GatherNumbers(x.start, out, address(index), width, *fill, address(scales), kind, stream, *x[1:])
 

@@ -19,8 +19,8 @@ from numba.core.compiler_lock import global_compiler_lock
 
 from msgdrop_numba.call.plan import PARALLEL_BYTES, PLAIN, Draw, Plan, make_plan
 from msgdrop_numba.call.rule import BERNOULLI
-from msgdrop_numba.kernels._jit import c_address, direct
-from msgdrop_numba.kernels.cpu import drop_across, drop_parallel, drop_range
+from msgdrop_numba.kernels._jit import compiled, direct
+from msgdrop_numba.kernels.cpu import drop_parallel, drop_range
 from msgdrop_numba.kernels.gather import in_parallel
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.kernels.rules import decide
@@ -67,45 +67,28 @@ def _budget() -> int:
     return budget if budget > 1 and _layer.may_start() else 1
 
 
-def team(nbytes: int) -> tuple[int, int]:
-    """Who writes `nbytes`: the address of `drop_parallel`, 0: this thread alone; and in how many parts."""
-    if nbytes < PARALLEL_BYTES or (parts := _budget()) == 1:  # `chunks`, without a call that a small one feels
-        return 0, 1
-    return c_address(drop_parallel), parts
-
-
 def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> bool:
     """Run the kernel, serial or parallel, from address x to address out, 0: make the mask alone. True: it is done."""
     bits = seed if seed < 2**63 else seed - 2**64
+    rule = 0 if (plan.plain and draw.plain) or draw.given else compiled(decide)
     nbytes = plan.nbytes
     if not out:  # a byte a message; where rows must be searched, it takes as long as writing more
         nbytes = plan.messages * (SEARCHED if plan.numbers.count_limited else 1)
-    (parallel, parts), rule = team(nbytes), rule_address(plan, draw)
-    if not parallel:
+    if nbytes < PARALLEL_BYTES or (parts := _budget()) == 1:  # `chunks`, without a call that a small one feels
         direct(drop_range)(0, plan.messages, plan.address, draw.address, x, out, mask, bits, rule)
     else:
-        together = direct(drop_parallel)
-        together(c_address(drop_range), plan.messages, plan.address, draw.address, x, out, mask, bits, rule, parts)
+        plan_and_draw = plan.address, draw.address
+        direct(drop_parallel)(compiled(drop_range), plan.messages, *plan_and_draw, x, out, mask, bits, rule, parts)
     return True
-
-
-def rule_address(plan: Plan, draw: Draw) -> int:
-    """The address of the kernel that decides on messages; 0: the usual draws do.
-
-    What a plan needs beyond `drop_range` is compiled here, where it is needed first.
-    """
-    if plan.across:
-        plan.record["across"] = c_address(drop_across)
-    return 0 if (plan.plain and draw.plain) or draw.given else c_address(decide)
 
 
 def run(kernel: Any, count: int, job: int, nbytes: int) -> None:
     """Run a kernel of kernels.gather over 0..count - 1, serial or parallel, as the record at `job` says."""
     parts = chunks(nbytes)
     if parts == 1:
-        kernel(0, count, job)
+        direct(kernel)(0, count, job)
     else:
-        in_parallel(c_address(kernel), count, job, parts)
+        direct(in_parallel)(compiled(kernel), count, job, parts)
 
 
 def cache_folder() -> str | None:

@@ -221,7 +221,6 @@ def info(shape: tuple[int, ...] | None, dtype: str, device: str) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from msgdrop_numba.call.ways import WAYS
     from msgdrop_numba.command import info as facts
 
     if shape is not None:
@@ -232,7 +231,7 @@ def info(shape: tuple[int, ...] | None, dtype: str, device: str) -> None:
     for name, value in {**facts.versions(), **facts.kernels(), "GPU": facts.gpu()}.items():
         click.echo(f"{name}: {value}")
     table = Table(*(Column(name, overflow="fold") for name in ("array", "path", "why")))
-    for row in WAYS:
+    for row in facts.PATHS:
         table.add_row(*row)
     console.print(table)
 

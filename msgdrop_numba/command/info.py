@@ -10,14 +10,36 @@ from typing import Any
 import numba
 import numpy as np
 
+from msgdrop_numba.arrays import NUMPY, obstacle
 from msgdrop_numba.call import threads
 from msgdrop_numba.call.plan import PARALLEL_BYTES
-from msgdrop_numba.call.request import Request
+from msgdrop_numba.call.request import Library, Request, prepare
 from msgdrop_numba.call.rule import Rule
-from msgdrop_numba.call.ways import Answer
 from msgdrop_numba.command.errors import JobError, one_line
-from msgdrop_numba.functional import explain
 from msgdrop_numba.version import __version__
+
+# Which path each kind of array takes, and why; LIMITS.md shows this table too.
+PATHS = (
+    ("NumPy array", "compiled kernel", "its rows lie evenly, and so do its features"),
+    (
+        "NumPy array, other layouts", "compiled mask, NumPy's where",
+        "the kernel can't follow its strides or byte order",
+    ),
+    (
+        "CPU or CUDA tensor", "compiled kernel",
+        "as for arrays, on a device with contiguous features; a backward of ours",
+    ),
+    (
+        "CPU or CUDA tensor, other layouts", "compiled kernel on a copy",
+        "in place, or where a new tensor lies so, too: torch's where",
+    ),
+    ("CPU or CUDA tensor, torch.compile", "compiled mask, torch's where", "one graph, fused by the compiler"),
+    ("export, vmap, jvp, fake tensors", "tensor operations", "nothing of this package may be called there"),
+    ("DTensor", "that of its local tensor", "rows and positions have their numbers in the whole"),
+    ("CuPy or numba device array", "as a CUDA tensor", "on its own stream; needs torch"),
+    ("CUDA tensor without numba-cuda", "tensor operations", "the same mask; a log line says what to install"),
+    ("ROCm, MPS and XPU tensors", "tensor operations", "no kernels for them"),
+)  # fmt: skip
 
 PACKAGES = ("numpy", "numba", "torch", "numba-cuda", "pyarrow", "ray", "xxhash")
 
@@ -87,7 +109,7 @@ def case(shape: tuple[int, ...], dtype: str, device: str) -> dict[str, str]:
     if not found:
         raise JobError(f"neither NumPy nor torch, where it is installed, has {dtype} on {device}")
     request = Request(Rule(0.5), fill=1, seed=0)  # some dtypes have no zero
-    return {name: _said(explain(x, request)) for name, x in found.items()}
+    return {name: _path(x, request) for name, x in found.items()}
 
 
 def _array(shape: tuple[int, ...], dtype: str) -> Any:
@@ -97,8 +119,19 @@ def _array(shape: tuple[int, ...], dtype: str) -> Any:
         return None
 
 
-def _said(answer: Answer) -> str:
-    if answer.reason:
-        return f"{answer.way.path}, as {answer.reason}"
-    parts = threads.chunks(answer.nbytes)
-    return f"{answer.way.path}, {parts} thread{'s' if parts > 1 else ''}: {answer.way.why}"
+def _path(x: Any, request: Request) -> str:
+    """The path that a new array takes, and the reason."""
+    library: Library = NUMPY
+    apart, reason = PATHS[1][1], ""
+    if not isinstance(x, np.ndarray):
+        from msgdrop_numba.tensors.backends import choose
+
+        library, reason = choose(x, request)
+        apart = PATHS[3][1]
+    if reason:
+        return f"tensor operations, as {reason}"
+    plan = prepare(library, x, request).plan
+    if reason := obstacle(plan, x.dtype) if library is NUMPY else plan.obstacle:
+        return f"{apart}, as {reason}"
+    parts = threads.chunks(plan.nbytes)
+    return f"compiled kernel, {parts} thread{'s' if parts > 1 else ''}: {PATHS[0][2]}"

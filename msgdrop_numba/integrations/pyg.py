@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call.arguments import split_p
-from msgdrop_numba.call.select import PACKED, place
+from msgdrop_numba.call.select import PACKED, Form, place
 from msgdrop_numba.functional import keep_mask
 from msgdrop_numba.nn import MessageDropout
 from msgdrop_numba.select import Kept
 from msgdrop_numba.tensors import memory
-from msgdrop_numba.tensors.arguments import check_integers
+from msgdrop_numba.tensors.arguments import can_look_at, check_integers
 from msgdrop_numba.tensors.select import on
-from msgdrop_numba.torch_private import is_plain
 
 
 def dropout_edge(
@@ -99,20 +98,20 @@ def _keep(count: int, p: Any, ids: Tensor | None, keys: Tensor | None, seed: Any
 
 def _numbers(keep: Tensor) -> tuple[Tensor, Kept | None]:
     """The indices of what is kept; and on the host what takes companions along."""
-    if not is_plain(keep):
+    if not can_look_at(keep):
         return keep.nonzero().squeeze(-1), None
-    found = place((PACKED, None), None, tuple(keep.shape), keep.data_ptr(), None)
+    found = place(Form(PACKED, None), None, tuple(keep.shape), keep.data_ptr(), None)
     found = on(found, None)
     return found.numbers, Kept(found)
 
 
 def _columns(edge_index: Tensor, number: Tensor, both_ways: bool) -> Tensor:
     """The edges of these indices, followed by their reverses where both ways are asked for."""
-    if not both_ways and not is_plain(edge_index):
+    if not both_ways and not can_look_at(edge_index):
         return edge_index.index_select(1, number)
     count = len(number)
     shape = (2, 2 * count if both_ways else count)
-    left = memory.empty(shape, edge_index.dtype) if is_plain(edge_index) else edge_index.new_empty(shape)
+    left = memory.empty(shape, edge_index.dtype) if can_look_at(edge_index) else edge_index.new_empty(shape)
     for side in (0, 1):
         torch.index_select(edge_index[side], 0, number, out=left[side, :count])  # of one dim: ten times as fast
         if both_ways:
@@ -122,7 +121,7 @@ def _columns(edge_index: Tensor, number: Tensor, both_ways: bool) -> Tensor:
 
 def _attributes(attr: Tensor, number: Tensor, kept: Kept | None, twice: bool) -> Tensor:
     """What edges of these indices have, once more for their reverses where they are asked for."""
-    if not twice or not is_plain(attr) or (attr.requires_grad and torch.is_grad_enabled()):
+    if not twice or not can_look_at(attr) or (attr.requires_grad and torch.is_grad_enabled()):
         left: Tensor = attr[number] if kept is None else kept.take(attr)
         return torch.cat([left, left]) if twice else left
     count = len(number)

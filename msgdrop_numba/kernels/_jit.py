@@ -44,12 +44,12 @@ def parallel_jit(function: F) -> F:
 
 
 @cache
-def c_address(kernel: Any) -> int:
-    """Where a compiled kernel of integers begins, as a function of C that `memory.call` calls."""
+def compiled(kernel: Any) -> int:
+    """Compile a kernel of integers, once. Returns the address of its C function, which `memory.call` calls."""
     if config.DISABLE_JIT:  # type: ignore[attr-defined]
         return id(kernel)
-    compiled = _compiled(kernel)
-    address: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
+    overload = _compiled(kernel)
+    address: int = overload.library.get_pointer_to_function(overload.fndesc.llvm_cfunc_wrapper_name)
     return address
 
 

@@ -20,10 +20,6 @@ from msgdrop_numba.kernels.memory import (
 )
 from msgdrop_numba.kernels.records import FLOAT16, FLOAT32, FLOAT64, LINE
 
-AHEAD = 2048  # bytes of messages that are asked for before they are copied
-GAPS = 512  # of messages of fewer bytes those that drop are asked for, too: gaps cost more than they spare
-NARROW = 1024  # messages of fewer bytes are written without a branch
-PREFETCH_BYTES = 4 * 2**20  # ranges of fewer bytes are in the cache that the processor fetches from by itself
 SCRATCH = 4096  # bytes scaled at a time on their way
 
 

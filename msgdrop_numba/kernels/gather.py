@@ -12,19 +12,11 @@ import numpy as np
 from numba import prange
 
 from msgdrop_numba.kernels._jit import inlined_jit, jit, parallel_jit
-from msgdrop_numba.kernels.copying import (
-    AHEAD,
-    NARROW,
-    PREFETCH_BYTES,
-    SCRATCH,
-    copy,
-    copy_narrow,
-    fill_message,
-    multiply,
-    multiply_by_way,
-)
-from msgdrop_numba.kernels.memory import call, prefetch, stack, view, zero_bytes
-from msgdrop_numba.kernels.records import COPY, GATHER, LINE, PLACE
+from msgdrop_numba.kernels.memory import call, stack, view, zero_bytes
+from msgdrop_numba.kernels.move import MOVE_MEMORY, NARROW, move, plan_move
+from msgdrop_numba.kernels.records import BLOCK, COPY, GATHER, PLACE
+
+MEMORY = MOVE_MEMORY + 16 * BLOCK  # and the sources and factors of a block
 
 
 @jit
@@ -77,47 +69,28 @@ def _source(job: Any, number: int) -> int:
     return job["x"] + number * job["width"]  # type: ignore[no-any-return]
 
 
-@inlined_jit
-def _gather_narrow(first: int, last: int, job: Any, zeros: int) -> None:
-    """Messages of a few bytes: without a branch, of which half would be guessed wrong."""
-    index, width = view(job["index"], last, np.int64), job["width"]
-    fill = job["fill"] if job["fill"] else zeros
-    for j in range(first, last):
-        src = _source(job, index[j]) if index[j] >= 0 else fill + j * job["fill_step"]
-        copy_narrow(job["out"] + j * width, src, width)
-
-
 @jit
 def gather_range(first: int, last: int, address: int) -> None:
-    """Write the messages first..last - 1 of the output, as the GATHER at `address` says."""
-    job = view(address, 1, GATHER)[0]
-    width, kind, stream = job["width"], job["kind"], job["stream"]
-    index = view(job["index"], last, np.int64)
+    """Write the messages first..last - 1 of the output, as the GATHER at `address` says: the move step, by an index."""
+    job, memory = view(address, 1, GATHER)[0], stack(MEMORY)
+    width, kind, index = job["width"], job["kind"], view(job["index"], last, np.int64)
+    zero_bytes(memory, NARROW)
+    how = plan_move(width, kind, 1.0, job["stream"], (last - first) * width, False, memory)
     scales = view(job["scales"], last if kind != COPY else 0, np.float64)
-    scratch = stack(SCRATCH)
-    if kind == COPY and width < NARROW and not stream:
-        zero_bytes(scratch, NARROW)
-        _gather_narrow(first, last, job, scratch)
-    else:
-        foresee = width >= 4 * LINE and (last - first) * width >= PREFETCH_BYTES
-        distance = 1 + AHEAD // width if foresee else 0
-        for j in range(first, last):
-            dst, number = job["out"] + j * width, index[j]
-            if number < 0:
-                fill_message(dst, job["fill"] + j * job["fill_step"], width, stream)
-                continue
-            src, next_, ahead = _source(job, number), index[min(j + distance, last - 1)], 0
-            if foresee and next_ >= 0:
-                ahead = _source(job, next_)
-            if kind == COPY or scales[j] == 0:
-                copy(dst, src, width, stream, ahead)
-                continue
-            for at in range(0, width if ahead else 0, LINE):
-                prefetch(ahead + at)
-            if stream:
-                multiply_by_way(dst, src, width, kind, scales[j], scratch, stream)
-            else:
-                multiply(dst, src, width, kind, scales[j])
+    for begin in range(first, last, BLOCK):
+        count = min(BLOCK, last - begin)
+        sources = view(memory + MOVE_MEMORY, count, np.int64)
+        each = view(memory + MOVE_MEMORY + 8 * BLOCK, count if kind != COPY else 0, np.float64)
+        for j in range(count):
+            fill = job["fill"] + (begin + j) * job["fill_step"] if job["fill"] else np.int64(0)
+            if fill == 0 and how.narrow:
+                fill = memory
+            number = index[begin + j]
+            sources[j] = _source(job, number) if number >= 0 else fill
+        for j in range(each.size):
+            each[j] = scales[begin + j] if index[begin + j] >= 0 else 0.0
+        factors = memory + MOVE_MEMORY + 8 * BLOCK if kind != COPY else np.int64(0)
+        move(job["out"] + begin * width, width, sources, factors, how)
 
 
 @parallel_jit

@@ -10,6 +10,7 @@ import numpy as np
 # What is done to the elements of a kept message: nothing, or multiply as this type.
 COPY, FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(5)
 OTHER = -1  # multiply, as a type that the kernels don't know
+BLOCK = 1024  # messages that are drawn and moved at a time: their draws and sources stay in the first-level cache
 LINE = 64  # bytes that a streaming store writes at once; a line of the cache
 
 # The rule, as the kernels read it from the plan. Each is an attribute of `Rule`.
@@ -39,9 +40,8 @@ PLAN = np.dtype(
         ("pieces", np.int64),  # that a message lies in, 1: its features are contiguous; bytes from one to the next
         ("x_piece", np.int64),
         ("out_piece", np.int64),
-        ("words", np.int64),  # whether messages are words, side by side
         ("stream", np.int64),  # whether to write past the cache
-        ("across", np.int64),  # `drop_across`, by its address, where a plan needs it; else 0
+        ("transposed", np.int64),  # whether rows lie beside each other, as in an RNN's outputs, batch first
         *RULE,
     ]
 )

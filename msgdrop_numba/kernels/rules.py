@@ -14,12 +14,10 @@ import numpy as np
 from msgdrop_numba.kernels._jit import inlined_jit, inner_jit, jit
 from msgdrop_numba.kernels.memory import stack, view
 from msgdrop_numba.kernels.philox import draw_block, draw_each, fold_in
-from msgdrop_numba.kernels.records import DRAW, PLAN
+from msgdrop_numba.kernels.records import BLOCK, DRAW, PLAN
 
 Array = np.ndarray[Any, Any]
 
-# Positions drawn at a time: words and flags stay in the first-level cache.
-BLOCK = 1024
 NUMBERS = 8 * BLOCK  # bytes of a number for each
 COUNTS = 8 * 256
 # Draws are made and compared in whole groups, so that no vector loop leaves a rest to be done one by one.
@@ -331,6 +329,15 @@ def keep_rest(memory: int, inside: int, count: int) -> None:
     keep = view(memory, count, np.bool_)
     for j in range(inside, count):
         keep[j] = True
+
+
+@jit
+def lengths_fit(lengths: int, rows: int, size: int) -> bool:
+    """True if all int64 at the address, one a row, are from 0 to `size`."""
+    fit = True
+    for length in view(lengths, rows, np.int64):
+        fit &= 0 <= length <= size
+    return fit
 
 
 @jit

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.request import Job
-from msgdrop_numba.call.select import PADDED, Selection, Source, move, moving, of_slots, place, slot_scales
+from msgdrop_numba.call.select import PADDED, Form, Selection, Source, move, moving, of_slots, place, slot_scales
 from msgdrop_numba.kernels.records import COPY, OTHER
 from msgdrop_numba.pipelines.rows import PADDING
 from msgdrop_numba.pipelines.samples import Samples
 from msgdrop_numba.pipelines.stack import Stack, new, sent
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.arguments import scaled_kind
-from msgdrop_numba.tensors.write import draw_mask
+from msgdrop_numba.tensors.backends import HOST
 
 
 class Removal(Stack):
@@ -66,8 +66,8 @@ class Removal(Stack):
         if self._found is None:
             plan = self._mask_plan()
             draw = self._draw(plan)
-            mask = draw_mask(Job(plan, draw, self.seed))
-            self._found = place((PADDED, None), None, plan.shape, mask.data_ptr(), draw.lengths)
+            mask = HOST.draw_mask(Job(HOST, plan, draw, self.seed))
+            self._found = place(Form(PADDED, None), None, plan.shape, mask.data_ptr(), draw.lengths)
             if self.options.scale:
                 index = self._found.numbers
                 self._scales = np.where(index < 0, 0.0, of_slots(slot_scales(plan, draw, self.seed), index))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call.arguments import address, is_masked
-from msgdrop_numba.torch_private import all_alike, is_plain
+from msgdrop_numba.torch_private import has_sizes, make_guard, unreadable_reason
 
 Name = Callable[[int], str]  # what a sample is called in an error, by its number in the batch
 
@@ -70,7 +70,7 @@ def _read_together(samples: list[Any], dims: int, varying: bool) -> Samples | No
             samples = [*map(torch.from_numpy, samples)]  # which warns of arrays that aren't writeable
         except (TypeError, ValueError):  # a dtype that torch lacks, another byte order, strides below 0
             return None
-    if not all_alike(samples, varying):
+    if not _are_alike(samples, varying):
         return None
     try:
         starts = [*map(Tensor.data_ptr, samples)]
@@ -84,11 +84,34 @@ def _read_together(samples: list[Any], dims: int, varying: bool) -> Samples | No
     return Samples(samples, Words("q", starts), lengths, tuple(features), first.dtype)
 
 
+def _are_alike(tensors: list[Any], varying: bool) -> bool:
+    """True if a guard recognises them all as ordinary CPU tensors in C order, alike in dtype and shape.
+
+    One guard asks a whole batch at once: asking each tensor takes longer than to copy it, where it is small.
+    """
+    first = tensors[0]
+    if {*map(type, tensors)} != {Tensor} or not all(map(has_sizes, tensors)):
+        return False
+    if not first.is_cpu or unreadable_reason(first) or not first.dim() or not first.is_contiguous():
+        return False
+    shape, inference = first.shape, torch.is_inference_mode_enabled()
+    key = len(tensors), varying, len(shape), shape[varying:], first.dtype, first.requires_grad, inference
+    guard = _guards.get(key)
+    if guard is None:
+        if len(_guards) >= 256:
+            _guards.clear()
+        guard = _guards[key] = make_guard([first] * len(tensors), varying)
+    return guard is not None and guard(*tensors)
+
+
+_guards: dict[Any, Any] = {}
+
+
 def _read_one(sample: Any, row: int, name: Name) -> tuple[Any, int, Any, torch.dtype]:
     """A sample as contiguous memory: what owns it, its address, shape and dtype."""
     if isinstance(sample, Tensor):
         owner = sample.detach().resolve_conj().resolve_neg()
-        if not is_plain(owner):
+        if not owner.is_cpu or unreadable_reason(owner):
             raise TypeError(
                 f"{name(row)} must be an ordinary CPU tensor, outside torch's transforms and "
                 f"dispatch modes, but got {type(sample).__name__} on {sample.device}"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from msgdrop_numba.call.arguments import scales, split_positions, thresholds
-from msgdrop_numba.call.plan import USUAL, Draw, Plan, Rows, make_plan, row_places
+from msgdrop_numba.call.plan import PLAIN, Draw, Plan, Rows, make_plan, row_places
 from msgdrop_numba.call.request import Job, Options, Request
 from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.records import COPY
@@ -18,7 +18,7 @@ from msgdrop_numba.pipelines.rows import Each, Own, RowValues, laid_out
 from msgdrop_numba.pipelines.samples import Samples, read, torch_dtype
 from msgdrop_numba.tensors import memory
 from msgdrop_numba.tensors.arguments import check_number, fill_message, scaled_kind
-from msgdrop_numba.tensors.write import draw_mask, where
+from msgdrop_numba.tensors.backends import HOST
 
 
 class Padding(NamedTuple):
@@ -91,14 +91,14 @@ class Stack:
             out.fill_(self.padding.value)
         for row, (owner, length) in enumerate(zip(rows.owners, rows.lengths, strict=True)):
             out[row, :length] = owner
-        job = Job(plan, draw, self.seed)
-        out.copy_(where(job, out, draw_mask(job)))
+        job = Job(HOST, plan, draw, self.seed)
+        out.copy_(HOST.where(job, out, HOST.draw_mask(job)))
 
     def mask(self) -> Tensor:
         """The keep mask `(samples, messages)` of the fields built, padding kept."""
         assert self.lengths is not None
         plan = self._mask_plan()
-        return draw_mask(Job(plan, self._draw(plan), self.seed, mask=new(plan.shape, torch.bool)))
+        return HOST.draw_mask(Job(HOST, plan, self._draw(plan), self.seed, mask=new(plan.shape, torch.bool)))
 
     def _mask_plan(self) -> Plan:
         assert self.lengths is not None
@@ -111,7 +111,7 @@ class Stack:
         assert self.lengths is not None
         full = self.lengths.count(plan.size) == len(self.lengths)
         lengths = None if full else np.array(self.lengths, np.int64)
-        p, row_thresholds, row_scales, places = self.options.p, None, None, USUAL
+        p, row_thresholds, row_scales, places = self.options.p, None, None, PLAIN.places
         if self.own is not None:
             p = p if self.row_values.p is None else self.row_values.p.repeat(plan.size, axis=1)
             places = row_places(

@@ -13,8 +13,7 @@ from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import MAX_ROW, P
 from msgdrop_numba.kernels.records import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, OTHER
 from msgdrop_numba.tensors.operations import Rows
-from msgdrop_numba.tensors.placement import move
-from msgdrop_numba.torch_private import base_of, has_sizes, is_plain
+from msgdrop_numba.torch_private import base_of, has_sizes, not_eager_reason, unreadable_reason
 
 _SCALED = {
     torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float32: FLOAT32, torch.float64: FLOAT64,
@@ -132,7 +131,7 @@ def split_p_of_device(p: Any) -> tuple[P, Any]:
 def split_p_traced(p: Any) -> tuple[P, Any]:
     """`arguments.split_p`; a tensor whose value can't be looked at is an array."""
     if isinstance(p, Tensor):
-        return arguments.split_p(p) if is_plain(p) else (None, p)
+        return arguments.split_p(p) if can_look_at(p) else (None, p)
     if not isinstance(p, float) and torch.compiler.is_compiling() and getattr(p, "ndim", None):
         return None, _constant(p)
     return arguments.split_p(p)
@@ -140,7 +139,7 @@ def split_p_traced(p: Any) -> tuple[P, Any]:
 
 def probabilities_on(p: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """An array of probabilities as a float64 tensor on the device; clamped, not checked, where it can't be seen."""
-    if not isinstance(p, Tensor) or is_plain(p):
+    if not isinstance(p, Tensor) or can_look_at(p):
         return move("p", torch.from_numpy(arguments.probabilities(p, shape)), device)
     if p.dtype == torch.bool or p.is_complex():
         raise TypeError(f"p must hold floating-point numbers, but got dtype {p.dtype}")
@@ -174,7 +173,7 @@ def lengths_on(lengths: Any, shape: tuple[int, ...], device: torch.device) -> Te
     rows, size = shape[:-1], shape[-1]
     if torch.compiler.is_compiling():
         lengths = _constant(lengths)
-    if not isinstance(lengths, Tensor) or is_plain(lengths):
+    if not isinstance(lengths, Tensor) or can_look_at(lengths):
         host = arguments.row_lengths(lengths, rows, size)
         assert host is not None
         return move("lengths", torch.from_numpy(host).reshape(rows), device)
@@ -205,7 +204,7 @@ def protect_on(protect: Any, shape: tuple[int, ...], device: torch.device) -> Te
 
 def positions_on(positions: Any, shape: tuple[int, ...], device: torch.device) -> tuple[Any, Tensor | None]:
     """The offset and None; or 0 and int64 positions over the message dims or the last one."""
-    if isinstance(positions, Tensor) and not (positions.ndim == 0 and is_plain(positions)):
+    if isinstance(positions, Tensor) and not (positions.ndim == 0 and can_look_at(positions)):
         check_integers("positions", positions)
         if positions.ndim == 0:
             positions = positions.to(torch.int64) + torch.arange(shape[-1], device=positions.device)
@@ -214,7 +213,7 @@ def positions_on(positions: Any, shape: tuple[int, ...], device: torch.device) -
         return offset, None
     if torch.compiler.is_compiling():
         values = _constant(values)
-    if not isinstance(values, Tensor) or is_plain(values):
+    if not isinstance(values, Tensor) or can_look_at(values):
         return 0, move("positions", torch.from_numpy(arguments.message_positions(values, shape)), device)
     check_integers("positions", values)
     arguments.check_each("positions", tuple(values.shape), shape)
@@ -232,3 +231,37 @@ def check_integers(name: str, values: Tensor) -> None:
     """Refuse a tensor of another kind; its values aren't looked at."""
     if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
         raise TypeError(f"{name} must be integers, but got dtype {values.dtype}")
+
+
+def can_look_at(tensor: Tensor) -> bool:
+    """True if the values of a tensor can be looked at without waiting for a device or breaking a graph."""
+    return tensor.is_cpu and not unreadable_reason(tensor)
+
+
+def check_generator(generator: Any, device: torch.device) -> None:
+    """Refuse a generator of another device than x."""
+    if not _same(generator.device, device):
+        raise ValueError(f"generator must be on {device}, as x is, but it is on {generator.device}")
+
+
+def _same(a: torch.device, b: torch.device) -> bool:
+    return a.type == b.type and (a.index == b.index or None in (a.index, b.index))
+
+
+def move(name: str, values: Tensor, device: torch.device) -> Tensor:
+    """A tensor on x's device or on the host, on the device; nothing waits for a copy to CUDA to be done."""
+    if values.device.type != "cpu" and not _same(values.device, device):
+        raise ValueError(f"{name} must be on {device}, as x is, or on the CPU, but it is on {values.device}: move it")
+    if device.type != "cuda" or values.device.type == "cuda":
+        return values.to(device)
+    if not_eager_reason():
+        return values.to(device, non_blocking=True)
+    if _is_capturing(device):
+        raise ValueError(f"{name} must be on {device} while a CUDA graph is captured, but it is on the host: move it")
+    # Of pageable memory the copy may wait for the stream; pinned memory is read later, and the caller's may change.
+    return values.clone().pin_memory().to(device, non_blocking=True)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

@@ -1,6 +1,6 @@
-"""The gradient: backward is the same map, with fill 0. Nothing of the data is kept for it.
+"""The gradient: backward is the same map, with fill 0. It keeps the seed alone, and no data.
 
-Kept is the seed alone, or the mask, one byte a message, where arrays decide it too.
+Where arrays decide the mask too, it keeps the mask, one byte a message.
 """
 
 from __future__ import annotations
@@ -12,107 +12,85 @@ from torch import Tensor
 
 from msgdrop_numba.call.plan import GIVEN, PLAIN, Draw, Places, Plan
 from msgdrop_numba.call.request import Job
-from msgdrop_numba.call.threads import team
-from msgdrop_numba.call.usual import Usual
+from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import operations
-from msgdrop_numba.tensors.memory import dense
-from msgdrop_numba.tensors.operator import kernel_mask, opaque_seed
-from msgdrop_numba.tensors.usual import find_as
-from msgdrop_numba.tensors.write import draw_mask, where, write
-from msgdrop_numba.torch_private import is_plain, is_plain_cuda, is_watched, quick_apply
+from msgdrop_numba.torch_private import quick_apply
 
 
 class _DropMessages(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fill: Tensor | None, job: Job) -> Tensor:
-        plan, draw, seed, target, mask, given = job
-        if draw.seeded:
-            ctx.again = plan, Draw(places=draw.places) if draw.places.offset else PLAIN, seed
-        else:
-            if given is None and mask is None:
-                mask = torch.empty(plan.shape, dtype=torch.bool, device=x.device)
-                job = tuple.__new__(Job, (plan, draw, seed, target, mask, None))
-            ctx.save_for_backward(mask if given is None else given)
+    def forward(ctx: Any, x: Tensor, job: Job, *fill: Tensor) -> Tensor:
+        draw, again = job.draw, job
+        if not draw.seeded:
+            if job.given is None and job.mask is None:
+                job = job._replace(mask=torch.empty(job.plan.shape, dtype=torch.bool, device=x.device))
+            ctx.save_for_backward(job.mask if job.given is None else job.given)
             # Unscaled, padding passes like any kept message.
-            ctx.again = plan, GIVEN if plan.kind == COPY else _scales_again(plan, draw), seed
-        if target is not None:
+            again = _again(job, GIVEN if job.plan.kind == COPY else _scales_again(job.plan, draw))
+        elif draw is not PLAIN or job.target is not None or job.mask is not None:
+            again = _again(job, Draw(places=draw.places))
+        ctx.again, ctx.has_fill = again, bool(fill)
+        if job.target is not None:
             ctx.mark_dirty(x)
-        return write(job, x)
+        return job.library.write(job, x)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        plan, draw, seed = ctx.again
-        needs_x, needs_fill, _ = ctx.needs_input_grad
-        # Hooks may have changed the layout of what was saved.
-        given = ctx.saved_tensors[0].contiguous() if draw.given else None
-        job = tuple.__new__(Job, (plan, draw, seed, None, None, given))
-        if grad.layout != torch.strided:
+        job = ctx.again
+        if job.draw.given:  # hooks may have changed the layout of what was saved
+            job = job._replace(given=ctx.saved_tensors[0].contiguous())
+        readable = job.library.reads(grad)
+        if not readable and grad.layout is not torch.strided:
             grad = grad.to_dense()
-        grad_x = grad_fill = None
-        if needs_fill:
-            grad_fill = _fill_gradient(grad, _drawn_again(job))
-        if needs_x:
-            grad_x = _dropped(grad, job)
-        return grad_x, grad_fill, None
+            readable = job.library.reads(grad)
+        if not ctx.has_fill:
+            return _dropped(grad, job, readable), None
+        needs_x, _, needs_fill = ctx.needs_input_grad
+        grad_fill = _fill_gradient(grad, _drawn_again(job)) if needs_fill else None
+        return (_dropped(grad, job, readable) if needs_x else None), None, grad_fill
 
 
-class _DropUsual(torch.autograd.Function):
-    """The same of the usual call, see `call.usual`: what plan and seed alone decide."""
+# Takes x, a job whose target is None or x, and the fill if there is one: each argument costs 0.5 us.
+run_job: Any = quick_apply(_DropMessages)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, call: tuple[Usual, int, int]) -> Tensor:
-        fast_path, seed, start = call
-        result = dense(x, fast_path.nbytes, fast_path.strides)
-        fast_path.drop(fast_path.address, 0, 0, seed, start, result.data_ptr(), *team(fast_path.nbytes))
-        ctx.again = fast_path, seed
-        return result
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        fast_path, seed = ctx.again
-        if not (grad.requires_grad and torch.is_grad_enabled()) and not is_watched():
-            of_grad = (
-                fast_path if fast_path.alike.known(grad) else find_as(fast_path, grad)
-            )  # it may lie otherwise than x
-            if of_grad is not None:
-                result = dense(grad, of_grad.nbytes, of_grad.strides)
-                of_grad.drop(of_grad.address, 0, 0, seed, grad.data_ptr(), result.data_ptr(), *team(of_grad.nbytes))
-                return result, None
-        grad = grad.to_dense() if grad.layout != torch.strided else grad
-        return _dropped(grad, Job(fast_path.in_order, PLAIN, seed % 2**64)), None
+def _again(job: Job, draw: Draw) -> Job:
+    """The job of backward, which holds no data of forward's."""
+    return Job(job.library, job.plan, draw, job.seed)
 
 
 def _drawn_again(job: Job) -> Tensor:
     """The mask of forward. Compiled autograd traces this, and can't trace a kernel."""
-    plan, draw, seed, _, _, given = job
-    if given is not None or not torch.compiler.is_dynamo_compiling():
-        return draw_mask(job)
-    if type(seed) is int:
-        seed = opaque_seed(seed if seed < 2**63 else seed - 2**64, torch.device("cpu"))
-    return kernel_mask(plan.shape, plan.rule, seed, operations.Rows(offset=draw.places.offset), None)
+    if job.given is not None or not torch.compiler.is_dynamo_compiling():
+        return job.library.draw_mask(job)  # type: ignore[no-any-return]
+    rows = operations.Rows(offset=job.draw.places.offset)
+    return kernel_mask(job.plan.shape, job.plan.rule, job.library.opaque_seed(job.seed), rows, None)
 
 
-def _dropped(grad: Tensor, job: Job) -> Any:
+def _dropped(grad: Tensor, job: Job, readable: bool) -> Any:
     """The gradient of x."""
-    if not (is_plain if type(job.seed) is int else is_plain_cuda)(grad):
-        return where(job, grad, _drawn_again(job))
-    return run_job(grad, None, job) if grad.requires_grad and torch.is_grad_enabled() else write(job, grad)
+    if not readable:
+        return job.library.where(job, grad, _drawn_again(job))
+    return run_job(grad, job) if grad.requires_grad and torch.is_grad_enabled() else job.library.write(job, grad)
 
 
 def _scales_again(plan: Plan, draw: Draw) -> Draw:
-    """What the scales come from where the mask is given."""
-    keys, (protect, taking, *_) = draw.keys if plan.rule.ranged else None, draw.places
-    return Draw(None, draw.lengths, keys, None, draw.scales, given=True, places=Places(protect, taking))
-
-
-# What autograd runs for a tensor, its fill or None, and a job whose target is None or the tensor itself.
-run_job: Any = quick_apply(_DropMessages)
-# For a tensor and a tuple: its Usual, a seed, and the tensor's address.
-run_usual: Any = quick_apply(_DropUsual)
+    """The arrays that the scales come from where the mask is given."""
+    keys, places = draw.keys if plan.rule.ranged else None, draw.places
+    places = Places(places.protect, places.taking)
+    return Draw(None, draw.lengths, keys, None, draw.scales, given=True, places=places)
 
 
 def _fill_gradient(grad: Tensor, keep: Tensor) -> Tensor:
     if grad.is_cpu:
         return grad[~keep].sum(0)
     return operations.select(grad, ~keep, None).flatten(0, keep.ndim - 1).sum(0)  # picking them would synchronise
+
+
+def kernel_mask(
+    shape: tuple[int, ...], rule: Rule, seed: Tensor, rows: operations.Rows, p: Tensor | None
+) -> Tensor:  # fmt: skip
+    """The keep mask by our operator, for compiled code; p is None where the rule has a number or a range."""
+    keywords = [int(value) for value in rule.keywords.values()]
+    return torch.ops.msgdrop_numba.keep_mask(shape, seed, p, rule.numbers, keywords, *rows)  # type: ignore[no-any-return]

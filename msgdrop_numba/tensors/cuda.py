@@ -56,13 +56,8 @@ def _say(reason: str, advice: str) -> None:
     )
 
 
-def usable(device: torch.device) -> bool:
-    """Whether kernels can be had on a device."""
-    return device.type == "cuda" and device.index not in _broken and _kernels() is not None
-
-
 def obstacle(device: torch.device) -> str:
-    """Why `usable` says no; empty: it says yes."""
+    """Why there are no kernels for a device; empty: there are."""
     if device.type != "cuda":
         return f"there are no kernels for the device {device.type}"
     return _broken.get(device.index, "") or ("" if _kernels() is not None else _look()[1])
@@ -103,7 +98,9 @@ def rows_of(draw: Draw) -> operations.Rows:
 
 
 def launch(plan: Plan, draw: Draw, seed: Tensor, x: int, out: int, mask: int) -> bool:
-    """As `threads.launch`, on the device of the seed; False, and nothing done, where there are no kernels."""
+    """As `threads.launch`, on the device of the seed. False: no kernel can do it there, and nothing was done."""
+    if out and plan.numbers.pieces > 1:
+        return False
     rows = plan.messages // plan.size
     inner = 0 if draw.keys is None or draw.keys.ndim == len(plan.shape) - 1 else rows // draw.keys.numel()
 
@@ -149,12 +146,3 @@ def _load(kernels: Any, variant: tuple[str, int, int, int], index: int) -> bool:
         _say(_broken[index], f"update the driver, or {_INSTALL}")
         return False
     return True
-
-
-def draw_mask(plan: Plan, draw: Draw, seed: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The mask alone, in `mask` where there is one."""
-    if mask is None:
-        mask = torch.empty(plan.shape, dtype=torch.bool, device=seed.device)
-    if plan.messages and not draw.given and not launch(plan, draw, seed, 0, 0, mask.data_ptr()):
-        mask.copy_(operations.keep_mask(plan.shape, plan.rule, seed, rows_of(draw), draw.thresholds))
-    return mask

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call.request import ARRAYS, Request
-from msgdrop_numba.call.ways import DEVICE_ARRAY, Answer
 from msgdrop_numba.tensors import dropout
 
 
@@ -37,12 +36,6 @@ def message_dropout(x: Any, request: Request) -> Any:
         given = x if y is tensor else request.out
         y = give_back(y) if given is None else given
         return y if keep is None else (y, give_back(keep))
-
-
-def explain(x: Any, request: Request) -> Answer:
-    """Which way a call takes: that of a tensor on the same memory."""
-    answer = dropout.explain(as_tensor("x", x), _as_tensors(request))
-    return answer if answer.reason else answer._replace(way=DEVICE_ARRAY)
 
 
 def _as_tensors(request: Request) -> Request:

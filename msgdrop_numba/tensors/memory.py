@@ -27,7 +27,7 @@ def empty_like(x: Tensor) -> Tensor:
     return dense(x, nbytes, torch.empty_like(x, device="meta").stride())
 
 
-def dense(x: Tensor, nbytes: int, strides: tuple[int, ...] | None) -> Tensor:
+def dense(x: Tensor, nbytes: int, strides: tuple[int, ...] | None = None) -> Tensor:
     """An uninitialised CPU tensor of x's shape and dtype with these dense strides.
 
     Args:

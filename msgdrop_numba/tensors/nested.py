@@ -15,7 +15,7 @@ from msgdrop_numba.call.request import Job, Request, perform
 from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.tensors import operations
 from msgdrop_numba.tensors.arguments import fill_message
-from msgdrop_numba.tensors.traced import Outline, Traced, draw_mask, row_scales
+from msgdrop_numba.tensors.backends import Outline, Traced
 from msgdrop_numba.torch_private import has_sizes, ragged_dim
 
 
@@ -103,8 +103,8 @@ class _Ragged(Traced):
 
     def run(self, x: Tensor, job: Job, request: Request) -> Any:
         inside = _inside(job.draw.rows.lengths, self.shape[1])
-        keep = draw_mask(job)[inside]
-        scale, taking = row_scales(job) if request.scale else (None, None)
+        keep = self.draw_mask(job)[inside]
+        scale, taking = self.scales(job) if request.scale else (None, None)
         if isinstance(scale, Tensor):
             scale = scale.expand(self.shape)[inside]
         y = operations.select(x, keep, job.draw.fill, scale, None if taking is None else taking[inside])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from msgdrop_numba.call import arguments
 from msgdrop_numba.kernels import philox
 from msgdrop_numba.tensors import operations
-from msgdrop_numba.tensors.operator import SEED_COUNT, drawn_seed, folded_seed, opaque_seed
-from msgdrop_numba.tensors.placement import check_generator, move
-from msgdrop_numba.torch_private import in_transform, is_exporting
+from msgdrop_numba.tensors.arguments import check_generator, move
+from msgdrop_numba.torch_private import drawn_once, in_transform, is_exporting
+
+SEED_COUNT = 2**63 - 1  # how many seeds may be drawn
 
 
 class PerRank(NamedTuple):
@@ -86,10 +88,10 @@ def device_seed(given: Any, generator: Any, device: torch.device) -> Tensor:
         rank = rank_of(generator)
         generator = None if rank is not None else generator
         if compiled and generator is None and not in_transform():
-            drawn = drawn_seed(device)
+            drawn = torch.ops.msgdrop_numba.draw(device)
         else:
             drawn = torch.randint(0, SEED_COUNT, (), dtype=torch.int64, device=device, generator=generator)
-        return folded(drawn, rank)  # type: ignore[no-any-return]
+        return _folded(drawn, rank)
     if isinstance(given, Tensor):
         return move("seed", given, device)
     bits = given if given < 2**63 else given - 2**64
@@ -98,17 +100,17 @@ def device_seed(given: Any, generator: Any, device: torch.device) -> Tensor:
     return torch.full((), bits, dtype=torch.int64, device=device)
 
 
-def folded(seed: Any, data: int | None) -> Any:
-    """`fold_in(seed, data)` of a drawn seed, of its kind: an integer, or a tensor that stays on its device.
+def folded_int(seed: int, data: int | None) -> int:
+    """`fold_in(seed, data)` of a drawn seed; the seed itself if data is None."""
+    return seed if data is None else int(philox.fold_in(np.uint64(seed), np.uint64(data)))
 
-    Where there is nothing to fold in, the seed.
-    """
+
+def _folded(seed: Tensor, data: int | None) -> Tensor:
+    """The same of a seed that stays on its device."""
     if data is None:
         return seed
-    if type(seed) is int:
-        return int(philox.fold_in(np.uint64(seed), np.uint64(data)))
     if _is_compiled() and not in_transform():
-        return folded_seed(seed, data)
+        return torch.ops.msgdrop_numba.fold_in(seed, data)  # type: ignore[no-any-return]
     return operations.fold_in(seed, torch.full_like(seed, data))
 
 
@@ -153,3 +155,65 @@ def rank_of(generator: Any) -> int | None:
 def _is_compiled() -> bool:
     """Whether this is compiled code, which may hold operators of ours."""
     return torch.compiler.is_compiling() and not is_exporting()
+
+
+# ---- operators of ours, which compiled code calls: of a seed that is a constant, compiling Philox takes minutes
+
+
+def opaque_seed(bits: int, device: torch.device) -> Tensor:
+    """A seed as a 0-d int64 tensor that the compiler can't see through."""
+    return torch.ops.msgdrop_numba.seed(bits, device)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("msgdrop_numba::seed", mutates_args=(), schema="(SymInt bits, Device device) -> Tensor")
+def _seed(bits: Any, device: Any) -> Tensor:
+    return torch.full((), bits, dtype=torch.int64, device=device)
+
+
+@_seed.register_fake
+def _(bits: Any, device: Any) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
+_library = torch.library.Library("msgdrop_numba", "FRAGMENT")
+_library.define("draw(Device device) -> Tensor")
+_numbers = count()
+
+
+@torch.library.impl(_library, "draw", "CompositeImplicitAutograd")
+def _draw(device: Any) -> Tensor:
+    """Runs while forward and backward are traced, which is when their partitioner can be told of it.
+
+    The number tells draws apart, which the compiler would else take for one.
+    """
+    with drawn_once():
+        return torch.ops.msgdrop_numba.draw_now(next(_numbers), device=device)  # type: ignore[no-any-return]
+
+
+# `device` by its name, and the tag: where backward computes all again, torch then restores that device's generator.
+@torch.library.custom_op(
+    "msgdrop_numba::draw_now",
+    mutates_args=(),
+    schema="(int number, *, Device device) -> Tensor",
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+def _draw_now(number: Any, *, device: Any) -> Tensor:
+    return torch.randint(0, SEED_COUNT, (), dtype=torch.int64, device=device)
+
+
+@_draw_now.register_fake
+def _(number: Any, *, device: Any) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
+@torch.library.custom_op("msgdrop_numba::fold_in", mutates_args=(), schema="(Tensor seed, SymInt data) -> Tensor")
+def _fold_in(seed: Any, data: Any) -> Tensor:
+    if seed.is_cpu:
+        folded = philox.fold_in(np.uint64(arguments.check_seed(seed)), np.uint64(data))
+        return torch.from_numpy(np.asarray(folded).view(np.int64))
+    return operations.fold_in(seed, torch.full_like(seed, data))
+
+
+@_fold_in.register_fake
+def _(seed: Any, data: Any) -> Tensor:
+    return torch.empty_like(seed)

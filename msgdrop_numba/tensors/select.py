@@ -12,28 +12,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.request import Job, Library, Request, prepare, prepare_mask, turned
+from msgdrop_numba.call.request import Job, Request, prepare, prepare_mask, turned
 from msgdrop_numba.call.select import (
     DENSE,
     PACKED,
+    Form,
     Layout,
     Selection,
     Source,
-    laid_out,
+    form_of,
     move,
     moving,
     place,
     room_for,
-    slot_scales,
     source,
 )
 from msgdrop_numba.kernels.records import COPY, OTHER
-from msgdrop_numba.tensors import cuda, memory, nested, operations, traced, ways
+from msgdrop_numba.tensors import cuda, memory, nested, operations
 from msgdrop_numba.tensors.arguments import check_device, fill_message, scaled_kind
-from msgdrop_numba.tensors.library import ON_HOST
-from msgdrop_numba.tensors.traced import TRACED
-from msgdrop_numba.tensors.write import draw_mask
-from msgdrop_numba.torch_private import in_transform, is_exporting, is_plain, is_plain_cuda, is_view, quick_apply
+from msgdrop_numba.tensors.backends import DEVICE, HOST, choose, choose_for_mask
+from msgdrop_numba.torch_private import in_transform, is_exporting, is_view, quick_apply
 
 
 class Way(NamedTuple):
@@ -66,37 +64,39 @@ def message_select(x: Tensor, request: Request, layout: Layout) -> tuple[Tensor,
 
 
 def _select(layout: Layout, x: Tensor, request: Request) -> tuple[Tensor, Selection | None]:
-    library = ways.library(x, request)
-    lay = partial(laid_out, layout, request)
-    job = prepare(library, x, request, lay)
+    job = prepare(choose(x, request)[0], x, request, partial(form_of, layout, request))
+    return removed(x, job, request, layout)
+
+
+def removed(x: Tensor, job: Job, request: Request, layout: Layout) -> tuple[Tensor, Selection | None]:
+    """What remains of x by a job whose form is a `Form`."""
     dims = len(job.plan.shape)
     passes = job.seed is None and (layout.name != PACKED or request.lengths is None)
-    found = None if passes and not layout.wants_kept else _selection(library, job, lay(job.plan), layout, x.device)
+    found = None if passes and not layout.wants_kept else _selection(job, layout.capacity, x.device)
     if passes:
         return (_in_a_row(x, dims) if layout.name == PACKED else x), found
     assert found is not None
-    scales = scales_of(library, job) if request.scale and job.seed is not None else None
+    scales = job.library.message_scales(job) if request.scale and job.seed is not None else None
     return take(x, dims, found, scales), found
 
 
 def select_messages(shape: tuple[int, ...], request: Request, layout: Layout, device: Any) -> Selection:
     """`select.select_messages` on a device."""
     device = check_device(device)
-    library = ways.mask_library(device, request)
-    lay = partial(laid_out, layout, request)
-    job = prepare_mask(library, shape, request, device, lay)
-    return _selection(library, job, lay(job.plan), layout, device)
+    library = choose_for_mask(device, request)
+    job = prepare_mask(library, shape, request, device, partial(form_of, layout, request))
+    return _selection(job, layout.capacity, device)
 
 
-def _selection(library: Library, job: Job, laid: tuple[str, Any], layout: Layout, device: torch.device) -> Selection:
-    shape, capacity = tuple(job.plan.shape), layout.capacity
+def _selection(job: Job, capacity: int | None, device: torch.device) -> Selection:
+    shape, form, lengths = tuple(job.plan.shape), job.form, job.draw.lengths
     if job.seed is None or job.plan.rule.p == 0:  # x itself, in its own room
-        mask, capacity = torch.ones(shape, dtype=torch.bool, device=device), None if laid[0] == PACKED else shape[-1]
+        mask, capacity = torch.ones(shape, dtype=torch.bool, device=device), None if form.name == PACKED else shape[-1]
     else:
-        mask = traced.draw_mask(job) if library is TRACED else draw_mask(job)
-    if library is not ON_HOST:
-        return _placed(laid, capacity, mask, job.draw.rows.lengths if library is TRACED else job.draw.lengths)
-    name, _, *arrays, longest, _ = place(laid, capacity, shape, mask.data_ptr(), job.draw.lengths)
+        mask = job.library.draw_mask(job)
+    if job.library is not HOST:
+        return _placed(form, capacity, mask, lengths)
+    name, _, *arrays, longest, _ = place(form, capacity, shape, mask.data_ptr(), lengths)
     numbers, slots, lengths = map(torch.from_numpy, arrays)
     return Selection(name, shape, numbers, slots, lengths, longest)
 
@@ -111,9 +111,9 @@ def on(found: Selection, device: Any) -> Selection:
     return found._replace(**named)
 
 
-def _placed(laid: tuple[str, Any], capacity: Any, mask: Tensor, lengths: Tensor | None) -> Selection:
+def _placed(form: Form, capacity: Any, mask: Tensor, lengths: Tensor | None) -> Selection:
     """`call.select.place` in torch's operations; on a device nothing is looked at where the room is given."""
-    (layout, each), shape, device = laid, tuple(mask.shape), mask.device
+    (layout, each), shape, device = form, tuple(mask.shape), mask.device
     *rows, size = shape
     keep = mask if lengths is None else mask & (torch.arange(size, device=device) < lengths.unsqueeze(-1))
     counts, longest = keep.sum(-1), each
@@ -122,7 +122,7 @@ def _placed(laid: tuple[str, Any], capacity: Any, mask: Tensor, lengths: Tensor 
     if packed:
         keep, number = keep.flatten(), number.flatten()
     room = capacity
-    if room is None or is_plain(mask):
+    if room is None or HOST.reads(mask):
         total, longest = _totals(counts) if each is None else (each * math.prod(rows), each)
         room = room_for(capacity, total, "all rows") if packed else room_for(capacity, longest, "a row")
     at, fits, overflow = keep.cumsum(-1) - 1, keep, None
@@ -154,20 +154,6 @@ def _totals(counts: Tensor) -> tuple[int, int]:
         raise ValueError(
             "what rows keep can't be counted under vmap, where each keeps another number: give exact=True, or capacity"
         ) from error
-
-
-def scales_of(library: Library, job: Job) -> Tensor:
-    """What each message is multiplied by, float64; 0: it passes as it is."""
-    plan, draw, seed, *_ = job
-    if library is ON_HOST:
-        return torch.from_numpy(slot_scales(plan, draw, seed))
-    if library is TRACED:
-        scale, taking = traced.row_scales(job)
-    else:
-        scale, taking = operations.row_scales(plan.shape, plan.rule, seed, cuda.rows_of(draw), draw.scales)
-    if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=torch.float64, device=seed.device)
-    return (scale if taking is None else torch.where(taking, scale, 0.0)).expand(plan.shape)
 
 
 def take(x: Tensor, dims: int, found: Selection, scales: Tensor | None = None) -> Tensor:
@@ -234,7 +220,7 @@ def _move(x: Tensor, way: Way, fill: Tensor | None = None) -> Tensor:
 
 
 def _followed(x: Tensor) -> bool:
-    return is_plain(x) or is_plain_cuda(x)
+    return HOST.reads(x) or DEVICE.reads(x)
 
 
 class _Move(torch.autograd.Function):
@@ -265,8 +251,8 @@ _run_move: Any = quick_apply(_Move)
 
 def _write(x: Tensor, way: Way, fill: Tensor | None) -> Tensor:
     """The move by the kernels, where there are some that can follow."""
-    kind, on_host = COPY if way.scales is None else scaled_kind(x.dtype), is_plain(x)
-    if kind == OTHER or not (on_host or cuda.usable(x.device)):
+    kind, on_host = COPY if way.scales is None else scaled_kind(x.dtype), HOST.reads(x)
+    if kind == OTHER or not (on_host or not cuda.obstacle(x.device)):
         return _by_operations(x, way, fill)
     dims, shape, size = way.back.ndim, tuple(x.shape), x.element_size()
     made = (*way.numbers.shape, *shape[dims:])

@@ -97,7 +97,7 @@ def test_rows_that_are_shorter_than_the_prefix(make):
 def test_gradients(options, scale, kernels, monkeypatch):
     """Backward is the same map, whatever becomes of the arguments meanwhile; twice, and through a learnt fill too."""
     if not kernels:
-        internals.no_plain_tensors(monkeypatch)
+        internals.no_host_tensors(monkeypatch)
     p = options.get("p", 0.5)
     rest = {name: value for name, value in options.items() if name != "p"}
     given = {name: torch.tensor(v) if isinstance(v, np.ndarray) else v for name, v in rest.items()}

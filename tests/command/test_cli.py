@@ -261,41 +261,37 @@ def test_info():
 
 
 def test_the_paths_that_info_names_are_those_taken(monkeypatch):
-    """What info says of arrays and tensors, seen from which kernel is launched."""
+    """The table that info prints, seen from which kernel is launched."""
     import torch
     from helpers import internals, stand_in
 
-    from msgdrop_numba import functional, message_dropout
-    from msgdrop_numba.call import ways
-    from msgdrop_numba.call.request import Request
-    from msgdrop_numba.call.rule import Rule
+    from msgdrop_numba import message_dropout
+    from msgdrop_numba.command.info import PATHS
 
-    def paths(x):
-        """What runs for x, and what is said of it."""
+    def taken(x):
+        """What runs for x."""
         launched.clear()
-        told.append(functional.explain(x, Request(Rule(0.5), seed=1)))
         message_dropout(x, 0.5, seed=1)
         drawn = "compiled mask" if launched else "tensor operations"
         runs.append("compiled kernel" if any(launch.out for launch in launched) else drawn)
         return x
 
-    launched, told, runs = internals.watch_launches(monkeypatch), [], []
+    launched, runs = internals.watch_launches(monkeypatch), []
     x = np.ones((4, 6, 8), np.float32)
     apart = np.ones((4, 6, 4, 4, 4), np.float32)[..., ::2, :3, ::2]  # unevenly
     t = torch.from_numpy(x)
-    by_kind = {
-        ways.ARRAY: lambda: paths(x),
-        ways.ARRAY_APART: lambda: paths(apart),
-        ways.TENSOR: lambda: paths(t),
-        ways.TENSOR_APART: lambda: paths(torch.from_numpy(apart)),
-        ways.IN_TRANSFORMS: lambda: torch.vmap(paths)(t[None]),
-        ways.ELSEWHERE: lambda: paths(t.to("meta")),
+    calls = {
+        "NumPy array": lambda: taken(x),
+        "NumPy array, other layouts": lambda: taken(apart),
+        "CPU or CUDA tensor": lambda: taken(t),
+        "CPU or CUDA tensor, other layouts": lambda: taken(torch.from_numpy(apart)),
+        "export, vmap, jvp, fake tensors": lambda: torch.vmap(taken)(t[None]),
+        "ROCm, MPS and XPU tensors": lambda: taken(t.to("meta")),
     }
-    for way, call in by_kind.items():
+    paths = {array: path for array, path, _ in PATHS}
+    for array, call in calls.items():
         call()
-        assert way.path.startswith(runs[-1]), way
-        assert told[-1].way == way
-        assert bool(told[-1].reason) == (way not in (ways.ARRAY, ways.TENSOR))
+        assert paths[array].startswith(runs[-1]), array
     kernels = stand_in.Kernels()
     stand_in.install(monkeypatch, kernels)
     message_dropout(t, 0.5)
@@ -304,7 +300,7 @@ def test_the_paths_that_info_names_are_those_taken(monkeypatch):
     internals.unusable_devices(monkeypatch)
     message_dropout(t, 0.5)
     assert kernels.launches == 2
-    assert ways.WITHOUT_KERNELS.path == "tensor operations"
+    assert paths["CUDA tensor without numba-cuda"] == "tensor operations"
 
 
 @pytest.mark.parametrize(

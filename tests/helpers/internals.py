@@ -63,49 +63,32 @@ def stream_everything(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(plan, "STREAM_BYTES", 0)
 
 
-def stream_removal(patch: pytest.MonkeyPatch) -> None:
-    """Write all that is removed from or put back past the cache."""
-    from msgdrop_numba.call import select
-
-    patch.setattr(select, "STREAM_BYTES", 0)
-
-
 def reset_plans() -> None:
-    """Forget plans that were made, and what usual calls do by them."""
-    from msgdrop_numba import arrays
+    """Forget plans that were made, the recent ones too."""
     from msgdrop_numba.call import plan
-    from msgdrop_numba.tensors import usual
 
-    for forget in (plan.reset, arrays._usual.cache_clear, usual.reset):
-        forget()
+    plan.reset()
 
 
 def watch_launches(patch: pytest.MonkeyPatch) -> list[Any]:
     """A list that grows with each call of a kernel that drops, by its arguments' names."""
     from msgdrop_numba import arrays
-    from msgdrop_numba.call import usual
-    from msgdrop_numba.tensors import write
+    from msgdrop_numba.call import threads
+    from msgdrop_numba.tensors.backends import HOST
 
     seen: list[Any] = []
+    names = inspect.signature(threads.launch)
 
-    def watched(function: Any, named_by: Any) -> Any:
-        names = inspect.signature(getattr(named_by, "py_func", named_by))
+    def watched(*arguments: Any) -> Any:
+        seen.append(SimpleNamespace(**names.bind(*arguments).arguments))
+        return threads.launch(*arguments)
 
-        def call(*arguments: Any, **named: Any) -> Any:
-            seen.append(SimpleNamespace(**names.bind(*arguments, **named).arguments))
-            return function(*arguments, **named)
-
-        return call
-
-    for module in (arrays, write):
-        patch.setattr(module, "launch", watched(module.launch, module.launch))
-    direct = usual.direct
-    patch.setattr(usual, "direct", lambda kernel: watched(direct(kernel), kernel))
-    reset_plans()  # what the usual call of a plan does is known after the first
+    patch.setattr(arrays, "launch", watched)
+    patch.setattr(HOST, "launch", watched, raising=False)
     return seen
 
 
-# ---- which way a tensor takes
+# ---- which backend takes a tensor
 
 
 def no_tensors_yet(patch: pytest.MonkeyPatch) -> None:
@@ -114,30 +97,27 @@ def no_tensors_yet(patch: pytest.MonkeyPatch) -> None:
 
     from msgdrop_numba import functional, select
 
-    for known in (functional._libraries, functional._short, select._libraries):
+    for known in (functional._libraries, functional._fast_paths, select._libraries):
         for kind in (torch.Tensor, torch.nn.Parameter):
             patch.delitem(known, kind, raising=False)
 
 
-def no_plain_tensors(patch: pytest.MonkeyPatch) -> None:
-    """CPU tensors count as tensors that no kernel knows: they take torch's operations."""
+def no_host_tensors(patch: pytest.MonkeyPatch) -> None:
+    """The host's kernels read no tensor: all take torch's operations."""
+    from msgdrop_numba.tensors.backends import HOST
+
+    no_fast_path(patch)
+    patch.setattr(HOST, "reads", lambda _: False, raising=False)
+
+
+def no_fast_path(patch: pytest.MonkeyPatch) -> None:
+    """Every call takes all steps."""
     import torch
 
     from msgdrop_numba import functional
-    from msgdrop_numba.tensors import autograd, select, ways
 
     functional._library(torch.empty(0))  # before what notes it is patched
-    patch.setattr(functional, "_short", {})
-    for module in (ways, autograd, select):
-        patch.setattr(module, "is_plain", lambda _: False)
-    patch.setattr(autograd, "is_watched", lambda: True)
-
-
-def no_short_way(patch: pytest.MonkeyPatch) -> None:
-    """The usual call takes all steps."""
-    from msgdrop_numba import functional
-
-    patch.setattr(functional, "_short", {})
+    patch.setattr(functional, "_fast_paths", {})
 
 
 def torch_without_guards(patch: pytest.MonkeyPatch) -> None:
@@ -145,39 +125,31 @@ def torch_without_guards(patch: pytest.MonkeyPatch) -> None:
     from msgdrop_numba import torch_private
 
     patch.setattr(torch_private, "_TensorGuards", None)
-    patch.setattr(torch_private, "_guards", {})
-    reset_plans()  # those of usual calls hold guards, too
+    reset_plans()  # which hold guards
+
+
+def unseen_values(patch: pytest.MonkeyPatch, module: Any = None) -> None:
+    """Values in CPU tensors aren't looked at, as those on a device aren't."""
+    from msgdrop_numba.tensors import arguments
+
+    patch.setattr(module or arguments, "can_look_at", lambda _: False)
 
 
 def no_plain_edges(patch: pytest.MonkeyPatch) -> None:
     """Edges are dropped by torch's operations alone, as on a device."""
     from msgdrop_numba.integrations import pyg
 
-    patch.setattr(pyg, "is_plain", lambda _: False)
+    unseen_values(patch, pyg)
 
 
-def unseen_values(patch: pytest.MonkeyPatch) -> None:
-    """Values in CPU tensors aren't looked at, as those on a device aren't."""
-    from msgdrop_numba.tensors import arguments
-
-    patch.setattr(arguments, "is_plain", lambda _: False)
-
-
-def is_plain(tensor: Any) -> bool:
-    """Whether a tensor counts as an ordinary one of the CPU's: whether `no_plain_tensors` is over."""
-    from msgdrop_numba.tensors import autograd, ways
-
-    return ways.is_plain(tensor) and autograd.is_plain(tensor)
-
-
-def no_long_way(patch: pytest.MonkeyPatch) -> None:
-    """A call that the short way doesn't take fails."""
+def only_fast_path(patch: pytest.MonkeyPatch) -> None:
+    """A call that the fast path doesn't take fails."""
     import torch
 
     from msgdrop_numba import arrays, functional
     from msgdrop_numba.tensors import dropout
 
-    functional._library(torch.empty(0))  # torch's short way is noted with the first tensor
+    functional._library(torch.empty(0))  # torch's fast path is noted with the first tensor
     for module in (arrays, dropout):
         patch.setattr(module, "message_dropout", None)
 
@@ -187,14 +159,14 @@ def no_long_way(patch: pytest.MonkeyPatch) -> None:
 
 def cuda_tensors(patch: pytest.MonkeyPatch, kernels: Any) -> None:
     """CPU tensors take the way of CUDA tensors, with these kernels."""
-    from msgdrop_numba import torch_private
-    from msgdrop_numba.tensors import autograd, cuda, select, ways
+    from msgdrop_numba.tensors import cuda
+    from msgdrop_numba.tensors.backends import DEVICE, HOST
 
-    no_plain_tensors(patch)
-    for module in (ways, autograd, select):
-        patch.setattr(module, "is_plain_cuda", torch_private.is_plain)
+    reads = HOST.reads
+    no_host_tensors(patch)
+    patch.setattr(DEVICE, "reads", reads, raising=False)
     patch.setattr(cuda, "_broken", {})
-    patch.setattr(cuda, "usable", lambda device: device.index not in cuda._broken)
+    patch.setattr(cuda, "obstacle", lambda device: cuda._broken.get(device.index, ""))
     cuda_kernels(patch, kernels)
     stream_of(patch, lambda _: 0)
 
@@ -211,7 +183,7 @@ def unusable_devices(patch: pytest.MonkeyPatch) -> None:
     from msgdrop_numba.tensors import cuda
 
     cuda_kernels(patch, None)
-    patch.setattr(cuda, "usable", lambda _: False)
+    patch.setattr(cuda, "obstacle", lambda _: "no device has kernels")
 
 
 def stream_of(patch: pytest.MonkeyPatch, handle: Callable[[Any], Any]) -> None:
@@ -223,9 +195,9 @@ def stream_of(patch: pytest.MonkeyPatch, handle: Callable[[Any], Any]) -> None:
 
 def captured_device(patch: pytest.MonkeyPatch, index: int) -> None:
     """A graph is captured on that device."""
-    from msgdrop_numba.tensors import placement
+    from msgdrop_numba.tensors import arguments
 
-    patch.setattr(placement, "_is_capturing", lambda device: device.index == index)
+    patch.setattr(arguments, "_is_capturing", lambda device: device.index == index)
 
 
 def cuda_state() -> tuple[dict[int, str], Any]:

@@ -16,9 +16,6 @@ from helpers.cases import SHAPE
 from helpers.on_meshes import FEATURES, SEED, data, here, same
 from helpers.world import RANKS, Report
 from msgdrop_numba import MessageDropout, MessageSelect, MessageSubset, message_dropout, message_select
-from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import Rule
-from msgdrop_numba.functional import explain
 from msgdrop_numba.tensors.pieces import agreed
 
 FLAT, SQUARE = (RANKS,), (2, 2)
@@ -219,7 +216,7 @@ def gradients(report: Report) -> None:
 
 
 def layers(report: Report) -> None:
-    """The layers, a fill that is learned too; and which way a call takes."""
+    """The layers, a fill that is learned too."""
     mesh, whole = mesh_of(SQUARE), data()
     placed = [Shard(0), Shard(2)]
     fill = torch.nn.Parameter(FEATURES.clone())
@@ -231,10 +228,6 @@ def layers(report: Report) -> None:
     want = layer(whole, seed=5)
     want.backward(torch.ones(SHAPE))
     report.expect("a layer", same(y, want.detach(), placed) and got.equal(fill.grad) and layer.eval()(x) is x)
-    for options, reason in (({}, ""), ({"exact": True}, "lie on several ranks")):
-        request = Request(Rule(0.5, **options))
-        answer = explain(here(whole, mesh, [Shard(0), Shard(1)]), request)
-        report.expect(f"explained {answer}", answer.way.array == "DTensor" and reason in answer.reason)
 
 
 def selected(report: Report) -> None:

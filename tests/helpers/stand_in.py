@@ -14,7 +14,7 @@ import torch
 
 from helpers import internals
 from msgdrop_numba.kernels import cpu, gather, rules
-from msgdrop_numba.kernels._jit import c_address
+from msgdrop_numba.kernels._jit import compiled
 from msgdrop_numba.kernels.memory import view
 from msgdrop_numba.kernels.records import DRAW, GATHER, PLAN
 
@@ -74,7 +74,7 @@ class Kernels:
             view(limits, 2 * rows, np.int64)[:] = -1  # memory that is there
         bits = int(view(seed, 1, np.int64)[0])
         addresses = record.ctypes.data, arguments.ctypes.data
-        cpu.drop_range(0, messages, *addresses, x, out, mask, bits, 0 if draw.given else c_address(rules.decide))
+        cpu.drop_range(0, messages, *addresses, x, out, mask, bits, 0 if draw.given else compiled(rules.decide))
 
     def gather(self, job: Any, messages: int, stream: int, device: Any) -> None:
         self.started("gather", job.kind, stream, device)

@@ -146,7 +146,7 @@ def check_case(rng: random.Random, size: int) -> None:
     }
     told = (c, dtype, options, array.strides, fill)
     with pytest.MonkeyPatch.context() as patch:
-        internals.no_plain_tensors(patch)
+        internals.no_host_tensors(patch)
         named = {**options, **as_tensors, "keys": signed, "fill": tensor_fill}
         y, mask = message_dropout(tensor, p, return_mask=True, **named)
         assert bits(mask) == bits(keep), told

@@ -68,7 +68,7 @@ def check(rng: random.Random, size: int) -> None:
     for x_, keys_ in ((array, keys), (tensor, signed)):
         with pytest.MonkeyPatch.context() as patch:
             if operations and x_ is tensor:
-                internals.no_plain_tensors(patch)
+                internals.no_host_tensors(patch)
             y, kept = message_select(x_, p, keys=keys_, **options)
             told = (c, dtype, options, fill, kept)
             known = (nothing_drops or not keep.size) and kept.layout != "packed"  # whatever naive.py counts

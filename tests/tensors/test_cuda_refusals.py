@@ -14,7 +14,6 @@ from helpers.cases import OPTIONS, SHAPE, equal, mask_alone
 from msgdrop_numba import keep_mask, message_dropout
 from msgdrop_numba.tensors import arguments as tensors
 from msgdrop_numba.tensors import cuda as torch_cuda
-from msgdrop_numba.tensors import placement
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -64,8 +63,8 @@ def test_the_log_line_without_numba_cuda(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "msgdrop_numba.kernels.cuda_launch", None)  # importing it fails
     monkeypatch.delattr(sys.modules["msgdrop_numba.kernels"], "cuda_launch", raising=False)
     with caplog.at_level(logging.WARNING, "msgdrop_numba"):
-        assert not torch_cuda.usable(torch.device("cuda:0"))
-        assert not torch_cuda.usable(torch.device("cuda:0"))
+        assert torch_cuda.obstacle(torch.device("cuda:0"))
+        assert torch_cuda.obstacle(torch.device("cuda:0"))
     (record,) = caplog.records
     assert "numba-cuda is missing or too old" in record.getMessage()
     assert 'pip install "msgdrop_numba[cuda]"' in record.getMessage()
@@ -74,7 +73,7 @@ def test_the_log_line_without_numba_cuda(monkeypatch, caplog):
 @pytest.mark.usefixtures("reset_cuda")
 def test_no_log_line_on_rocm(monkeypatch, caplog):
     monkeypatch.setattr(torch.version, "hip", "7.1")
-    assert not torch_cuda.usable(torch.device("cuda:0"))
+    assert torch_cuda.obstacle(torch.device("cuda:0"))
     assert not caplog.records
 
 
@@ -119,8 +118,8 @@ def test_bad_input_leaves_all_as_it_was(options, error, match, device):
 def test_generators_of_another_device():
     for other in ("cpu", "cuda:1"):
         with pytest.raises(ValueError, match=f"generator must be on cuda:0, as x is, but it is on {other}"):
-            placement.check_generator(SimpleNamespace(device=torch.device(other)), torch.device("cuda:0"))
-    placement.check_generator(SimpleNamespace(device=torch.device("cuda:0")), torch.device("cuda:0"))
+            tensors.check_generator(SimpleNamespace(device=torch.device(other)), torch.device("cuda:0"))
+    tensors.check_generator(SimpleNamespace(device=torch.device("cuda:0")), torch.device("cuda:0"))
 
 
 def test_arguments_on_another_device():

@@ -72,7 +72,7 @@ def test_the_rank_is_folded_in_by_operations(alone, monkeypatch):
     layer = MessageDropout(0.5, per_rank=True)
     want = message_dropout(X, 0.5, seed=folded())
     with monkeypatch.context() as patch:
-        internals.no_plain_tensors(patch)
+        internals.no_host_tensors(patch)
         assert torch.equal(layer(X), want)
     torch.manual_seed(3)
     assert torch.equal(torch.vmap(layer, randomness="same")(X[None].expand(2, -1, -1, -1))[1], want)

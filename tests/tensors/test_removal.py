@@ -41,7 +41,7 @@ def same(got: Any, want: Any) -> None:
 def test_gradients(layout, operations, monkeypatch):
     """Of removing, putting back and companions, twice, by numbers."""
     if operations:
-        internals.no_plain_tensors(monkeypatch)
+        internals.no_host_tensors(monkeypatch)
     x, (fill, each) = X.clone().requires_grad_(), (torch.randn(s).double().requires_grad_() for s in (3, (4, 9, 3)))
     table = torch.randn(9, 2).double().requires_grad_()
     _, kept = message_select(X, 0.5, seed=3, layout=layout)
@@ -114,7 +114,7 @@ def test_operations_give_the_same(told, monkeypatch):
         (4, 9), **{"p": 0.5, "seed": 3, **{k: v for k, v in told.items() if k != "scale"}}, device="cpu"
     )
     assert torch.equal(mask.mask, want[2])
-    internals.no_plain_tensors(monkeypatch)
+    internals.no_host_tensors(monkeypatch)
     same(both_ways(X, **told), want)
 
 
@@ -156,7 +156,7 @@ def test_tensors_without_data():
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_what_is_not_looked_at_overflows(layout, monkeypatch):
     """As on a device: the first that there is room for are there, and `overflow` says that there were more."""
-    internals.no_plain_tensors(monkeypatch)
+    internals.no_host_tensors(monkeypatch)
     keep = keep_mask((4, 9), 0.5, seed=3)
     index, counts = naive.select(keep, layout)
     needed = index.shape[-1]
@@ -239,7 +239,7 @@ def test_every_dtype(name, operations, monkeypatch):
     _, kept = message_select(bits, 0.5, seed=1)
     want = kept.take(bits)
     if operations:
-        internals.no_plain_tensors(monkeypatch)
+        internals.no_host_tensors(monkeypatch)
     x = bits.view(dtype)
     y, kept = message_select(x, 0.5, seed=1)
     assert y.dtype == dtype

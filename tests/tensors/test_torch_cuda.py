@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from msgdrop_numba import MessageDropout, keep_mask, message_dropout
 from msgdrop_numba.tensors import arguments as tensors
 from msgdrop_numba.tensors import cuda as torch_cuda
+from msgdrop_numba.tensors.backends import HOST
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -303,7 +304,7 @@ def test_an_array_p_stays_where_it_is_read():
 @simulated
 @pytest.mark.usefixtures("reset_cuda")
 def test_the_simulator_is_never_given_addresses_of_a_device(caplog):
-    assert not torch_cuda.usable(torch.device("cuda:0"))
+    assert torch_cuda.obstacle(torch.device("cuda:0"))
     assert "NUMBA_ENABLE_CUDASIM" in caplog.records[0].getMessage()
 
 
@@ -313,4 +314,4 @@ def test_the_simulator_is_never_given_addresses_of_a_device(caplog):
 def test_the_kernels_behind_it_in_the_simulator(tmp_path):
     names = "values or keys_that or missing_dims or gradient_of or a_seed_tensor or strides or simulator_is_never"
     assert in_the_simulator(__file__, tmp_path, "-m", "not gpu", "-k", names) > 30
-    assert internals.is_plain(torch.ones(1))
+    assert HOST.reads(torch.ones(1))  # the stand-in is gone

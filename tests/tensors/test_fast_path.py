@@ -1,4 +1,4 @@
-"""The usual call takes fewer steps than the others: the same results, and only where it may."""
+"""Calls without arrays beside x take fewer steps than others: the same results, and only where they may."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from helpers.cases import both
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from msgdrop_numba import MessageDropout, keep_mask, message_dropout
-from msgdrop_numba import torch_private as torch_state
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.kernels.cpu import drop_range
-from msgdrop_numba.tensors import ways
-from msgdrop_numba.tensors.traced import TRACED
+from msgdrop_numba.tensors.backends import HOST, TRACED, choose
+from msgdrop_numba.torch_private import guards_apply, make_guard, not_eager_reason, unreadable_reason
 
 REQUEST = Request(Rule(0.5))
-USUAL = [
+OPTIONS = [
     {},
     {"scale": True},
     {"exact": True},
@@ -36,11 +35,11 @@ USUAL = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.int16, torch.bool])
-@pytest.mark.parametrize("options", USUAL)
-def test_the_short_way_is_the_long_one(options, dtype, monkeypatch):
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_fast_path_does_what_all_steps_do(options, dtype, monkeypatch):
     def by_all_steps(x, seed):
         with monkeypatch.context() as patch:
-            internals.no_short_way(patch)
+            internals.no_fast_path(patch)
             return message_dropout(x, 0.4, seed=seed, **options)
 
     x = torch.randn(4, 6, 3).to(dtype)
@@ -65,11 +64,11 @@ def test_the_short_way_is_the_long_one(options, dtype, monkeypatch):
 
 @pytest.mark.parametrize("options", [{"span": 0}, {"span": [1]}, {"span": True}, {"min_keep": -1}, {"exact": "no"},
                                      {"message_dims": 3}, {"p": 1.5}, {"p": float("nan")}, {"exact": True, "span": 2}])  # fmt: skip
-def test_the_short_way_refuses_what_the_long_one_does(options, monkeypatch):
+def test_the_fast_path_refuses_what_all_steps_do(options, monkeypatch):
     x = torch.randn(4, 6, 3)
     message_dropout(x)  # the same shape is known
     errors = []
-    for refuse in (lambda _: None, internals.no_short_way):
+    for refuse in (lambda _: None, internals.no_fast_path):
         refuse(monkeypatch)
         with pytest.raises((TypeError, ValueError)) as raised:
             message_dropout(x, **options)
@@ -88,14 +87,14 @@ ARGUMENTS = {
 @both
 @pytest.mark.parametrize("told", ARGUMENTS.values(), ids=ARGUMENTS)
 @pytest.mark.parametrize("size", [3, 30_000], ids="{} features".format)
-def test_arguments_go_the_short_way(make, told, size, monkeypatch):
+def test_arguments_take_the_fast_path(make, told, size, monkeypatch):
     """New, into a target and in place, however large."""
     told = {name: make(np.array(value)) if isinstance(value, list) else value for name, value in told.items()}
     values = np.random.default_rng(1).standard_normal((4, 6, size), np.float32)
     with monkeypatch.context() as patch:
-        internals.no_short_way(patch)
+        internals.no_fast_path(patch)
         want = np.asarray(message_dropout(values, 0.4, **told))
-    internals.no_long_way(monkeypatch)
+    internals.only_fast_path(monkeypatch)
     x, out = make(values), make(np.empty_like(values))
     assert np.array_equal(message_dropout(x, 0.4, **told), want)
     assert message_dropout(x, 0.4, out=out, **told) is out
@@ -108,22 +107,24 @@ def test_arguments_go_the_short_way(make, told, size, monkeypatch):
 
 @pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1), (0, 2, 1)], ids=str)
 @pytest.mark.parametrize("size", [3, 20_000], ids="{} features".format)
-def test_permuted_tensors_go_the_short_way(order, size, monkeypatch):
+def test_permuted_tensors_take_the_fast_path(order, size, monkeypatch):
     """Such as an RNN's outputs, batch first; 20,000 features are more than outputs.LENT_BYTES."""
     torch.manual_seed(1)
     x, grad = (torch.randn(4, 6, size).permute(order) for _ in range(2))
     options = {"seed": 3, "message_dims": 2}
     want, want_grad = (message_dropout(t.contiguous(), 0.4, **options) for t in (x, grad))
-    internals.no_long_way(monkeypatch)
-    y, leaf, out = message_dropout(x, 0.4, **options), x.clone().requires_grad_(), torch.empty_like(x)
+    internals.only_fast_path(monkeypatch)
+    y, leaf = message_dropout(x, 0.4, **options), x.clone().requires_grad_()
     assert torch.equal(y, want)
     assert y.stride() == x.stride() != want.stride()
-    assert message_dropout(x, 0.4, out=out, **options) is out
-    assert torch.equal(out, want)
     for each in (grad, grad.contiguous(), grad.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
         (got,) = torch.autograd.grad(message_dropout(leaf, 0.4, **options), leaf, each)
         assert torch.equal(got, want_grad)
         assert got.stride() == each.stride()
+    monkeypatch.undo()  # targets take all steps
+    out = torch.empty_like(x)
+    assert message_dropout(x, 0.4, out=out, **options) is out
+    assert torch.equal(out, want)
     assert message_dropout(x, 0.4, inplace=True, **options) is x
     assert torch.equal(x, want)
 
@@ -159,7 +160,7 @@ def test_wrong_lengths_are_refused_before_anything_happens(make, lengths):
 
 @both
 def test_targets_that_must_be_looked_at(make):
-    """What the short way doesn't take, the long one does, or refuses."""
+    """What the fast path doesn't take, all steps take, or refuse."""
     memory = make(np.arange(100, dtype=np.float32))
     x, beside = memory[:72].reshape(4, 6, 3), memory[18:90].reshape(4, 6, 3)
     with pytest.raises(ValueError, match="out"):
@@ -200,72 +201,78 @@ def test_lengths_are_checked_before_a_seed_is_drawn():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_more_rows_than_the_short_way_takes():
+def test_many_short_rows():
     x = torch.ones(2000, 2, 3)
     keys, lengths = torch.arange(2000), torch.arange(2000) % 3
     keep = torch.from_numpy(keep_mask((2000, 2), 0.4, seed=3, keys=keys.numpy(), lengths=lengths.numpy()))
     assert torch.equal(message_dropout(x, 0.4, seed=3, keys=keys, lengths=lengths).any(-1), keep)
 
 
-def test_tensors_that_only_look_plain():
-    """What torch.func leaves behind, and what has no memory of its own, takes the long way."""
+def test_tensors_that_only_look_ordinary():
+    """Those that torch.func leaves behind, and those without memory of their own, take torch's operations."""
     kept = []
     torch.vmap(lambda x: kept.append(x) or x)(torch.randn(2, 4, 6, 3))
     torch.func.grad(lambda x: kept.append(x) or x.sum())(torch.randn(4, 6, 3))
     kept += [torch._neg_view(torch.randn(4, 6, 3)), torch._efficientzerotensor((4, 6, 3))]
-    kept += [torch.randn(4, 6, 3, dtype=torch.complex64).conj()]
-    alike = known(torch.randn(4, 6, 3))
-    for x in kept:
-        assert x.is_complex() or torch_state.dense_address(x) == alike.known(x) == alike.address(x) == 0
-        assert torch_state.is_plain(x) == (torch_state.not_plain_because(x) == "")
-        for request in (REQUEST, replace(REQUEST, keys=x), replace(REQUEST, fill=kept[0], lengths=torch.ones(2))):
-            for tensor in (x, torch.randn(4, 6, 3)):
-                assert (ways.library(tensor, request) is TRACED) == (ways.why_not_kernels(tensor, request) != "")
-    assert torch_state.dense_address(torch.randn(4, 6, 3).to_mkldnn()) == 0
-    assert torch_state.dense_address(torch.randn(4, 6, 3).to_sparse()) == 0
+    kept += [torch.randn(4, 6, 3, dtype=torch.complex64).conj(), torch.randn(4, 6, 3).to_mkldnn()]
+    kept += [torch.randn(4, 6, 3).to_sparse()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a prototype, says torch, once in a process
-        nested = torch.nested.nested_tensor([torch.randn(4, 3), torch.randn(2, 3)])
-    assert torch_state.dense_address(nested) == 0
-    x = torch.randn(4, 6, 3)
-    assert torch_state.dense_address(x) == x.data_ptr()
-    assert torch_state.dense_address(x[1:]) == x.data_ptr() + 4 * 18
-    assert torch_state.dense_address(x[:, 1:]) == 0
+        kept.append(torch.nested.nested_tensor([torch.randn(4, 3), torch.randn(2, 3)]))
+    for x in kept:
+        assert unreadable_reason(x)
+        for request in (REQUEST, replace(REQUEST, keys=x), replace(REQUEST, fill=kept[0], lengths=torch.ones(2))):
+            for tensor in (x, torch.randn(4, 6, 3)):
+                backend, reason = choose(tensor, request)
+                assert (backend is TRACED) == (reason != "")
+                assert (backend is HOST) == (tensor is not x and request is REQUEST)
+    for x in (torch.randn(4, 6, 3), torch.randn(4, 6, 3)[:, 1:], torch.nn.Parameter(torch.randn(4, 6, 3))):
+        assert unreadable_reason(x) == ""
 
 
-def known(*tensors):
-    """What tells tensors that are like these."""
-    alike = torch_state.Alike()
-    assert all(alike.address(tensor) == tensor.data_ptr() for tensor in tensors)
-    return alike
+def known(tensor):
+    """The guard of a tensor."""
+    guard = make_guard([tensor])
+    assert guard(tensor)
+    return guard
 
 
-def test_what_is_like_a_tensor():
+def test_what_a_guard_recognises():
     thin = torch.as_strided(torch.randn(12), (4, 1, 3), (3, 77, 1))  # nothing tells the stride of a dim of one
-    assert known(thin).known(torch.randn(4, 1, 3))
-    assert known(torch.randn(4, 1, 3)).known(thin) == thin.data_ptr()
+    assert known(thin)(torch.randn(4, 1, 3))
+    assert known(torch.randn(4, 1, 3))(thin)
     x, leaf = torch.randn(4, 6, 3), torch.randn(4, 6, 3, requires_grad=True)
-    alike = known(x)
-    assert alike.known(leaf) == 0
-    alike = known(x, leaf)
+    guard = known(x)
     with torch.inference_mode():
         born = torch.randn(4, 6, 3)
-        assert alike.known(born) == 0
-        assert alike.address(born) == alike.known(born) == born.data_ptr()
-    for like in (x.clone(), leaf * 2, leaf.detach()):
-        assert alike.known(like) == like.data_ptr()
-    others = [x.double(), x.to("meta"), x.view(6, 4, 3), x[:, :, :2], x.transpose(0, 1), torch.nn.Parameter(x)]
+    others = [
+        leaf, born, x.double(), x.to("meta"), x.view(6, 4, 3), x[:, :, :2], x.transpose(0, 1), torch.nn.Parameter(x),
+        torch._neg_view(torch.randn(4, 6, 3)), torch._efficientzerotensor((4, 6, 3)),
+    ]  # fmt: skip
     for other in others:
-        assert alike.known(other) == 0
-    for state in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.no_grad()):
-        with state:  # where threads are in another state, they are asked anew
-            assert alike.address(x) == alike.known(x) == x.data_ptr()
-    assert alike.known(x) == x.data_ptr()
+        assert not guard(other)
+    assert known(leaf)(leaf * 2)
+    assert guard(x.clone())
+    assert guard(leaf.detach())
+    for state in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode()):
+        with state:
+            assert not guard(x)
+    told = []
+    torch.vmap(lambda t: told.append(guard(x) or guard(t)) or t)(torch.stack([x]))
+    torch.func.grad(lambda t: told.append(guard(x) or guard(t)) or t.sum())(x)
+    assert told == [False, False]
+
+
+def test_a_tensor_whose_storage_was_freed():
+    x = torch.randn(4, 6, 3)
+    message_dropout(x, 0.5)
     x.untyped_storage().resize_(0)
-    assert alike.known(x) == alike.address(x) == 0
+    for options in ({}, {"seed": 3}, {"out": torch.empty(4, 6, 3)}, {"return_mask": True}):
+        with pytest.raises(ValueError, match="freed"):
+            message_dropout(x, 0.5, **options)
 
 
-def test_what_comes_after_a_usual_call_is_asked_first():
+def test_other_tensors_after_a_known_one():
     """Whether it is like those of the latest calls: of the same rule and shape, but none of these are."""
     x = torch.randn(4, 6, 3)
     with warnings.catch_warnings():
@@ -295,9 +302,9 @@ def test_calls_that_take_turns(shapes, monkeypatch):
     """Of shapes, states of the thread and kinds of tensor, more than are remembered."""
     xs = [torch.randn(4, 6, 3 + more) for more in range(shapes)]
     with monkeypatch.context() as patch:
-        internals.no_short_way(patch)
+        internals.no_fast_path(patch)
         wants = [message_dropout(x, 0.4, seed=3) for x in xs]
-    internals.no_long_way(monkeypatch)
+    internals.only_fast_path(monkeypatch)
     for _ in range(3):
         for x, want in zip(xs, wants, strict=True):
             for state in (torch.no_grad(), torch.enable_grad(), torch.autocast("cpu", torch.bfloat16)):
@@ -324,24 +331,22 @@ def test_targets_that_only_look_like_it():
         message_dropout(x, 0.5, seed=1, out=nested)
 
 
-def test_what_is_like_a_tensor_without_guards(monkeypatch):
+def test_a_torch_without_guards(monkeypatch):
     internals.torch_without_guards(monkeypatch)
     x, out = torch.randn(4, 6, 3), torch.empty(4, 6, 3)
-    assert known(x).known(x) == 0
+    assert make_guard([x]) is None
     assert torch.equal(message_dropout(x, seed=1), message_dropout(x, seed=1, out=out))
 
 
 @pytest.mark.parametrize("state", ["mode", "trace", "dual level", "vmap", "grad"])
 def test_no_address_where_operations_are_not_eager(state):
-    x, told, reasons = torch.randn(4, 6, 3), [], []
-    alike = known(x)
+    x, reasons = torch.randn(4, 6, 3), []
+    guard = known(x)
 
     def ask(x):
-        told.append(torch_state.is_eager())
-        assert torch_state.is_watched() or alike.known(x) == alike.address(x) == 0
-        reasons.append((torch_state.not_eager_because(), torch_state.not_plain_because(x)))
-        assert ways.library(x, REQUEST) is TRACED
-        assert ways.why_not_kernels(x, REQUEST)
+        assert not guards_apply() or not guard(x)
+        reasons.append((not_eager_reason(), unreadable_reason(x), choose(x, REQUEST)[1]))
+        assert choose(x, REQUEST)[0] is TRACED
         return x.sum()
 
     if state == "mode":
@@ -356,8 +361,8 @@ def test_no_address_where_operations_are_not_eager(state):
             ask(x)
     else:
         {"vmap": torch.vmap, "grad": torch.func.grad}[state](lambda t: ask(x) + t.sum())(x)  # x itself looks plain
-    assert told == [False]
     words = {"mode": "mode", "trace": "jit", "dual level": "forward AD", "vmap": "transform", "grad": "transform"}
+    assert len(reasons) == 1
     assert all(words[state] in why for why in reasons[0])
 
 
@@ -422,8 +427,8 @@ def test_a_scale_that_changes():
     assert message_dropout(x, scale=scale).max() == 1
 
 
-def test_a_layer_that_was_pickled_takes_the_short_way(monkeypatch):
+def test_a_layer_that_was_pickled_takes_the_fast_path(monkeypatch):
     layer = pickle.loads(pickle.dumps(MessageDropout(0.4)))
-    internals.no_long_way(monkeypatch)
+    internals.only_fast_path(monkeypatch)
     assert layer(torch.randn(4, 6, 3)).shape == (4, 6, 3)
     assert message_dropout(torch.randn(4, 6, 3), fill=0).shape == (4, 6, 3)

@@ -1,0 +1,442 @@
+"""The backends of tensors, see call.request.Library: kernels on the host, kernels on a device, torch's operations.
+
+`choose` names the backend of a call, and the reason if kernels can't take it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msgdrop_numba.call import arguments
+from msgdrop_numba.call.plan import (
+    PLAIN,
+    Draw,
+    Places,
+    Plan,
+    array_plan,
+    check_prefix,
+    follow,
+    kept_scales,
+    row_arguments,
+)
+from msgdrop_numba.call.plan import mask_plan as plan_of_mask
+from msgdrop_numba.call.request import ARRAYS, Job, Library, Request, arrays_of
+from msgdrop_numba.call.rule import DEFAULTS, ArrayRule, Rule
+from msgdrop_numba.call.threads import launch
+from msgdrop_numba.kernels.records import COPY
+from msgdrop_numba.tensors import cuda, memory, operations
+from msgdrop_numba.tensors.arguments import (
+    check_distinct,
+    check_target,
+    fill_message,
+    probabilities_on,
+    rows_on,
+    scaled_kind,
+    split_p_of_device,
+    split_p_traced,
+)
+from msgdrop_numba.tensors.autograd import kernel_mask, run_job
+from msgdrop_numba.tensors.seeds import (
+    check_device_seed,
+    check_host_seed,
+    device_seed,
+    folded_int,
+    fresh_seed,
+    opaque_seed,
+    rank_of,
+)
+from msgdrop_numba.torch_private import (
+    has_memory,
+    in_transform,
+    increment_versions,
+    is_exporting,
+    is_view,
+    not_eager_reason,
+    unreadable_reason,
+)
+
+
+class Tensors:
+    """The primitives that all tensors share."""
+
+    def fill(self, fill: Any, x: Tensor, message_dims: int) -> Tensor | None:
+        return fill_message(fill, x, message_dims)
+
+    def kind(self, x: Tensor, scale: Any) -> int:
+        return scaled_kind(x.dtype) if scale else COPY
+
+    def target(self, x: Tensor, request: Request, active: bool, fill: Tensor | None) -> Tensor | None:
+        target = check_target(x, request.inplace, request.out, active, fill)
+        if target is not None and not torch.compiler.is_compiling():  # its sizes may be symbols
+            name = "x, to be changed in place," if request.inplace else "out"
+            if has_memory(x) and has_memory(target):
+                check_apart(name, x, target)
+            else:
+                check_distinct(name, target)
+        return target
+
+    def mask(self, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+        return torch.empty(shape, dtype=torch.bool, device=device)
+
+    def kept(self, x: Tensor, plan: Any) -> Tensor:
+        return torch.ones(plan.shape, dtype=torch.bool, device=x.device)
+
+    def copy(self, x: Tensor, target: Tensor) -> Tensor:
+        return target.copy_(x)
+
+    def scales(self, job: Job) -> tuple[Any, Tensor | None]:
+        """The factor of each message, a number or float64, and the mask of the messages it holds for; None: all."""
+        raise NotImplementedError
+
+    def message_scales(self, job: Job) -> Tensor:
+        """The factor of each message, float64 over the message dims; 0: it passes as it is."""
+        scale, taking = self.scales(job)
+        if not isinstance(scale, Tensor):
+            scale = torch.full((), scale, dtype=torch.float64, device=job.seed.device)
+        return (scale if taking is None else torch.where(taking, scale, 0.0)).expand(job.plan.shape)
+
+
+class Kernels(Tensors):
+    """Tensors whose memory the kernels read by address. A subclass brings the kernels of one kind of device."""
+
+    nothing = PLAIN
+    plan = staticmethod(array_plan)
+    mask_plan = staticmethod(plan_of_mask)
+
+    def reads(self, tensor: Tensor) -> bool:
+        """True if these kernels may read a tensor."""
+        raise NotImplementedError
+
+    def launch(self, plan: Plan, draw: Draw, seed: Any, x: int, out: int, mask: int) -> bool:
+        """Run the kernel, see `threads.launch`. False if there is none for the plan: nothing was done."""
+        raise NotImplementedError
+
+    def empty_like(self, x: Tensor) -> Tensor:
+        """Memory for an output that lies as x does."""
+        return torch.empty_like(x)
+
+    def dense(self, x: Tensor, nbytes: int) -> Tensor:
+        """The same of an x in C order."""
+        return torch.empty_like(x)
+
+    def run(self, x: Tensor, job: Job, request: Request) -> Any:
+        fill = job.draw.fill
+        graph = torch.is_grad_enabled() and (x.requires_grad or (fill is not None and fill.requires_grad))
+        if job.seed is request.seed and isinstance(job.seed, Tensor) and (graph or job.target is not None):
+            # The caller may change the seed before backward, or have it overwritten here.
+            job = job._replace(seed=job.seed.clone())
+        if not graph:
+            result = self.write(job, x)
+        elif request.inplace and is_view(x):
+            result = x.copy_(self.where(job, x, self.draw_mask(job)))
+        else:
+            result = run_job(x, job) if fill is None else run_job(x, job, fill)
+        return (result, job.mask) if request.return_mask else result
+
+    def write(self, job: Job, x: Tensor) -> Tensor:
+        """x with its messages dropped, in the job's target or in a new tensor."""
+        return self.drop(job.plan, job.draw, job.seed, x, job.target, job.mask if job.given is None else job.given)
+
+    def drop(self, plan: Plan, draw: Draw, seed: Any, x: Tensor, target: Any = None, mask: Any = None) -> Tensor:
+        """`write` without a job, which a small call feels. The mask is written; or read, if the draw has it given."""
+        in_order, result = x.is_contiguous(), target
+        if target is None:
+            result = self.dense(x, plan.nbytes) if in_order else self.empty_like(x)
+        if not plan.messages:
+            return result  # type: ignore[no-any-return]
+        made = plan
+        if not (in_order and (target is None or target.is_contiguous())):
+            plan, x = self._follow(plan, x, result)
+        if plan.followed:
+            start = x.data_ptr()
+            if not start and plan.nbytes and x.numel():
+                raise ValueError(f"x has no memory, though its shape is {tuple(x.shape)}: its storage was freed")
+            if self.launch(plan, draw, seed, start, result.data_ptr(), 0 if mask is None else mask.data_ptr()):
+                if target is not None and not target.is_inference():
+                    increment_versions((target,))  # torch can't see a write through a pointer
+                return result  # type: ignore[no-any-return]
+        job = Job(self, made, draw, seed, None, mask, mask if draw.given else None)
+        return result.copy_(self.where(job, x, self.draw_mask(job)))  # type: ignore[no-any-return]
+
+    def _follow(self, plan: Plan, x: Tensor, result: Tensor) -> tuple[Plan, Tensor]:
+        """The plan for these strides, and x; or the plan for the result's strides, into which x was copied."""
+        strides, out_strides = (tuple(step * x.element_size() for step in t.stride()) for t in (x, result))
+        both = follow(plan, strides, out_strides)
+        if both.followed and both.numbers.pieces == 1:
+            return both, x
+        alone = follow(plan, out_strides, out_strides)
+        if alone.followed and not (both.followed and both.numbers.pieces <= alone.numbers.pieces):
+            return alone, result.copy_(x)  # as of the gradient of a sum, whose strides are 0
+        return both, x
+
+    def run_given(self, x: Tensor, job: Job, request: Request, keep: Tensor, scales: Tensor | None) -> Any:
+        """`run` by a keep mask and the factors of messages, float64, 0 for one that passes as it is."""
+        places, each = PLAIN.places, scales
+        if scales is not None:
+            protect: Any = scales == 0
+            each, protect = self.row_memory(scales), self.row_memory(protect)
+            places = Places(protect)
+        draw = Draw(job.draw.fill, scales=each, given=True, places=places)
+        return self.run(x, job._replace(draw=draw, mask=None, given=keep), request)
+
+    def draw_mask(self, job: Job) -> Tensor:
+        """The mask alone: the one given, or drawn into the job's memory, new where it has none."""
+        if job.given is not None:
+            return job.given  # type: ignore[no-any-return]
+        mask: Tensor = job.mask
+        if mask is None:
+            mask = torch.empty(job.plan.shape, dtype=torch.bool, device=self.device_of(job.seed))
+        if job.plan.messages and not self.launch(job.plan, job.draw, job.seed, 0, 0, mask.data_ptr()):
+            rows, thresholds = cuda.rows_of(job.draw), job.draw.thresholds
+            mask.copy_(operations.keep_mask(job.plan.shape, job.plan.rule, job.seed, rows, thresholds))
+        return mask
+
+    def device_of(self, seed: Any) -> Any:
+        raise NotImplementedError
+
+    def row_memory(self, values: Tensor) -> Any:
+        raise NotImplementedError
+
+    def where(self, job: Job, x: Tensor, mask: Tensor) -> Tensor:
+        """`write` in torch's operations: for layouts that kernels can't follow, and where autograd must see it."""
+        if job.plan.kind == COPY:
+            return operations.select(x, mask, job.draw.fill)
+        return operations.select(x, mask, job.draw.fill, *self.scales(job))
+
+
+class _Host(Kernels):
+    """Tensors in the CPU's memory. A seed is an integer."""
+
+    split_p = staticmethod(arguments.split_p)
+    check_seed = staticmethod(check_host_seed)
+    launch = staticmethod(launch)
+    empty_like = staticmethod(memory.empty_like)
+    dense = staticmethod(memory.dense)
+
+    def reads(self, tensor: Tensor) -> bool:
+        return tensor.is_cpu and not unreadable_reason(tensor)
+
+    def draw(self, plan: Plan, p: Any, fill: Any, request: Request, device: torch.device) -> Draw:
+        return row_arguments(plan, p, _own_fill(fill, request), request)
+
+    def seed(self, given: int | None, generator: Any, device: torch.device) -> int:
+        if given is not None:
+            return given
+        if generator is None:
+            return fresh_seed(None)
+        rank = rank_of(generator)
+        return folded_int(fresh_seed(None if rank is not None else generator), rank)
+
+    def device_of(self, seed: int) -> str:
+        return "cpu"
+
+    def row_memory(self, values: Tensor) -> Any:
+        """An array of a draw that holds these values."""
+        return values.numpy()
+
+    def opaque_seed(self, seed: int) -> Tensor:
+        """The seed as a tensor that the compiler can't see through."""
+        return opaque_seed(seed if seed < 2**63 else seed - 2**64, torch.device("cpu"))
+
+    def scales(self, job: Job) -> tuple[Any, Tensor | None]:
+        scales, taking = (torch.from_numpy(np.array(each)) for each in kept_scales(job.plan, job.draw, job.seed))
+        return scales, taking
+
+
+class _Device(Kernels):
+    """Tensors on a CUDA device. A seed is a 0-d tensor there, whose value nobody looks at."""
+
+    split_p = staticmethod(split_p_of_device)
+    check_seed = staticmethod(check_device_seed)
+    seed = staticmethod(device_seed)
+    launch = staticmethod(cuda.launch)
+
+    def reads(self, tensor: Tensor) -> bool:
+        return tensor.is_cuda and not unreadable_reason(tensor)
+
+    def draw(self, plan: Plan, p: Any, fill: Any, request: Request, device: torch.device) -> Draw:
+        return cuda.row_arguments(plan, p, _own_fill(fill, request), request, device)
+
+    def device_of(self, seed: Tensor) -> torch.device:
+        return seed.device
+
+    def row_memory(self, values: Tensor) -> Tensor:
+        return values
+
+    def opaque_seed(self, seed: Tensor) -> Tensor:
+        return seed
+
+    def scales(self, job: Job) -> tuple[Any, Tensor | None]:
+        draw = job.draw
+        return operations.row_scales(job.plan.shape, job.plan.rule, job.seed, cuda.rows_of(draw), draw.scales)
+
+
+def _own_fill(fill: Tensor | None, request: Request) -> Tensor | None:
+    """The fill, in memory of its own where the call writes to memory that may be the caller's fill too."""
+    return fill.clone() if fill is not None and (request.inplace or request.out is not None) else fill
+
+
+def check_apart(name: str, x: Tensor, target: Tensor) -> None:
+    """Refuse a target that was freed, holds elements twice, or overlaps x in part."""
+    if target.data_ptr() == 0 and target.numel():
+        raise ValueError(f"{name} has no memory, though its shape is {tuple(target.shape)}: its storage was freed")
+    in_order = x.is_contiguous() and (target is x or target.is_contiguous())
+    if not in_order or not (target is x or abs(target.data_ptr() - x.data_ptr()) >= x.numel() * x.element_size()):
+        arguments.check_memory(name, _memory(x), _memory(target))
+
+
+def _memory(x: Tensor) -> tuple[Any, ...]:
+    size = x.element_size()
+    return x.data_ptr(), tuple(x.shape), tuple(step * size for step in x.stride()), size
+
+
+class Outline(NamedTuple):
+    """The part of a plan that operations need: sizes may be symbols."""
+
+    shape: tuple[int, ...]  # the message dims
+    rule: Rule
+
+
+class TracedArgs(NamedTuple):
+    """The part of a draw that operations need, on x's device."""
+
+    fill: Tensor | None = None
+    p: Tensor | None = None  # float64; None: the rule has a number or a range
+    rows: operations.Rows = operations.Rows()
+
+    @property
+    def lengths(self) -> Tensor | None:
+        return self.rows.lengths
+
+
+class Traced(Tensors):
+    """Torch's operations: under tracing and transforms, on other devices, for tensor subclasses.
+
+    Values inside tensors on other devices or traced are clamped, not checked: to look would synchronise, or break a
+    graph.
+    """
+
+    nothing = TracedArgs()
+    split_p = staticmethod(split_p_traced)
+    check_seed = staticmethod(check_device_seed)
+    seed = staticmethod(device_seed)
+
+    def plan(self, x: Tensor, kind: int, message_dims: Any, rule: Rule) -> Outline:
+        return self.mask_plan(tuple(x.shape[: arguments.message_dims(x.shape, message_dims)]), rule)
+
+    def mask_plan(self, shape: tuple[int, ...], rule: Rule) -> Outline:
+        if not not_eager_reason():  # else sizes may be symbols, which a check would bind
+            check_prefix(rule, shape[-1])
+        return Outline(shape, rule)
+
+    def draw(self, plan: Outline, p: Any, fill: Any, request: Request, device: torch.device) -> TracedArgs:
+        shape = plan.shape
+        p = None if p is None else probabilities_on(p, shape, device)
+        return TracedArgs(fill, p, rows_on(request, shape, device))
+
+    def mask(self, shape: tuple[int, ...], device: torch.device) -> None:
+        """Operations make their own."""
+
+    def run(self, x: Tensor, job: Job, request: Request) -> Any:
+        keep = self.draw_mask(job)
+        scale, taking = self.scales(job) if request.scale else (None, None)
+        y = operations.select(x, keep, job.draw.fill, scale, taking)
+        if job.target is not None:
+            y = job.target.copy_(y)
+        return (y, keep) if request.return_mask else y
+
+    def run_given(self, x: Tensor, job: Job, request: Request, keep: Tensor, scales: Tensor | None) -> Any:
+        y = operations.select(x if scales is None else operations.scaled(x, scales), keep, job.draw.fill)
+        return y if job.target is None else job.target.copy_(y)
+
+    def draw_mask(self, job: Job) -> Tensor:
+        """The mask in torch's operations; in compiled code from the kernels."""
+        (shape, rule), (_, p, rows), seed = job.plan, job.draw, job.seed
+        compiled = torch.compiler.is_compiling() and not is_exporting()
+        if compiled and not in_transform() and seed.device.type in ("cpu", "cuda"):
+            return kernel_mask(shape, rule, seed, rows, p)
+        return operations.keep_mask(shape, rule, seed, rows, None if p is None else operations.thresholds(p))
+
+    def scales(self, job: Job) -> tuple[Any, Tensor | None]:
+        (shape, rule), (_, p, rows), seed = job.plan, job.draw, job.seed
+        return operations.row_scales(shape, rule, seed, rows, None if p is None else operations.scales(p))
+
+
+HOST, DEVICE, TRACED = _Host(), _Device(), Traced()
+_NUMBERS = {int, float}
+
+
+def choose(x: Tensor, request: Request) -> tuple[Library, str]:
+    """The backend of a call on x, and why kernels can't take it; empty: they do."""
+    if HOST.reads(x):
+        reason = _beside_host(request)
+        return (TRACED if reason else HOST), reason
+    reason = unreadable_reason(x)
+    return (TRACED, f"x: {reason}") if reason else _on_device(x.device, request)
+
+
+def choose_for_mask(device: torch.device, request: Request) -> Library:
+    """The backend of a call for a mask alone, on a device."""
+    if not_eager_reason():
+        return TRACED
+    if device.type == "cpu":
+        return TRACED if _beside_host(request) else HOST
+    return _on_device(device, request)[0]
+
+
+def _on_device(device: torch.device, request: Request) -> tuple[Library, str]:
+    reasons = (f"{name}: {why}" for name, tensor in _tensors(request) if (why := unreadable_reason(tensor)))
+    reason = next(reasons, "") or cuda.obstacle(device)
+    return (TRACED if reason else DEVICE), reason
+
+
+def _beside_host(request: Request) -> str:
+    """Why kernels can't take a call on the host because of its other tensors; empty: they can."""
+    for value in arrays_of(request):
+        # Torch's isinstance takes a microsecond for all of what usually is None or a number.
+        if value is None or type(value) in _NUMBERS or not isinstance(value, Tensor) or HOST.reads(value):
+            continue
+        for name, tensor in _tensors(request):
+            if hasattr(tensor, "device_mesh"):  # torch's operations follow no DTensor beside an ordinary x
+                raise ValueError(
+                    f"{name} is a DTensor, but x is a plain tensor: make x a DTensor, or give {name}.full_tensor(), "
+                    "or what of it belongs to x"
+                )
+        return unreadable_reason(value) or "x lies on the host, but another argument on a device"
+    return ""
+
+
+def _tensors(request: Request) -> Iterator[tuple[str, Tensor]]:
+    named = zip(ARRAYS, arrays_of(request), strict=True)
+    return ((name, value) for name, value in named if isinstance(value, Tensor))
+
+
+# Our operator for masks in compiled code, which can't follow a kernel; to compile Philox in operations takes 10 s.
+@torch.library.custom_op(
+    "msgdrop_numba::keep_mask",
+    mutates_args=(),
+    schema="(SymInt[] shape, Tensor seed, Tensor? p, float[] numbers, SymInt[] rule, Tensor? lengths, Tensor? keys, "
+    "Tensor? protect, SymInt offset, Tensor? positions) -> Tensor",
+)
+def _keep_mask(shape: Any, seed: Any, p: Any, numbers: Any, rule: Any, *rows: Any) -> Tensor:
+    keywords = {name: type(default)(value) for (name, default), value in zip(DEFAULTS.items(), rule, strict=True)}
+    number = tuple(numbers) if len(numbers) == 2 else numbers[0] if numbers else None
+    checked: Rule = ArrayRule(None, **keywords) if number is None else Rule(number, **keywords)
+    plan = plan_of_mask(tuple(shape), checked.for_rows(shape[-1]))
+    lengths, keys, protect, offset, positions = rows
+    request = Request(
+        checked, p, lengths=lengths, keys=keys, protect=protect, positions=offset if positions is None else positions
+    )
+    if seed.device.type == "cpu":
+        return HOST.draw_mask(Job(HOST, plan, row_arguments(plan, p, None, request), arguments.check_seed(seed)))
+    return DEVICE.draw_mask(Job(DEVICE, plan, cuda.row_arguments(plan, p, None, request, seed.device), seed))
+
+
+@_keep_mask.register_fake
+def _(shape: Any, seed: Any, *_: Any) -> Tensor:
+    return seed.new_empty(shape, dtype=torch.bool)  # type: ignore[no-any-return]
