@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,22 +18,51 @@ from msgdrop_numba.call.arguments import (
     split_rule,
 )
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import DEFAULTS, read_rule
+from msgdrop_numba.call.rule import ARGUMENTS, DEFAULTS, ArrayRule, Rule
 from msgdrop_numba.call.select import read_layout
 from msgdrop_numba.call.shown import short
 from msgdrop_numba.functional import message_dropout
 from msgdrop_numba.select import select
 from msgdrop_numba.tensors.seeds import PerRank, check_ranks
 
-ALWAYS = object()  # of what is always printed
+ALWAYS = object()  # marks arguments that are always printed
+
+
+def _of_rule(name: str) -> Any:
+    """An attribute of a layer that is a field of its rule: set, it makes another rule."""
+
+    def get(layer: Layer) -> Any:
+        return getattr(layer.rule, name)
+
+    def change(layer: Layer, value: Any) -> None:
+        layer.rule = replace(layer.rule, **{name: value})
+
+    return property(get, change)
 
 
 class Layer(torch.nn.Module):
-    """What the layers share: the rule, a p that goes along to devices, and what is printed of both."""
+    """The base of all layers: their rule, an array p that goes along to devices, and the printed arguments.
+
+    Attributes:
+        rule: a `Rule`; without p if p is an array.
+    """
 
     __module__ = "msgdrop_numba"  # where a pickle looks for a layer, wherever it stands
-    prefix, per_rank = 0, False  # of layers that were pickled before there were such
-    _shown: ClassVar[dict[str, Any]]  # what is printed where it isn't this
+    per_rank = False  # of layers that were pickled before there was one
+    _shown: ClassVar[dict[str, Any]]  # the arguments that are printed, if they aren't at this value
+    rule: Rule
+    _array: Tensor | None  # no buffer, and float64: the mask's bits must not depend on the layer's dtype. See _apply.
+    exact, span, min_keep, prefix = map(_of_rule, ("exact", "span", "min_keep", "prefix"))
+
+    @property
+    def p(self) -> Any:
+        """The probability of dropping: a number, a range, or a tensor of them."""
+        return self.rule.p if self._array is None else self._array
+
+    @p.setter
+    def p(self, p: Any) -> None:
+        rule, array = split_rule(p, **self.rule.arguments)
+        self.rule, self._array = rule, torch.from_numpy(array) if isinstance(array, np.ndarray) else array
 
     def _set_options(
         self, p: Any, exact: Any, span: Any, min_keep: Any, prefix: Any, message_dims: Any, per_rank: Any
@@ -39,16 +70,25 @@ class Layer(torch.nn.Module):
         rule, array = split_rule(p, exact, span, min_keep, prefix)
         if message_dims is not None:
             check_message_dims(message_dims)
-        # An array is kept as float64 and no buffer: the mask's bits must not depend on the layer's dtype. See _apply.
-        self.p: Any = rule.p if array is None else torch.from_numpy(probabilities(array, tuple(array.shape)))
+        self.rule = rule
+        self._array = None if array is None else torch.from_numpy(probabilities(array, tuple(array.shape)))
         self.message_dims, self.per_rank = message_dims, check_ranks(per_rank)
-        self.exact, self.span, self.min_keep, self.prefix = rule.exact, rule.span, rule.min_keep, rule.prefix
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Layers that were pickled before they kept a rule have its fields."""
+        if "rule" not in state:
+            state = dict(state)
+            p = state.pop("p")
+            keywords = {name: state.pop(name) for name in ARGUMENTS if name in state}
+            is_array = isinstance(p, Tensor)
+            state |= {"rule": ArrayRule(None, **keywords) if is_array else Rule(p, **keywords)}
+            state |= {"_array": p if is_array else None}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def _request(self, x: Tensor, seed: Any, **own: Any) -> Request:
         """The request of a call that removes."""
-        rule, array = read_rule(self._p(x), self.exact, self.span, self.min_keep, self.prefix)
-        generator = self._generator(x, seed)
-        return Request(rule, array, training=self.training, seed=seed, generator=generator, **own)
+        generator, array = self._generator(x, seed), self._array_on(x)
+        return Request(self.rule, array, training=self.training, seed=seed, generator=generator, **own)
 
     def _generator(self, x: Any, seed: Any) -> Any:
         """A PerRank if the layer has per_rank and x, a tensor, gets no seed; else None."""
@@ -60,27 +100,26 @@ class Layer(torch.nn.Module):
         """With the same group of processes, which can't be copied."""
         memo[id(self.per_rank)] = self.per_rank
         made = memo[id(self)] = type(self).__new__(type(self))
-        made.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        made.__setstate__(copy.deepcopy(self.__dict__, memo))
         return made
 
-    def _p(self, x: Tensor) -> Any:
-        p = self.p  # asked for its type first: torch's isinstance takes half a microsecond
-        if type(p) is not float and isinstance(p, Tensor) and not p.is_cpu:
-            return p.to(x.device)  # in a replica on another device
-        return p
+    def _array_on(self, x: Tensor) -> Tensor | None:
+        """The array p; of a replica on another device, there."""
+        array = self._array
+        return array if array is None or array.is_cpu else array.to(x.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Take an array p along to a CUDA device: copied at each call, it would break a CUDA graph."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if isinstance(self.p, Tensor):
-            device = fn(torch.empty(0, device=self.p.device)).device
-            self.p = self.p.to(device if device.type == "cuda" else "cpu")
+        if self._array is not None:
+            device = fn(torch.empty(0, device=self._array.device)).device
+            self._array = self._array.to(device if device.type == "cuda" else "cpu")
         return self
 
     def extra_repr(self) -> str:
         shown = {"p": self.p}
         for name, default in self._shown.items():
-            value = getattr(self, name)
+            value = getattr(self.rule if name in DEFAULTS else self, name)
             if default is ALWAYS or hasattr(value, "shape") or value != default:
                 shown[name] = value
         return ", ".join(f"{name}={short(value, name)}" for name, value in shown.items())
@@ -177,14 +216,14 @@ class MessageDropout(Layer):
         Returns:
             A tensor like x, or `(y, keep)` with `return_mask`.
         """
-        p, fill = self._p(x), self.fill
+        fill, array = self.fill, self._array_on(x)
+        p, keywords = (self.rule, {}) if array is None else (array, self.rule.arguments)
         if type(fill) is not float and isinstance(fill, Tensor) and torch.is_autocast_enabled(x.device.type):
             fill = fill.to(x.dtype)
         return message_dropout(
-            x, p, self.training, self.inplace, scale=self.scale, exact=self.exact, span=self.span,
-            min_keep=self.min_keep, prefix=self.prefix, lengths=lengths, fill=fill, message_dims=self.message_dims,
-            seed=seed, keys=keys, protect=protect, positions=positions, generator=self._generator(x, seed),
-            return_mask=return_mask,
+            x, p, self.training, self.inplace, scale=self.scale, lengths=lengths, fill=fill,
+            message_dims=self.message_dims, seed=seed, keys=keys, protect=protect, positions=positions,
+            generator=self._generator(x, seed), return_mask=return_mask, **keywords,
         )  # fmt: skip
 
     if TYPE_CHECKING:  # torch says nothing of what a call gives back
@@ -249,9 +288,9 @@ class MessageSelect(Layer):
         if return_kept not in (True, False, "indices"):
             raise ValueError(f"return_kept must be True, False or 'indices', but got {return_kept!r}")
         if return_kept == "indices":
-            if not exact or layout not in (None, "dense"):
+            if not self.rule.exact or layout not in (None, "dense"):
                 raise ValueError(
-                    f"return_kept='indices' needs rows of one length, but got exact={exact}, layout={layout!r}: "
+                    f"return_kept='indices' needs rows of one length, but got exact={self.exact}, layout={layout!r}: "
                     "give exact=True"
                 )
             layout = "dense"

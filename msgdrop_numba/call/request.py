@@ -54,7 +54,7 @@ class Options:
     def of_state(cls, state: tuple[Any, ...]) -> Options:
         """The options that gave a state."""
         p, keywords, *others = state
-        named = dict(zip(KEYWORDS, keywords, strict=True))
+        named = dict(zip(KEYWORDS, keywords, strict=False))  # a state may be older than a field
         if p is None or isinstance(p, np.ndarray):
             return cls(ArrayRule(None, **named), p, *others)
         return cls(Rule(p, **named), None, *others)

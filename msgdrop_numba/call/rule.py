@@ -92,6 +92,11 @@ class Rule:
         """The fields behind p, by name."""
         return {name: getattr(self, name) for name in KEYWORDS}
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The fields that public signatures have beside p, by name."""
+        return {name: getattr(self, name) for name in ARGUMENTS}
+
     def for_rows(self: R, size: int, start: int = 0) -> R:
         """The rule for `size` messages of a row, from `start` on: the prefix ends with them."""
         if not start and self.prefix <= size:
@@ -148,6 +153,8 @@ Rule.__module__ = "msgdrop_numba"  # where a pickle looks for it; dataclasses ne
 # The keywords of a rule with their defaults, each a bool or an integer.
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Rule)[1:] if f.init}
 KEYWORDS = tuple(DEFAULTS)
+# Those that signatures have beside p. A new field has no keyword there: it is given by a Rule.
+ARGUMENTS = "exact", "span", "min_keep", "prefix"
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -207,7 +214,7 @@ def cached_rule(p: float | Rule, exact: Any, span: Any, min_keep: Any, prefix: A
 
 def check_alone(*keywords: Any) -> None:
     """Refuse keywords of a rule beside a Rule. One at its default can't be told from one that wasn't given."""
-    for name, given in zip(KEYWORDS, keywords, strict=True):
+    for name, given in zip(ARGUMENTS, keywords, strict=True):
         if type(given) is not type(DEFAULTS[name]) or given != DEFAULTS[name]:
             raise ValueError(
                 f"p is a Rule, which says what {name} is, but got {name}={given!r} beside it: leave it out"

@@ -27,7 +27,11 @@ def _shared_source(function: Device) -> Device:
 
 _philox4x32_10 = _shared_source(philox.philox4x32_10)
 _fold_in = _shared_source(philox.fold_in)
-_multiply_shift = _shared_source(rules.multiply_shift)
+_row_phase = _shared_source(rules.row_phase)
+_row_threshold = _shared_source(rules.row_threshold)
+_may_drop = _shared_source(rules.may_drop)
+_range_scale = _shared_source(rules.range_scale)
+_exact_scale = _shared_source(rules.exact_scale)
 
 _load_int, _store_int = number(np.int64)
 _load_word, _store_word = number(np.uint64)
@@ -115,9 +119,9 @@ def make_row(rule: Rule, args: CudaArgs, index: Any) -> Row:
     taking = _load_int(args.taking + 8 * index) if args.taking else max(np.int64(0), valid - rule.prefix)
     phase, threshold = np.int64(0), np.uint64(rule.threshold)
     if rule.span > 1 and not args.given:
-        phase = np.int64(_multiply_shift(rule.span, np.int64(_first_draw(seed, key, STREAM_PHASE)), 32))
+        phase = np.int64(_row_phase(rule.span, _first_draw(seed, key, STREAM_PHASE)))
     if rule.ranged:
-        threshold += (np.uint64(rule.spread) * _first_draw(seed, key, STREAM_RANGE)) >> _32
+        threshold = _row_threshold(threshold, rule.spread, _first_draw(seed, key, STREAM_RANGE))
     return Row(
         seed, key, valid, taking, phase, threshold,
         args.thresholds + args.row_bytes * index if args.thresholds else np.int64(0),
@@ -158,15 +162,6 @@ def _limit_draw(rule: Rule, row: Row, i: Any) -> Any:
 
 
 @device
-def _may_drop(rule: Rule, row: Row) -> Any:
-    """How many of a row may drop, where that is limited; with `exact`, how many do."""
-    limit = max(np.int64(0), row.taking - rule.min_keep)
-    if rule.exact:
-        limit = min(limit, _multiply_shift(row.taking, 2 * np.int64(row.threshold) + 1, 33))
-    return limit
-
-
-@device
 def keeps(rule: Rule, row: Row, i: Any, limit: Any) -> Any:
     """Whether message i, which takes part, is kept; `limit` is where `select` left the row's cutoff, 0: it has none."""
     if not _candidate(rule, row, i):
@@ -181,14 +176,19 @@ def keeps(rule: Rule, row: Row, i: Any, limit: Any) -> Any:
 
 
 @device
-def scale_of_kept(rule: Rule, row: Row, scale: float, place: Any) -> float:
+def _row_may_drop(rule: Rule, row: Row) -> Any:
+    return _may_drop(row.taking, row.threshold, rule.exact, rule.min_keep)
+
+
+@device
+def scale_of_kept(rule: Rule, row: Row, scale: float, place: Any) -> Any:
     """What a kept message that takes part is multiplied by; `place` is where its own scale lies, 0: it has none."""
     if rule.drops_all or (rule.ranged and row.threshold == EVERYTHING):
         return 1.0
     if rule.exact:
-        return float(row.taking) / float(max(np.int64(1), row.taking - _may_drop(rule, row)))
+        return _exact_scale(row.taking, _row_may_drop(rule, row))
     if rule.ranged:
-        return 2.0**32 / float(np.int64(EVERYTHING - row.threshold))
+        return _range_scale(row.threshold)
     return _load_float(place) if place else scale
 
 
@@ -240,7 +240,7 @@ def select(rows: int, rule: Rule, args: CudaArgs, limits: int) -> None:
     index = np.int64(cuda.blockIdx.x)
     while index < rows:
         row = make_row(rule, args, index)
-        limit = _may_drop(rule, row)
+        limit = _row_may_drop(rule, row)
         leading, shift, end, digit = np.uint64(0), np.uint64(32), np.int64(0), np.int64(0)
         while shift > np.uint64(0) and digit >= 0:
             shift -= np.uint64(BITS)

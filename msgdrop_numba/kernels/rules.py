@@ -90,10 +90,10 @@ def make_row(words: int, plan: Any, draw: Any, bits: int, index: int) -> Row:
     if draw["per_row"]:
         thresholds += 8 * plan["size"] * index
     phase, threshold = np.int64(0), np.uint64(plan["threshold"])
-    if plan["span"] > 1:  # so begun, every position keeps the marginal probability p
-        phase = multiply_shift(plan["span"], np.int64(_first_draw(words, seed, key, STREAM_PHASE)), 32)
+    if plan["span"] > 1:
+        phase = row_phase(plan["span"], _first_draw(words, seed, key, STREAM_PHASE))
     if plan["ranged"]:
-        threshold += (np.uint64(plan["spread"]) * _first_draw(words, seed, key, STREAM_RANGE)) >> _32
+        threshold = row_threshold(threshold, plan["spread"], _first_draw(words, seed, key, STREAM_RANGE))
     taking = max(0, row_valid(plan, draw, index) - plan["prefix"])
     if draw["taking"]:
         taking = view(draw["taking"] + 8 * index, 1, np.int64)[0]
@@ -116,25 +116,57 @@ def multiply_shift(a: Any, b: Any, shift: int) -> Any:
     return (a * high + ((a * low) >> 17)) >> (shift - 17)
 
 
-@inner_jit
-def _may_drop(plan: Any, row: Row) -> Any:
-    """How many of a row may drop, where that is limited; with `exact`, how many do: floor(n p), in integers."""
-    limit = max(0, row.taking - plan["min_keep"])
-    if not plan["exact"]:
-        return limit
-    return min(limit, multiply_shift(row.taking, 2 * np.int64(row.threshold) + 1, 33))
+# Scalar rules, compiled for the CPU and for CUDA devices from this one source.
+
+
+@inlined_jit
+def row_phase(span: Any, draw: Any) -> Any:
+    """Where in a span a row begins, from its draw: so begun, every position keeps the marginal probability p."""
+    return multiply_shift(span, np.int64(draw), 32)
+
+
+@inlined_jit
+def row_threshold(threshold: Any, spread: Any, draw: Any) -> Any:
+    """T(p) of a row that draws its own p of a range."""
+    return np.uint64(threshold) + ((np.uint64(spread) * draw) >> _32)
+
+
+@inlined_jit
+def may_drop(taking: Any, threshold: Any, exact: Any, min_keep: Any) -> Any:
+    """How many of a row's `taking` messages may drop, where that is limited; with `exact`, how many do: floor(n p)."""
+    limit = max(np.int64(0), taking - min_keep)
+    if exact:
+        limit = min(limit, multiply_shift(taking, 2 * np.int64(threshold) + 1, 33))
+    return limit
+
+
+@inlined_jit
+def range_scale(threshold: Any) -> Any:
+    """1 / (1 - p) of a row that drew its own p, and 1 where that is 1."""
+    return 1.0 if threshold == EVERYTHING else 2.0**32 / float(np.int64(EVERYTHING - threshold))
+
+
+@inlined_jit
+def exact_scale(taking: Any, dropped: Any) -> Any:
+    """n / (n - d) where exactly d of n messages drop."""
+    return float(taking) / float(max(np.int64(1), taking - dropped))
 
 
 @inlined_jit
 def row_scale(plan: Any, row: Row) -> float:
-    """What the kept messages of a row that take part are multiplied by: n / (n - d) where exactly d of n drop."""
+    """The factor of the kept messages of a row that take part."""
     if plan["drops_all"] or (plan["ranged"] and row.threshold == EVERYTHING):
         return 1.0
     if plan["exact"]:
-        return float(row.taking) / float(max(1, row.taking - _may_drop(plan, row)))
+        return exact_scale(row.taking, _row_may_drop(plan, row))  # type: ignore[no-any-return]
     if plan["ranged"]:
-        return 2.0**32 / float(np.int64(EVERYTHING - row.threshold))
+        return range_scale(row.threshold)  # type: ignore[no-any-return]
     return float(plan["scale"])
+
+
+@inner_jit
+def _row_may_drop(plan: Any, row: Row) -> Any:
+    return may_drop(row.taking, row.threshold, plan["exact"], plan["min_keep"])
 
 
 @inner_jit
@@ -227,8 +259,8 @@ def row_cutoff(memory: int, words: int, plan: Any, row: Row, valid: int) -> Cuto
     if not plan["count_limited"]:
         return Cutoff(EVERYTHING, np.int64(0))
     stream = _limit_stream(plan)
-    limit = _may_drop(plan, row)
-    prefix, counts, drop = np.uint64(0), view(stack(COUNTS), 256, np.int64), view(memory, BLOCK, np.bool_)
+    limit = _row_may_drop(plan, row)
+    leading_bits, counts, drop = np.uint64(0), view(stack(COUNTS), 256, np.int64), view(memory, BLOCK, np.bool_)
     for shift in (24, 16, 8, 0):
         low = np.uint64(shift)
         for digit in range(256):
@@ -240,7 +272,7 @@ def row_cutoff(memory: int, words: int, plan: Any, row: Row, valid: int) -> Cuto
             draws = view(_draw(words, row, stream, first, count), count, np.uint32)
             for j in range(count):
                 digits = np.uint64(draws[j]) >> low
-                if drop[j] and digits >> _8 == prefix:
+                if drop[j] and digits >> _8 == leading_bits:
                     counts[digits & _255] += 1
                     candidates += 1
         if shift == 24 and candidates <= limit:
@@ -249,10 +281,10 @@ def row_cutoff(memory: int, words: int, plan: Any, row: Row, valid: int) -> Cuto
         while limit >= counts[digit]:
             limit -= counts[digit]
             digit += 1
-        prefix = (prefix << _8) | np.uint64(digit)
+        leading_bits = (leading_bits << _8) | np.uint64(digit)
         if limit == 0:
-            return Cutoff(prefix << low, np.int64(0))
-    return Cutoff(prefix, _after_ties(memory, words, plan, row, valid, prefix, limit))
+            return Cutoff(leading_bits << low, np.int64(0))
+    return Cutoff(leading_bits, _after_ties(memory, words, plan, row, valid, leading_bits, limit))
 
 
 @inlined_jit

@@ -18,7 +18,7 @@ from msgdrop_numba.call.arguments import (
     split_positions,
 )
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import KEYWORDS, ArrayRule, Rule
+from msgdrop_numba.call.rule import ARGUMENTS, ArrayRule, Rule
 
 Name = Callable[[int], str]  # what a row is called in an error, by its number in the batch
 
@@ -113,7 +113,7 @@ def sources(
     rule: Rule
     array = None
     if "p" in own:
-        rule = ArrayRule(None, **dict(zip(KEYWORDS, keywords, strict=True))).check()
+        rule = ArrayRule(None, **dict(zip(ARGUMENTS, keywords, strict=True))).check()
     else:
         rule, array = position_rule(p, *keywords)
     offset, each = (0, None) if "positions" in own else split_positions(positions, 1)
