@@ -15,7 +15,7 @@ from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.keys import row_keys
 from msgdrop_numba.call.plan import (
     PLAIN,
-    Draw,
+    MaskArgs,
     Plan,
     RecentPlans,
     array_plan,
@@ -27,6 +27,7 @@ from msgdrop_numba.call.plan import (
 )
 from msgdrop_numba.call.request import Job, Request, perform, prepare, prepare_mask, turned
 from msgdrop_numba.call.select import (
+    ARRAYS,
     PACKED,
     Layout,
     Selection,
@@ -120,7 +121,7 @@ class _NumPy:
     def check_seed(self, seed: Any, generator: Any, device: Any) -> int | None:
         return arguments.check_source(seed, generator, np.random.Generator)
 
-    def draw(self, plan: Plan, p: Any, fill: Any, request: Request, device: Any) -> Draw:
+    def mask_args(self, plan: Plan, p: Any, fill: Any, request: Request, device: Any) -> MaskArgs:
         return row_arguments(plan, p, fill, request)
 
     def seed(self, given: int | None, generator: np.random.Generator | None, device: Any) -> int:
@@ -141,10 +142,10 @@ class _NumPy:
         return target
 
     def run(self, x: np.ndarray, job: Job, request: Request) -> Any:
-        result = self.drop(job.plan, job.draw, job.seed, x, job.target, job.mask)
+        result = self.drop(job.plan, job.args, job.seed, x, job.target, job.mask)
         return (result, job.mask) if request.return_mask else result
 
-    def drop(self, plan: Plan, draw: Draw, seed: int, x: np.ndarray, target: Any, mask: Any = None) -> np.ndarray:
+    def drop(self, plan: Plan, args: MaskArgs, seed: int, x: np.ndarray, target: Any, mask: Any = None) -> np.ndarray:
         """x with its messages dropped, in the target or in a new array. A mask is written."""
         in_order, result = x.flags.c_contiguous, target
         if target is None:
@@ -152,19 +153,19 @@ class _NumPy:
         if not (in_order and (target is None or target.flags.c_contiguous)):
             plan = follow(plan, x.strides, result.strides)
         if plan.messages and not obstacle(plan, x.dtype):
-            launch(plan, draw, seed, address(x), address(result), 0 if mask is None else address(mask))
+            launch(plan, args, seed, address(x), address(result), 0 if mask is None else address(mask))
         elif plan.messages:
-            _write(plan, draw, seed, x, result, self.draw_mask(Job(self, plan, draw, seed, None, mask)))
+            _write(plan, args, seed, x, result, self.draw_mask(Job(self, plan, args, seed, None, mask)))
         return result  # type: ignore[no-any-return]
 
     def draw_mask(self, job: Job) -> np.ndarray:
         mask: np.ndarray = np.empty(job.plan.shape, np.bool_) if job.mask is None else job.mask
         if job.plan.messages:
-            launch(job.plan, job.draw, job.seed, 0, 0, address(mask))
+            launch(job.plan, job.args, job.seed, 0, 0, address(mask))
         return mask
 
     def message_scales(self, job: Job) -> np.ndarray:
-        return slot_scales(job.plan, job.draw, job.seed)
+        return slot_scales(job.plan, job.args, job.seed)
 
 
 NUMPY = _NumPy()
@@ -190,16 +191,16 @@ def fast_path(
             plan = _plan_of(x, recent)
             if plan is None:
                 return None
-        draw = PLAIN
+        args = PLAIN
         if lengths is not None or keys is not None:
             rows = plan.shape[:-1]
-            draw = Draw(None, arguments.row_lengths(lengths, rows, plan.size), row_keys(keys, rows))
+            args = MaskArgs(None, arguments.row_lengths(lengths, rows, plan.size), row_keys(keys, rows))
     except (TypeError, ValueError):  # all steps say what is wrong
         return None
     target = x if inplace else out
     if target is not None and ((inplace and out is not None) or not _fits(target, x, plan)):
         return None
-    return NUMPY.drop(plan, draw, NUMPY.seed(seed, None, None), x, target)
+    return NUMPY.drop(plan, args, NUMPY.seed(seed, None, None), x, target)
 
 
 def _plan_of(x: np.ndarray, recent: RecentPlans) -> Plan | None:
@@ -226,20 +227,20 @@ def _fits(target: Any, x: np.ndarray, plan: Plan) -> bool:
     return apart and target.shape == x.shape and target.dtype == x.dtype
 
 
-def _write(plan: Plan, draw: Draw, seed: int, x: np.ndarray, result: np.ndarray, mask: np.ndarray) -> None:
+def _write(plan: Plan, args: MaskArgs, seed: int, x: np.ndarray, result: np.ndarray, mask: np.ndarray) -> None:
     """What the kernels do, in NumPy's operations: for layouts and byte orders that they can't follow."""
     wide = (*plan.shape, *(1,) * (x.ndim - mask.ndim))
     kept = mask.reshape(wide)
     if plan.kind != COPY:
-        scales, taking = (array.reshape(wide) for array in kept_scales(plan, draw, seed))
+        scales, eligible = (array.reshape(wide) for array in kept_scales(plan, args, seed))
         real = np.float64 if plan.kind == FLOAT64 else np.float32
         parts = [(x.real, result.real), (x.imag, result.imag)] if x.dtype.kind == "c" else [(x, result)]
         with np.errstate(all="ignore"):
             for part, into in parts:
-                np.multiply(part, scales.astype(real), out=into, where=kept & taking, dtype=real, casting="same_kind")
-        kept = kept & ~taking
+                np.multiply(part, scales.astype(real), out=into, where=kept & eligible, dtype=real, casting="same_kind")
+        kept = kept & ~eligible
     np.copyto(result, x, where=kept)
-    fill = np.zeros((), x.dtype) if draw.fill is None else draw.fill
+    fill = np.zeros((), x.dtype) if args.fill is None else args.fill
     np.copyto(result, fill, where=~mask.reshape(wide))
 
 
@@ -254,16 +255,16 @@ def message_select(x: np.ndarray, request: Request, layout: Layout) -> tuple[np.
 def _select(layout: Layout, x: np.ndarray, request: Request) -> tuple[np.ndarray, Selection | None]:
     job = prepare(NUMPY, x, request, partial(form_of, layout, request))
     plan, dims = job.plan, len(job.plan.shape)
-    passes = job.seed is None and (layout.name != PACKED or job.draw.lengths is None)
+    passes = job.seed is None and (layout.name != PACKED or job.args.lengths is None)
     found = None if passes and not layout.wants_kept else _selection(job, layout.capacity)
     if passes:
         return (x.reshape(plan.messages, *x.shape[dims:]) if layout.name == PACKED else x), found
     assert found is not None
     if plan.kind == COPY or job.seed is None:
-        return _moved(x, dims, found.numbers), found
+        return _moved(x, dims, found.index), found
     native = x.astype(x.dtype.newbyteorder("="), copy=False)
-    scales = of_slots(NUMPY.message_scales(job), found.numbers)
-    return _moved(native, dims, found.numbers, scales=scales, kind=plan.kind).astype(x.dtype, copy=False), found
+    scales = of_slots(NUMPY.message_scales(job), found.index)
+    return _moved(native, dims, found.index, scales=scales, kind=plan.kind).astype(x.dtype, copy=False), found
 
 
 def select_messages(shape: tuple[int, ...], request: Request, layout: Layout) -> Selection:
@@ -277,12 +278,12 @@ def _selection(job: Job, capacity: int | None) -> Selection:
         mask, capacity = np.ones(plan.shape, np.bool_), None if form.name == PACKED else plan.size
     else:
         mask = NUMPY.draw_mask(job)
-    return place(form, capacity, plan.shape, address(mask), job.draw.lengths)
+    return place(form, capacity, plan.shape, address(mask), job.args.lengths)
 
 
 def take(x: np.ndarray, dims: int, found: Selection) -> np.ndarray:
     """What is kept of x, over its leading `dims`; zeros in padding."""
-    return _moved(x, dims, found.numbers)
+    return _moved(x, dims, found.index)
 
 
 def take_shared(x: np.ndarray, within: np.ndarray) -> np.ndarray:
@@ -292,24 +293,24 @@ def take_shared(x: np.ndarray, within: np.ndarray) -> np.ndarray:
 
 def restore(y: np.ndarray, fill: Any, found: Selection) -> np.ndarray:
     """The messages of y where they were, the fill where one was removed: one message, or one for each."""
-    dims = found.numbers.ndim
+    dims = found.index.ndim
     full = (*found.shape, *y.shape[dims:])
     if not isinstance(fill, np.ndarray) or fill.ndim != len(full):
-        return _moved(y, dims, found.slots, NUMPY.fill(fill, y, dims))
+        return _moved(y, dims, found.inverse_index, NUMPY.fill(fill, y, dims))
     if fill.shape != full or fill.dtype != y.dtype:
         raise ValueError(f"a fill of all messages must be {full} {y.dtype}, but got {fill.shape} {fill.dtype}")
-    return _moved(y, dims, found.slots, np.ascontiguousarray(fill))
+    return _moved(y, dims, found.inverse_index, np.ascontiguousarray(fill))
 
 
 def as_here(found: Selection, x: np.ndarray) -> Selection:
     """A selection as arrays; its tensors are on the host."""
-    if isinstance(found.numbers, np.ndarray):
+    if isinstance(found.index, np.ndarray):
         return found
-    if found.numbers.device.type != "cpu":
+    if found.index.device.type != "cpu":
         raise ValueError(
-            f"a NumPy array needs what was kept on the host, but that is on {found.numbers.device}: kept.to('cpu')"
+            f"a NumPy array needs what was kept on the host, but that is on {found.index.device}: kept.to('cpu')"
         )
-    return found._replace(**{name: getattr(found, name).numpy() for name in ("numbers", "slots", "lengths")})
+    return found._replace(**{name: getattr(found, name).numpy() for name in ARRAYS})
 
 
 def _moved(

@@ -16,7 +16,7 @@ from msgdrop_numba.call.arguments import address
 from msgdrop_numba.call.keys import row_keys
 from msgdrop_numba.call.rule import MAX_ROW, Rule, cached_rule
 from msgdrop_numba.kernels.cpu import scale_rows
-from msgdrop_numba.kernels.records import COPY, LINE, OTHER, PLAN, RULE, DrawNumbers, PlanNumbers
+from msgdrop_numba.kernels.records import COPY, LINE, OTHER, PLAN, RULE, MaskNumbers, PlanNumbers
 
 # Below this many bytes written, waking threads costs more than it saves.
 PARALLEL_BYTES = 256 * 1024
@@ -38,7 +38,7 @@ IN_PIECES = "its features aren't contiguous"  # what a device can't follow
 UNKNOWN_SCALE = "the kernels can't scale its dtype"
 
 
-class Rows(NamedTuple):
+class RowPointers(NamedTuple):
     """Where the messages of each row lie, each in memory of its own.
 
     Fields:
@@ -61,7 +61,7 @@ class Places(NamedTuple):
     """
 
     protect: Any = None
-    taking: Any = None
+    eligible: Any = None
     offset: int = 0
     positions: Any = None
 
@@ -70,7 +70,7 @@ ALL = Places()
 _NOWHERE = (0,) * 6  # what of a record says so
 
 
-class Draw:
+class MaskArgs:
     """What decides the masks of one call beside plan and seed; arrays are kept alive here while a kernel reads them.
 
     Args:
@@ -84,13 +84,13 @@ class Draw:
     """
 
     __slots__ = (
-        "_numbers", "address", "fill", "given", "keys", "lengths", "places", "plain", "record", "rows", "scales",
+        "_numbers", "address", "fill", "given", "is_bernoulli", "keys", "lengths", "places", "record", "rows", "scales",
         "seeded", "thresholds",
     )  # fmt: skip
 
     def __init__(
         self, fill: Any = None, lengths: Any = None, keys: Any = None, thresholds: Any = None, scales: Any = None,
-        given: bool = False, rows: Rows | None = None, places: Places = ALL,
+        given: bool = False, rows: RowPointers | None = None, places: Places = ALL,
     ) -> None:  # fmt: skip
         self.fill, self.lengths, self.keys, self.thresholds = fill, lengths, keys, thresholds
         self.scales, self.given, self.rows, self.places = scales, given, rows, places
@@ -99,13 +99,13 @@ class Draw:
         per_row = (thresholds is not None and thresholds.ndim > 1) or (scales is not None and scales.ndim > 1)
         starts, padding = (0, 0) if rows is None else (address(rows.starts), address(rows.padding))
         stand = _NOWHERE
-        self.plain = thresholds is None  # as a plan's
+        self.is_bernoulli = thresholds is None  # as a plan's
         if places is not ALL:
-            protect, taking, offset, positions = places
+            protect, eligible, offset, positions = places
             numbered = protect is None and positions is None
-            self.seeded, self.plain = self.seeded and numbered, self.plain and numbered
+            self.seeded, self.is_bernoulli = self.seeded and numbered, self.is_bernoulli and numbered
             stand = (
-                address(protect), _row_bytes(protect, 1), address(taking), offset, address(positions),
+                address(protect), _row_bytes(protect, 1), address(eligible), offset, address(positions),
                 _row_bytes(positions, 8),
             )  # fmt: skip
         # One DRAW, whose fields are all int64.
@@ -121,7 +121,7 @@ class Draw:
     def numbers(self) -> Any:
         """The record's fields, a DrawNumbers."""
         if self._numbers is None:
-            self._numbers = DrawNumbers._make(self.record)
+            self._numbers = MaskNumbers._make(self.record)
         return self._numbers
 
 
@@ -130,8 +130,8 @@ def _row_bytes(values: Any, itemsize: int) -> int:
     return itemsize * values.shape[-1] if values is not None and values.ndim > 1 else 0
 
 
-PLAIN = Draw()
-GIVEN = Draw(given=True)
+PLAIN = MaskArgs()
+GIVEN = MaskArgs(given=True)
 
 
 class Plan(NamedTuple):
@@ -143,8 +143,8 @@ class Plan(NamedTuple):
     nbytes: int  # that a call writes, at most
     kind: int  # what is done to kept elements, see kernels.records
     obstacle: str  # why the kernels can't follow; empty: they can
-    followed: bool  # whether there is none
-    plain: bool  # whether each message drops by a draw of its own, at one p
+    kernel_ok: bool  # whether there is none
+    is_bernoulli: bool  # whether each message drops by a draw of its own, at one p
     rule: Rule
     arguments: tuple[Any, ...]  # that it was made from, but for strides
     record: np.ndarray[Any, Any]  # one PLAN, what the kernels read
@@ -261,7 +261,7 @@ def check_prefix(rule: Rule, size: int) -> None:
         raise ValueError(f"prefix must be at most {size}, the messages of a row, but got {rule.prefix}")
 
 
-def row_arguments(plan: Plan, p: Any, fill: Any, request: Any) -> Draw:
+def row_arguments(plan: Plan, p: Any, fill: Any, request: Any) -> MaskArgs:
     """The arguments that are arrays over rows or messages, checked and laid out for the kernels; p None: no array."""
     shape = plan.shape
     thresholds = scales = None
@@ -277,33 +277,33 @@ def row_arguments(plan: Plan, p: Any, fill: Any, request: Any) -> Draw:
             plan, lengths, protect, offset,
             None if positions is None else arguments.message_positions(positions, shape),
         )  # fmt: skip
-    return Draw(fill, lengths, keys, thresholds, scales, places=places)
+    return MaskArgs(fill, lengths, keys, thresholds, scales, places=places)
 
 
 def row_places(plan: Plan, lengths: Any, protect: Any, offset: int, positions: Any) -> Places:
     """`Places` of checked arrays."""
     counted = protect is not None and plan.rule.count_limited
-    taking = _taking(plan, lengths, protect).sum(axis=-1, dtype=np.int64) if counted else None
-    return Places(protect, None if taking is None else np.ravel(taking), offset, positions)
+    eligible = _eligible(plan, lengths, protect).sum(axis=-1, dtype=np.int64) if counted else None
+    return Places(protect, None if eligible is None else np.ravel(eligible), offset, positions)
 
 
-def _taking(plan: Plan, lengths: Any, protect: Any) -> np.ndarray[Any, Any]:
+def _eligible(plan: Plan, lengths: Any, protect: Any) -> np.ndarray[Any, Any]:
     """Whether a message takes part, neither padding nor protected, over the message dims."""
     position = np.arange(plan.size)
-    taking = position >= plan.rule.prefix
+    eligible = position >= plan.rule.prefix
     if lengths is not None:
-        taking = taking & (position < lengths.reshape(plan.shape[:-1])[..., None])
-    return np.broadcast_to(taking if protect is None else taking & ~protect, plan.shape)
+        eligible = eligible & (position < lengths.reshape(plan.shape[:-1])[..., None])
+    return np.broadcast_to(eligible if protect is None else eligible & ~protect, plan.shape)
 
 
-def kept_scales(plan: Plan, draw: Draw, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def kept_scales(plan: Plan, args: MaskArgs, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """What the kernels multiply each message by (float64), and where they do, over the message dims."""
-    scales = draw.scales
+    scales = args.scales
     if scales is None:
         scales = np.empty((*plan.shape[:-1], 1))
         bits = seed if seed < 2**63 else seed - 2**64
-        scale_rows(plan.address, draw.address, bits, scales.size, address(scales))
-    return np.broadcast_to(scales, plan.shape), _taking(plan, draw.lengths, draw.places.protect)
+        scale_rows(plan.address, args.address, bits, scales.size, address(scales))
+    return np.broadcast_to(scales, plan.shape), _eligible(plan, args.lengths, args.places.protect)
 
 
 def follow(contiguous: Plan, strides: tuple[int, ...], out_strides: tuple[int, ...]) -> Plan:

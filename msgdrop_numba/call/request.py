@@ -96,7 +96,7 @@ class Job(NamedTuple):
     Fields:
         library: the backend that runs it.
         plan: what is the same for all arrays of this shape, its rule too.
-        draw: what the call's arrays decide beside.
+        args: the arrays of the call, see `plan.MaskArgs`.
         seed: of the kind that the library draws from; None: nothing drops.
         target: the array to write; None: a new one.
         mask: where the keep mask goes; None: nobody asks for it.
@@ -106,7 +106,7 @@ class Job(NamedTuple):
 
     library: Any
     plan: Any
-    draw: Any
+    args: Any
     seed: Any
     target: Any = None
     mask: Any = None
@@ -138,9 +138,9 @@ class Library(Protocol):
     def check_seed(self, seed: Any, generator: Any, device: Any) -> Any:
         """The seed, read; None: to be drawn."""
 
-    nothing: Any  # the draw of a call without arrays
+    nothing: Any  # the `args` of a call without arrays
 
-    def draw(self, plan: Any, p: Any, fill: Any, request: Request, device: Any) -> Any:
+    def mask_args(self, plan: Any, p: Any, fill: Any, request: Request, device: Any) -> Any:
         """The arrays over rows or messages, laid out; p None: a number."""
 
     def seed(self, given: Any, generator: Any, device: Any) -> Any:
@@ -186,12 +186,12 @@ def prepare(library: Library, x: Any, request: Request, form_of: Any = None) -> 
     seed = request.seed
     if seed is not None or request.generator is not None:
         seed = library.check_seed(seed, request.generator, device)
-    draw = _draw(library, plan, p, fill, request, device)
+    args = _mask_args(library, plan, p, fill, request, device)
     if not active:
-        return Job(library, plan, draw, None, target, form=form)
+        return Job(library, plan, args, None, target, form=form)
     seed = library.seed(seed, request.generator, device)
     mask = library.mask(plan.shape, device) if request.return_mask else None
-    return Job(library, plan, draw, seed, target, mask, None, form)
+    return Job(library, plan, args, seed, target, mask, None, form)
 
 
 def prepare_mask(
@@ -202,8 +202,8 @@ def prepare_mask(
     plan = library.mask_plan(shape, rule)
     form = None if form_of is None else form_of(plan)
     seed = None if request.seed is None else library.check_seed(request.seed, None, device)
-    draw = _draw(library, plan, p, None, request, device)
-    return Job(library, plan, draw, library.seed(seed, None, device), form=form)
+    args = _mask_args(library, plan, p, None, request, device)
+    return Job(library, plan, args, library.seed(seed, None, device), form=form)
 
 
 def _rule_and_p(library: Library, request: Request) -> tuple[Rule, Any]:
@@ -212,11 +212,11 @@ def _rule_and_p(library: Library, request: Request) -> tuple[Rule, Any]:
     return (rule, None) if p is None or not isinstance(rule, ArrayRule) else rule.resolve(library.split_p, p)
 
 
-def _draw(library: Library, plan: Any, p: Any, fill: Any, request: Request, device: Any) -> Any:
+def _mask_args(library: Library, plan: Any, p: Any, fill: Any, request: Request, device: Any) -> Any:
     """The arrays of a call, laid out."""
     has_arrays = p is not None or fill is not None or request.lengths is not None or request.keys is not None
     if has_arrays or request.protect is not None or request.positions is not None:
-        return library.draw(plan, p, fill, request, device)
+        return library.mask_args(plan, p, fill, request, device)
     return library.nothing
 
 

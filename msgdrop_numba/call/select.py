@@ -45,8 +45,8 @@ class Selection(NamedTuple):
     Fields:
         layout: one of LAYOUTS.
         shape: the message dims.
-        numbers: int64, for each slot the number of its message, -1 in padding: `(*rows, slots)`; packed: `(slots,)`.
-        slots: int64 over the message dims: the slot of each message, -1: it was removed.
+        index: int64, for each slot the number of its message, -1 in padding: `(*rows, slots)`; packed: `(slots,)`.
+        inverse_index: int64 over the message dims: the slot of each message, -1: it was removed.
         lengths: int64 over the rows: how many of each remain.
         max_length: no row has more.
         overflow: whether there were more than there is room for, on a device a 0-d bool tensor.
@@ -54,11 +54,14 @@ class Selection(NamedTuple):
 
     layout: str
     shape: tuple[int, ...]
-    numbers: Any
-    slots: Any
+    index: Any
+    inverse_index: Any
     lengths: Any
     max_length: int
     overflow: Any = False
+
+
+ARRAYS = "index", "inverse_index", "lengths"  # the fields of a Selection that are arrays
 
 
 def read_layout(layout: Any, capacity: Any, wants_kept: bool = True) -> Layout:
@@ -134,10 +137,10 @@ def place(form: Form, capacity: int | None, shape: tuple[int, ...], mask: int, l
     (layout, each), (*row_shape, size) = form, shape
     rows = math.prod(row_shape)
     counts = np.empty(rows, np.int64) if each is None else np.full(rows, each, np.int64)
-    slots, starts = np.empty(shape, np.int64), None
-    record = [mask, address(lengths), size, 0, 0, address(counts), 0, address(slots)]
+    inverse_index, starts = np.empty(shape, np.int64), None
+    record = [mask, address(lengths), size, 0, 0, address(counts), 0, address(inverse_index)]
     if each is None:
-        _run(count_range, rows, record, slots.size)
+        _run(count_range, rows, record, inverse_index.size)
     longest = int(counts.max(initial=0)) if each is None else each
     if layout == PACKED:
         starts, needed = counts.cumsum() - counts, int(counts.sum())
@@ -148,8 +151,9 @@ def place(form: Form, capacity: int | None, shape: tuple[int, ...], mask: int, l
         room = room_for(capacity, longest, "a row")
         index = np.empty((*row_shape, room), np.int64)
     record[3:5], record[6] = (room, address(starts)), address(index)
-    _run(place_range, rows, record, 8 * (slots.size + index.size))
-    return Selection(layout, shape, index, slots, counts.reshape(row_shape), longest if layout == PACKED else room)
+    _run(place_range, rows, record, 8 * (inverse_index.size + index.size))
+    longest = longest if layout == PACKED else room
+    return Selection(layout, shape, index, inverse_index, counts.reshape(row_shape), longest)
 
 
 def room_for(capacity: int | None, needed: int, where: str) -> int:
@@ -164,10 +168,10 @@ def _run(kernel: Any, count: int, record: Sequence[int], nbytes: int) -> None:
     run(kernel, count, fields.buffer_info()[0], nbytes)
 
 
-def slot_scales(plan: Plan, draw: Any, seed: int) -> np.ndarray:
+def slot_scales(plan: Plan, args: Any, seed: int) -> np.ndarray:
     """What each message is multiplied by, float64; 0: it passes as it is."""
-    scales, taking = kept_scales(plan, draw, seed)
-    return np.where(taking, scales, 0.0)
+    scales, eligible = kept_scales(plan, args, seed)
+    return np.where(eligible, scales, 0.0)
 
 
 def of_slots(scales: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -179,7 +183,7 @@ def of_slots(scales: np.ndarray, index: np.ndarray) -> np.ndarray:
 def load() -> None:
     """Compile these kernels, or read them from the cache."""
     kept, out = np.ones(1, np.uint8), np.empty(1, np.uint8)
-    index = place(Form(PADDED, None), None, (1, 1), address(kept), None).numbers
+    index = place(Form(PADDED, None), None, (1, 1), address(kept), None).index
     move(moving(Source(address(kept)), address(out), index, 1), index.size)
 
 

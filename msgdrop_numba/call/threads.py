@@ -17,7 +17,7 @@ import numba
 from numba import config
 from numba.core.compiler_lock import global_compiler_lock
 
-from msgdrop_numba.call.plan import PARALLEL_BYTES, PLAIN, Draw, Plan, make_plan
+from msgdrop_numba.call.plan import PARALLEL_BYTES, PLAIN, MaskArgs, Plan, make_plan
 from msgdrop_numba.call.rule import BERNOULLI
 from msgdrop_numba.kernels._jit import compiled, direct
 from msgdrop_numba.kernels.cpu import drop_parallel, drop_range
@@ -67,17 +67,17 @@ def _budget() -> int:
     return budget if budget > 1 and _layer.may_start() else 1
 
 
-def launch(plan: Plan, draw: Draw, seed: int, x: int, out: int, mask: int) -> bool:
+def launch(plan: Plan, args: MaskArgs, seed: int, x: int, out: int, mask: int) -> bool:
     """Run the kernel, serial or parallel, from address x to address out, 0: make the mask alone. True: it is done."""
     bits = seed if seed < 2**63 else seed - 2**64
-    rule = 0 if (plan.plain and draw.plain) or draw.given else compiled(decide)
+    rule = 0 if (plan.is_bernoulli and args.is_bernoulli) or args.given else compiled(decide)
     nbytes = plan.nbytes
     if not out:  # a byte a message; where rows must be searched, it takes as long as writing more
         nbytes = plan.messages * (SEARCHED if plan.numbers.count_limited else 1)
     if nbytes < PARALLEL_BYTES or (parts := _budget()) == 1:  # `chunks`, without a call that a small one feels
-        direct(drop_range)(0, plan.messages, plan.address, draw.address, x, out, mask, bits, rule)
+        direct(drop_range)(0, plan.messages, plan.address, args.address, x, out, mask, bits, rule)
     else:
-        plan_and_draw = plan.address, draw.address
+        plan_and_draw = plan.address, args.address
         direct(drop_parallel)(compiled(drop_range), plan.messages, *plan_and_draw, x, out, mask, bits, rule, parts)
     return True
 

@@ -102,7 +102,7 @@ def _numbers(keep: Tensor) -> tuple[Tensor, Kept | None]:
         return keep.nonzero().squeeze(-1), None
     found = place(Form(PACKED, None), None, tuple(keep.shape), keep.data_ptr(), None)
     found = on(found, None)
-    return found.numbers, Kept(found)
+    return found.index, Kept(found)
 
 
 def _columns(edge_index: Tensor, number: Tensor, both_ways: bool) -> Tensor:

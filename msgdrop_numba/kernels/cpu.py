@@ -15,7 +15,7 @@ from msgdrop_numba.kernels._jit import inlined_jit, inner_jit, jit, parallel_jit
 from msgdrop_numba.kernels.copying import fill_message, multiply_by_way
 from msgdrop_numba.kernels.memory import call, copy_bytes, stack, view, zero_bytes
 from msgdrop_numba.kernels.move import MOVE_MEMORY, NARROW, Move, move, plan_move
-from msgdrop_numba.kernels.records import BLOCK, COPY, DRAW, LINE, PLAN
+from msgdrop_numba.kernels.records import BLOCK, COPY, LINE, MASK_ARGS, PLAN
 from msgdrop_numba.kernels.rules import (
     GROUP,
     Array,
@@ -70,10 +70,10 @@ def _memory(move_memory: int) -> Memory:
 
 
 @inner_jit
-def _writing(plan: Any, draw: Any, x: int, out: int, messages: int, memory: Memory) -> Writing:
+def _writing(plan: Any, args: Any, x: int, out: int, messages: int, memory: Memory) -> Writing:
     """How a call that writes so many messages does it."""
-    width, kind, fill, in_place = plan["width"], plan["kind"], draw["fill"], x == out
-    apart = draw["scales"] or draw["protect"] or plan["prefix"]  # messages have scales of their own
+    width, kind, fill, in_place = plan["width"], plan["kind"], args["fill"], x == out
+    apart = args["scales"] or args["protect"] or plan["prefix"]  # messages have scales of their own
     stream = plan["stream"] and out % LINE == 0
     zeros = fill == 0 and not in_place
     widest = LINE if zeros else TWO_PASSES_IN_PLACE if in_place else TWO_PASSES
@@ -194,7 +194,7 @@ def _write(
 
 @inlined_jit
 def _write_row(
-    dst: int, src: int, keep: Array, inside: int, plan: Any, draw: Any, scale: Any, scales: Any, mode: Writing,
+    dst: int, src: int, keep: Array, inside: int, plan: Any, args: Any, scale: Any, scales: Any, mode: Writing,
     memory: Memory,
 ) -> None:  # fmt: skip
     """Write messages of one row, or of rows behind each other; from `inside` on they are padding.
@@ -204,7 +204,7 @@ def _write_row(
     width, dst_step, src_step = plan["width"], plan["out_step"], plan["x_step"]
     behind = view(memory.line, keep.size - inside, np.bool_)
     for j in range(behind.size):
-        behind[j] = not draw["sources"]
+        behind[j] = not args["sources"]
     how = mode.how
     passing = Move(width, COPY, how.scale, how.stream, np.int64(0), width < NARROW and not how.stream, how.memory)
     for piece in range(plan["pieces"]):
@@ -213,7 +213,7 @@ def _write_row(
         each = Writing(how, mode.kind, fill, mode.two_passes, mode.own_scales)
         _write(dst_at, dst_step, src_at, src_step, keep[:inside], scale, scales, each, memory)
         if behind.size:
-            fill = draw["padding"] + at if draw["padding"] else 0
+            fill = args["padding"] + at if args["padding"] else 0
             dst_at, src_at = dst_at + inside * dst_step, src_at + inside * src_step
             _write(
                 dst_at, dst_step, src_at, src_step, behind, scale, np.int64(0),
@@ -239,21 +239,21 @@ def _write_across(
 
 @inner_jit
 def _draw_row(
-    flags: int, plan_address: int, draw_address: int, mask: int, seed: int, rule: int, index: int, position: int,
+    flags: int, plan_address: int, args_address: int, mask: int, seed: int, rule: int, index: int, position: int,
     count: int, known: int, memory: Memory,
 ) -> int:  # fmt: skip
     """Set the flags of `count` messages of a row, and the mask if there is one; returns how many aren't padding."""
-    plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
-    inside = max(0, min(count, row_valid(plan, draw, index) - position))
+    plan, args = view(plan_address, 1, PLAN)[0], view(args_address, 1, MASK_ARGS)[0]
+    inside = max(0, min(count, row_valid(plan, args, index) - position))
     at = mask + index * plan["size"] + position
-    if draw["given"]:
+    if args["given"]:
         copy_bytes(flags, at, count)
         keep_rest(flags, inside, count)
         return inside  # type: ignore[no-any-return]
     if rule:
-        call(rule, flags, memory.words, plan_address, draw_address, seed, index, position, inside, known)
+        call(rule, flags, memory.words, plan_address, args_address, seed, index, position, inside, known)
     else:
-        keep_plain(flags, memory.words, plan, draw, seed, index, position, inside)
+        keep_plain(flags, memory.words, plan, args, seed, index, position, inside)
     keep_rest(flags, inside, count)
     if mask:
         copy_bytes(at, flags, count)
@@ -261,19 +261,19 @@ def _draw_row(
 
 
 @inlined_jit
-def _scales_differ(plan: Any, draw: Any) -> Any:
+def _scales_differ(plan: Any, args: Any) -> Any:
     """True if the messages of a call may have different factors."""
-    own = draw["scales"] or draw["protect"] or draw["lengths"]
+    own = args["scales"] or args["protect"] or args["lengths"]
     return own or plan["prefix"] or plan["exact"] or plan["ranged"]
 
 
 @jit
 def drop_range(
-    first: int, last: int, plan_address: int, draw_address: int, x: int, out: int, mask: int, seed: int, rule: int
+    first: int, last: int, plan_address: int, args_address: int, x: int, out: int, mask: int, seed: int, rule: int
 ) -> None:
     """Drop among the messages first..last - 1, counted in C order; there is one at least.
 
-    Addresses are integers, 0 where there is none: `plan_address` (one PLAN), `draw_address` (one DRAW), `x` and `out`
+    Addresses are integers, 0 where there is none: `plan_address` (one PLAN), `args_address` (one DRAW), `x` and `out`
     (equal: in place; without `out` only the mask is made), `mask` (bool a message, written, or read where given), and
     `rule` (of `rules.decide`, where more than a draw of its own decides on a message). All are Python integers, the
     seed as the int64 of its bits: one compiled version serves every call.
@@ -281,12 +281,12 @@ def drop_range(
     A tile is a part of a row; or several whole rows, if all their messages are treated alike and the rows lie behind
     each other, or beside each other as in an RNN's outputs.
     """
-    plan, draw, memory = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0], _memory(stack(MEMORY))
+    plan, args, memory = view(plan_address, 1, PLAN)[0], view(args_address, 1, MASK_ARGS)[0], _memory(stack(MEMORY))
     zero_bytes(memory.move, NARROW)
     for row in range(8):
         view(memory.known + 24 * row, 1, np.int64)[0] = -1
-    size, mode = plan["size"], _writing(plan, draw, x, out, last - first, memory)
-    alike = not draw["sources"] and (plan["kind"] == COPY or not _scales_differ(plan, draw))
+    size, mode = plan["size"], _writing(plan, args, x, out, last - first, memory)
+    alike = not args["sources"] and (plan["kind"] == COPY or not _scales_differ(plan, args))
     beside = alike and out and plan["transposed"]
     behind = alike and plan["x_row"] == size * plan["x_step"] and plan["out_row"] == size * plan["out_step"]
     while first < last:
@@ -302,13 +302,13 @@ def drop_range(
             pitch = whole_groups(count) if beside else count
             for row in range(rows):
                 inside = _draw_row(
-                    memory.flags + row * pitch, plan_address, draw_address, mask, seed, rule, index + row, position,
+                    memory.flags + row * pitch, plan_address, args_address, mask, seed, rule, index + row, position,
                     count, memory.known + 24 * (row & 7), memory,
                 )  # fmt: skip
             if out:
                 source = x + index * plan["x_row"]
-                if draw["sources"]:
-                    source = view(draw["sources"] + 8 * index, 1, np.int64)[0]
+                if args["sources"]:
+                    source = view(args["sources"] + 8 * index, 1, np.int64)[0]
                 dst, src = (
                     out + index * plan["out_row"] + position * plan["out_step"],
                     source + position * plan["x_step"],
@@ -322,25 +322,25 @@ def drop_range(
                     if alike:
                         inside = rows * count  # padding is kept, and passes as it is
                     elif plan["kind"] != COPY:
-                        row_of = make_row(memory.words, plan, draw, seed, index)
+                        row_of = make_row(memory.words, plan, args, seed, index)
                         scale = row_scale(plan, row_of)
-                        scales = message_scales(memory.scales, plan, draw, row_of, scale, index, position, inside)
-                    _write_row(dst, src, keep, inside, plan, draw, scale, scales, mode, memory)
+                        scales = message_scales(memory.scales, plan, args, row_of, scale, index, position, inside)
+                    _write_row(dst, src, keep, inside, plan, args, scale, scales, mode, memory)
             position += count
 
 
 @jit
-def scale_rows(plan_address: int, draw_address: int, seed: int, rows: int, scales: int) -> None:
+def scale_rows(plan_address: int, args_address: int, seed: int, rows: int, scales: int) -> None:
     """Write what each row's kept messages are multiplied by, float64, to the address `scales`."""
-    plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
+    plan, args = view(plan_address, 1, PLAN)[0], view(args_address, 1, MASK_ARGS)[0]
     words, each = stack(MEMORY), view(scales, rows, np.float64)
     for index in range(rows):
-        each[index] = row_scale(plan, make_row(words, plan, draw, seed, index))
+        each[index] = row_scale(plan, make_row(words, plan, args, seed, index))
 
 
 @parallel_jit
 def drop_parallel(
-    kernel: int, messages: int, plan: int, draw: int, x: int, out: int, mask: int, seed: int, rule: int, chunks: int
+    kernel: int, messages: int, plan: int, args: int, x: int, out: int, mask: int, seed: int, rule: int, chunks: int
 ) -> None:
     """`drop_range` over all messages in `chunks` equal parts, on numba's threads.
 
@@ -348,4 +348,4 @@ def drop_parallel(
     """
     for c in prange(chunks):
         start, stop = messages * c // chunks, messages * (c + 1) // chunks
-        call(kernel, start, stop, plan, draw, x, out, mask, seed, rule)
+        call(kernel, start, stop, plan, args, x, out, mask, seed, rule)

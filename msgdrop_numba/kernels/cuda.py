@@ -16,7 +16,7 @@ import numba.cuda
 import numpy as np
 
 from msgdrop_numba.kernels.cuda_memory import Device, device, number, scaler
-from msgdrop_numba.kernels.cuda_rules import CudaArgs, Rule, keeps, make_row, scale_of_kept, select, takes_part
+from msgdrop_numba.kernels.cuda_rules import CudaArgs, Rule, is_eligible, keeps, make_row, scale_of_kept, select
 from msgdrop_numba.kernels.records import COPY
 
 cuda: Any = numba.cuda  # of which the simulator, the built-in target and numba-cuda each know other types
@@ -84,10 +84,10 @@ def _make_drop(unit: int, kind: int) -> Device:
             if message < messages:
                 index = np.int64(np.uint64(message) // np.uint64(args.size))
                 i, row, keep = message - index * args.size, make_row(rule, args, index), True
-                taking = takes_part(rule, row, i)
-                if taking and args.given:
+                eligible = is_eligible(rule, row, i)
+                if eligible and args.given:
                     keep = _load_byte(mask + message) != 0
-                elif taking:
+                elif eligible:
                     keep = keeps(rule, row, i, limits + 16 * index if limits else np.int64(0))
                 if mask and not args.given and cuda.blockIdx.y == 0:
                     _store_byte(mask + message, np.uint8(keep))
@@ -96,7 +96,7 @@ def _make_drop(unit: int, kind: int) -> Device:
                     dst = out + index * out_row + i * out_step
                     if not keep:
                         src = np.int64(fill)
-                    elif scaled and taking:
+                    elif scaled and eligible:
                         place = scales + args.row_bytes * index + 8 * i if scales else np.int64(0)
                         kept_scale = scale_of_kept(rule, row, scale, place)
                     elif src == dst:

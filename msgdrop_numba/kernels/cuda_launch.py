@@ -18,7 +18,7 @@ from msgdrop_numba.kernels import cuda
 from msgdrop_numba.kernels.cuda import THREADS, UNROLL
 from msgdrop_numba.kernels.cuda_memory import ELEMENT
 from msgdrop_numba.kernels.cuda_memory import SIMULATOR as SIMULATOR
-from msgdrop_numba.kernels.records import COPY, Addresses, DrawNumbers, GatherNumbers, PlanNumbers
+from msgdrop_numba.kernels.records import COPY, Addresses, GatherNumbers, MaskNumbers, PlanNumbers
 
 if not SIMULATOR:
     from cuda import core
@@ -71,7 +71,7 @@ def _machine_code(name: str, unit: int, kind: int, capability: tuple[int, int]) 
 
 # What the kernels' parameters are called, in the order of `launch`'s and `gather`'s values.
 _GATHER = [*GatherNumbers._fields, "messages"]
-_NAMES = [*PlanNumbers._fields, *DrawNumbers._fields, "messages", "rows", "inner", "row_bytes", *Addresses._fields]
+_NAMES = [*PlanNumbers._fields, *MaskNumbers._fields, "messages", "rows", "inner", "row_bytes", *Addresses._fields]
 
 
 def _picker(function: Callable[..., Any], values: list[str]) -> Callable[[list[Any]], tuple[Any, ...]]:

@@ -77,7 +77,7 @@ class Row(NamedTuple):
     seed: Any
     key: Any
     valid: Any  # messages before its padding
-    taking: Any
+    eligible: Any
     phase: Any
     threshold: Any
     thresholds: Any
@@ -116,14 +116,14 @@ def make_row(rule: Rule, args: CudaArgs, index: Any) -> Row:
     seed = _load_word(args.seed) if args.seed else np.uint64(0)
     key, size = _row_key(args.keys, args.inner, index), np.int64(args.size)
     valid = min(max(_load_int(args.lengths + 8 * index), np.int64(0)), size) if args.lengths else size
-    taking = _load_int(args.taking + 8 * index) if args.taking else max(np.int64(0), valid - rule.prefix)
+    eligible = _load_int(args.taking + 8 * index) if args.taking else max(np.int64(0), valid - rule.prefix)
     phase, threshold = np.int64(0), np.uint64(rule.threshold)
     if rule.span > 1 and not args.given:
         phase = np.int64(_row_phase(rule.span, _first_draw(seed, key, STREAM_PHASE)))
     if rule.ranged:
         threshold = _row_threshold(threshold, rule.spread, _first_draw(seed, key, STREAM_RANGE))
     return Row(
-        seed, key, valid, taking, phase, threshold,
+        seed, key, valid, eligible, phase, threshold,
         args.thresholds + args.row_bytes * index if args.thresholds else np.int64(0),
         args.protect + args.protect_row * index if args.protect else np.int64(0),
         args.offset,
@@ -132,7 +132,7 @@ def make_row(rule: Rule, args: CudaArgs, index: Any) -> Row:
 
 
 @device
-def takes_part(rule: Rule, row: Row, i: Any) -> Any:
+def is_eligible(rule: Rule, row: Row, i: Any) -> Any:
     """Whether message i is neither padding nor protected."""
     if i < rule.prefix or i >= row.valid:
         return False
@@ -177,7 +177,7 @@ def keeps(rule: Rule, row: Row, i: Any, limit: Any) -> Any:
 
 @device
 def _row_may_drop(rule: Rule, row: Row) -> Any:
-    return _may_drop(row.taking, row.threshold, rule.exact, rule.min_keep)
+    return _may_drop(row.eligible, row.threshold, rule.exact, rule.min_keep)
 
 
 @device
@@ -186,7 +186,7 @@ def scale_of_kept(rule: Rule, row: Row, scale: float, place: Any) -> Any:
     if rule.drops_all or (rule.ranged and row.threshold == EVERYTHING):
         return 1.0
     if rule.exact:
-        return _exact_scale(row.taking, _row_may_drop(rule, row))
+        return _exact_scale(row.eligible, _row_may_drop(rule, row))
     if rule.ranged:
         return _range_scale(row.threshold)
     return _load_float(place) if place else scale
@@ -196,7 +196,7 @@ def scale_of_kept(rule: Rule, row: Row, scale: float, place: Any) -> Any:
 def _count(counts: Any, leading: Any, shift: Any, rule: Rule, row: Row) -> None:
     i = np.int64(cuda.threadIdx.x)
     while i < row.valid:
-        if takes_part(rule, row, i) and _candidate(rule, row, i):
+        if is_eligible(rule, row, i) and _candidate(rule, row, i):
             digits = _limit_draw(rule, row, i) >> shift
             if digits >> np.uint64(BITS) == leading:
                 cuda.atomic.add(counts, np.int64(digits & np.uint64(BINS - 1)), 1)
@@ -224,7 +224,7 @@ def _next_tie(chosen: Any, after: Any, draw: Any, rule: Rule, row: Row) -> Any:
     cuda.syncthreads()
     i = after + cuda.threadIdx.x
     while i < row.valid:
-        if takes_part(rule, row, i) and _candidate(rule, row, i) and _limit_draw(rule, row, i) == draw:
+        if is_eligible(rule, row, i) and _candidate(rule, row, i) and _limit_draw(rule, row, i) == draw:
             cuda.atomic.min(chosen, 2, i)
         i += cuda.blockDim.x
     cuda.syncthreads()

@@ -45,15 +45,15 @@ def place_range(first: int, last: int, address: int) -> None:
         room = counts[row] if starts else place["room"]
         keep, number = view(place["mask"] + row * size, valid, np.bool_), row * size
         index = view(place["index"] + 8 * start, room, np.int64)
-        slots, at = view(place["slots"] + 8 * number, size, np.int64), 0
+        inverse_index, at = view(place["inverse_index"] + 8 * number, size, np.int64), 0
         i = 0
         while i < valid and at < room:  # written without a branch, of which half would be guessed wrong
             index[at] = number + i
-            slots[i] = start + at if keep[i] else -1
+            inverse_index[i] = start + at if keep[i] else -1
             at += keep[i]
             i += 1
         for j in range(i, size):
-            slots[j] = -1
+            inverse_index[j] = -1
         for j in range(at, room):
             index[j] = -1
 

@@ -47,7 +47,7 @@ PLAN = np.dtype(
 )
 
 # What of a call its arguments decide beside: addresses, 0 where there is none, and a number or two.
-DRAW = np.dtype(
+MASK_ARGS = np.dtype(
     [
         ("fill", np.int64),  # one message; none: zeros
         ("given", np.int64),  # whether the mask is there already, to be read
@@ -78,7 +78,7 @@ PLACE = np.dtype(
         ("starts", np.int64),  # int64, one a row: its first slot, where each has as many as it keeps; none: they don't
         ("counts", np.int64),  # int64, one a row: how many it keeps
         ("index", np.int64),  # int64, one a slot, written: the number of its message; -1: it has none
-        ("slots", np.int64),  # int64, one a message, written: its slot; -1: it has none
+        ("inverse_index", np.int64),  # int64, one a message, written: its slot; -1: it has none
     ]
 )
 
@@ -108,7 +108,7 @@ def _named(name: str, record: np.dtype[Any]) -> Any:
 
 
 PlanNumbers = _named("PlanNumbers", PLAN)
-DrawNumbers = _named("DrawNumbers", DRAW)
+MaskNumbers = _named("DrawNumbers", MASK_ARGS)
 GatherNumbers = _named("GatherNumbers", GATHER)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from msgdrop_numba.kernels._jit import inlined_jit, inner_jit, jit
 from msgdrop_numba.kernels.memory import stack, view
 from msgdrop_numba.kernels.philox import draw_block, draw_each, fold_in
-from msgdrop_numba.kernels.records import BLOCK, DRAW, PLAN
+from msgdrop_numba.kernels.records import BLOCK, MASK_ARGS, PLAN
 
 Array = np.ndarray[Any, Any]
 
@@ -43,7 +43,7 @@ class Row(NamedTuple):
     threshold: Any  # T(p)
     thresholds: Any  # where p is an array: uint64, one a message
     protect: Any  # bool, one a message
-    taking: Any  # how many take part
+    eligible: Any  # how many take part
     offset: Any  # the first message's position
     positions: Any  # int64, one a message, where they aren't consecutive
 
@@ -82,31 +82,31 @@ def _first_draw(words: int, seed: Any, key: Any, stream: Any) -> Any:
 
 
 @inlined_jit
-def make_row(words: int, plan: Any, draw: Any, bits: int, index: int) -> Row:
+def make_row(words: int, plan: Any, args: Any, bits: int, index: int) -> Row:
     """What holds for the row of this index; the seed as int64."""
     seed = np.uint64(np.int64(bits))
-    key = view(draw["keys"] + 8 * index, 1, np.uint64)[0] if draw["keys"] else np.uint64(index)
-    thresholds, protect, positions = draw["thresholds"], draw["protect"], draw["positions"]
-    if draw["per_row"]:
+    key = view(args["keys"] + 8 * index, 1, np.uint64)[0] if args["keys"] else np.uint64(index)
+    thresholds, protect, positions = args["thresholds"], args["protect"], args["positions"]
+    if args["per_row"]:
         thresholds += 8 * plan["size"] * index
     phase, threshold = np.int64(0), np.uint64(plan["threshold"])
     if plan["span"] > 1:
         phase = row_phase(plan["span"], _first_draw(words, seed, key, STREAM_PHASE))
     if plan["ranged"]:
         threshold = row_threshold(threshold, plan["spread"], _first_draw(words, seed, key, STREAM_RANGE))
-    taking = max(0, row_valid(plan, draw, index) - plan["prefix"])
-    if draw["taking"]:
-        taking = view(draw["taking"] + 8 * index, 1, np.int64)[0]
+    eligible = max(0, row_valid(plan, args, index) - plan["prefix"])
+    if args["taking"]:
+        eligible = view(args["taking"] + 8 * index, 1, np.int64)[0]
     return Row(
-        seed, key, phase, threshold, thresholds, protect + draw["protect_row"] * index if protect else 0, taking,
-        draw["offset"], positions + draw["positions_row"] * index if positions else 0,
+        seed, key, phase, threshold, thresholds, protect + args["protect_row"] * index if protect else 0, eligible,
+        args["offset"], positions + args["positions_row"] * index if positions else 0,
     )  # fmt: skip
 
 
 @inlined_jit
-def row_valid(plan: Any, draw: Any, index: int) -> Any:
+def row_valid(plan: Any, args: Any, index: int) -> Any:
     """The messages of a row before its padding."""
-    return view(draw["lengths"] + 8 * index, 1, np.int64)[0] if draw["lengths"] else plan["size"]
+    return view(args["lengths"] + 8 * index, 1, np.int64)[0] if args["lengths"] else plan["size"]
 
 
 @inlined_jit
@@ -132,11 +132,11 @@ def row_threshold(threshold: Any, spread: Any, draw: Any) -> Any:
 
 
 @inlined_jit
-def may_drop(taking: Any, threshold: Any, exact: Any, min_keep: Any) -> Any:
-    """How many of a row's `taking` messages may drop, where that is limited; with `exact`, how many do: floor(n p)."""
-    limit = max(np.int64(0), taking - min_keep)
+def may_drop(eligible: Any, threshold: Any, exact: Any, min_keep: Any) -> Any:
+    """How many of a row's eligible messages may drop if that is limited; with `exact`, how many do: floor(n p)."""
+    limit = max(np.int64(0), eligible - min_keep)
     if exact:
-        limit = min(limit, multiply_shift(taking, 2 * np.int64(threshold) + 1, 33))
+        limit = min(limit, multiply_shift(eligible, 2 * np.int64(threshold) + 1, 33))
     return limit
 
 
@@ -147,9 +147,9 @@ def range_scale(threshold: Any) -> Any:
 
 
 @inlined_jit
-def exact_scale(taking: Any, dropped: Any) -> Any:
+def exact_scale(eligible: Any, dropped: Any) -> Any:
     """n / (n - d) where exactly d of n messages drop."""
-    return float(taking) / float(max(np.int64(1), taking - dropped))
+    return float(eligible) / float(max(np.int64(1), eligible - dropped))
 
 
 @inlined_jit
@@ -158,7 +158,7 @@ def row_scale(plan: Any, row: Row) -> float:
     if plan["drops_all"] or (plan["ranged"] and row.threshold == EVERYTHING):
         return 1.0
     if plan["exact"]:
-        return exact_scale(row.taking, _row_may_drop(plan, row))  # type: ignore[no-any-return]
+        return exact_scale(row.eligible, _row_may_drop(plan, row))  # type: ignore[no-any-return]
     if plan["ranged"]:
         return range_scale(row.threshold)  # type: ignore[no-any-return]
     return float(plan["scale"])
@@ -166,7 +166,7 @@ def row_scale(plan: Any, row: Row) -> float:
 
 @inner_jit
 def _row_may_drop(plan: Any, row: Row) -> Any:
-    return may_drop(row.taking, row.threshold, plan["exact"], plan["min_keep"])
+    return may_drop(row.eligible, row.threshold, plan["exact"], plan["min_keep"])
 
 
 @inner_jit
@@ -224,14 +224,14 @@ def _spare_protected(drop: Array, plan: Any, row: Row, first: int) -> None:
 
 @inner_jit
 def message_scales(
-    memory: int, plan: Any, draw: Any, row: Row, scale: float, index: int, first: int, count: int
+    memory: int, plan: Any, args: Any, row: Row, scale: float, index: int, first: int, count: int
 ) -> int:  # fmt: skip
     """Where the scales of a row's messages from `first` on lie, 0 for one that passes as it is; 0: all have `scale`.
 
     They are those of the draw, or in `memory` where some of the messages take no part.
     """
-    scales = draw["scales"]
-    if scales and draw["per_row"]:
+    scales = args["scales"]
+    if scales and args["per_row"]:
         scales += 8 * plan["size"] * index
     if not (row.protect or first < plan["prefix"]):
         return scales + 8 * first if scales else 0
@@ -239,8 +239,8 @@ def message_scales(
     given = view(scales + 8 * first, count if scales else 0, np.float64)
     protect = view(row.protect + first, count if row.protect else 0, np.bool_)
     for j in range(count):
-        taking = first + j >= plan["prefix"] and not (row.protect and protect[j])
-        each[j] = (given[j] if scales else scale) if taking else 0.0
+        eligible = first + j >= plan["prefix"] and not (row.protect and protect[j])
+        each[j] = (given[j] if scales else scale) if eligible else 0.0
     return memory
 
 
@@ -322,7 +322,7 @@ def decide(
     memory: int,
     words: int,
     plan_address: int,
-    draw_address: int,
+    args_address: int,
     seed: int,
     index: int,
     first: int,
@@ -334,21 +334,21 @@ def decide(
     Addresses are integers, as for `cpu.drop_range`. At `known`, three int64, is the cutoff of a row and which row that
     is (-1: none), since the limit of a row that comes in several parts is found once.
     """
-    plan, draw = view(plan_address, 1, PLAN)[0], view(draw_address, 1, DRAW)[0]
-    row = make_row(words, plan, draw, seed, index)
+    plan, args = view(plan_address, 1, PLAN)[0], view(args_address, 1, MASK_ARGS)[0]
+    row = make_row(words, plan, args, seed, index)
     found, draws = view(known, 3, np.int64), view(known, 3, np.uint64)
     if found[0] != index:
-        cutoff = row_cutoff(memory, words, plan, row, row_valid(plan, draw, index))
+        cutoff = row_cutoff(memory, words, plan, row, row_valid(plan, args, index))
         found[0], draws[1], found[2] = index, cutoff.draw, cutoff.position
     _candidates(memory, words, plan, row, first, count)
     _keep_candidates(memory, words, plan, row, Cutoff(draws[1], found[2]), first, count)
 
 
 @inlined_jit
-def keep_plain(memory: int, words: int, plan: Any, draw: Any, seed: int, index: int, first: int, count: int) -> None:
+def keep_plain(memory: int, words: int, plan: Any, args: Any, seed: int, index: int, first: int, count: int) -> None:
     """`decide` where each message drops by a draw of its own, at the plan's p, and by nothing else."""
-    key = view(draw["keys"] + 8 * index, 1, np.uint64)[0] if draw["keys"] else np.uint64(index)
-    first_word = _draw_run(words, np.uint64(np.int64(seed)), key, STREAM_DRAW, first + draw["offset"], count)
+    key = view(args["keys"] + 8 * index, 1, np.uint64)[0] if args["keys"] else np.uint64(index)
+    first_word = _draw_run(words, np.uint64(np.int64(seed)), key, STREAM_DRAW, first + args["offset"], count)
     keep, threshold = view(memory, whole_groups(count), np.bool_), np.uint64(plan["threshold"])
     draws = view(first_word, keep.size, np.uint32)
     for j in range(keep.size):

@@ -12,7 +12,7 @@ from msgdrop_numba.call.arguments import ZERO, check_is_number, check_key, check
 from msgdrop_numba.call.request import Options, Request
 from msgdrop_numba.functional import fold_in
 from msgdrop_numba.pipelines import columns
-from msgdrop_numba.pipelines.columns import Field, Rows
+from msgdrop_numba.pipelines.columns import ColumnBlocks, Field
 from msgdrop_numba.pipelines.explain import Explanation, explained
 from msgdrop_numba.pipelines.rows import Name, Own, check_removal, read_each, read_p, sources
 from msgdrop_numba.pipelines.shorter import Done, companion, drop, shorten
@@ -249,7 +249,7 @@ class MessageDropoutBatch:
         own = Own(called, **read) if self.own or self.offset else None
         return _RowColumns(keys, lengths, own, called)
 
-    def _requests(self, rows: Rows, row_columns: _RowColumns) -> list[Request]:
+    def _requests(self, rows: ColumnBlocks, row_columns: _RowColumns) -> list[Request]:
         """What is asked for in each block of a column."""
         keys, lengths, own, _ = row_columns
         count = sum(map(len, rows.blocks))

@@ -21,7 +21,7 @@ class Field(NamedTuple):
     field: Any = None
 
 
-class Rows(NamedTuple):
+class ColumnBlocks(NamedTuple):
     """A column as blocks of rows that are alike, and how to make columns of such again.
 
     Fields:
@@ -111,17 +111,17 @@ def is_arrow(column: Any) -> bool:
     return _is("pyarrow", "Array", column) or _is("pyarrow", "ChunkedArray", column)
 
 
-def read(column: Any, field: Any, copied: bool = True) -> Rows:
+def read(column: Any, field: Any, copied: bool = True) -> ColumnBlocks:
     """A column of messages; `copied`: as blocks that may be written, where Arrow's may not."""
     return _read_arrow(column, field, copied) if is_arrow(column) else _read(column, 3, _row)
 
 
-def read_companion(column: Any, field: Any) -> Rows:
+def read_companion(column: Any, field: Any) -> ColumnBlocks:
     """A column of one value or more a message, of any dtype; not of Arrow's lists that `arrow.taken` takes from."""
     return _read_arrow(column, field, False) if is_arrow(column) else _read(column, 2, _companion_row)
 
 
-def _read(column: Any, dims: int, read_row: Callable[[Any], Any]) -> Rows:
+def _read(column: Any, dims: int, read_row: Callable[[Any], Any]) -> ColumnBlocks:
     """A column that isn't Arrow's, of so many dims at least."""
     if not is_array(column):
         return _ragged(column, read_row)
@@ -130,14 +130,14 @@ def _read(column: Any, dims: int, read_row: Callable[[Any], Any]) -> Rows:
     return _one_array(column)
 
 
-def _one_array(column: Any) -> Rows:
-    return Rows(
+def _one_array(column: Any) -> ColumnBlocks:
+    return ColumnBlocks(
         [column], lambda done: done[0], lambda parts, _: parts[0], lambda done, counts: split_rows(done[0], counts[0]),
         one_array=True,
     )  # fmt: skip
 
 
-def _ragged(column: Any, read_row: Callable[[Any], Any]) -> Rows:
+def _ragged(column: Any, read_row: Callable[[Any], Any]) -> ColumnBlocks:
     if not isinstance(column, (list, np.ndarray)):
         raise TypeError(f"it must be an array, a tensor, a list of those or an Arrow column, but is a {type(column)}")
     rows = [read_row(value) for value in column]
@@ -146,7 +146,7 @@ def _ragged(column: Any, read_row: Callable[[Any], Any]) -> Rows:
     def join(done: list[Any]) -> list[Any]:
         return [y[0] if has else row for y, row, has in zip(done, rows, has_features, strict=True)]
 
-    return Rows(
+    return ColumnBlocks(
         [row[None] if has else np.empty((1, 0, 0)) for row, has in zip(rows, has_features, strict=True)],
         join, lambda parts, _: [part[0] for part in parts],
         lambda done, _: join([[y] for y in done]),
@@ -185,7 +185,7 @@ def _companion_row(value: Any) -> Any:
     return row
 
 
-def _read_arrow(column: Any, field: Any, copied: bool) -> Rows:
+def _read_arrow(column: Any, field: Any, copied: bool) -> ColumnBlocks:
     """An Arrow column: its numbers, a copy where they are written, and blocks of rows that lie evenly among them."""
     import pyarrow
 
@@ -216,7 +216,7 @@ def _read_arrow(column: Any, field: Any, copied: bool) -> Rows:
         made = [arrow.rebuilt(kind, done[own], counts[own]) for own in owned]
         return made[0] if whole else pyarrow.chunked_array(made, kind)
 
-    return Rows(blocks, join, beside, shorten, copied)
+    return ColumnBlocks(blocks, join, beside, shorten, copied)
 
 
 def _copy(values: np.ndarray) -> np.ndarray:

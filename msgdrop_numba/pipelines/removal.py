@@ -43,7 +43,7 @@ class Removal(Stack):
 
     def own_leaf(self, argument: str) -> Tensor:
         """What samples bring of their own, of kept messages alone."""
-        values, index = getattr(self.row_values, argument), self._selected().numbers
+        values, index = getattr(self.row_values, argument), self._selected().index
         picked = values.ravel().take(index, mode="clip") if values.size else np.empty(index.shape, values.dtype)
         return sent(np.where(index < 0, values.dtype.type(PADDING[argument]), picked))
 
@@ -54,7 +54,7 @@ class Removal(Stack):
     def indices(self) -> Tensor:
         """int64 `(samples, slots)`, the place of each kept message in its sample, -1 in padding."""
         found = self._selected()
-        return sent(np.where(found.numbers < 0, -1, found.numbers % max(1, found.shape[-1])))
+        return sent(np.where(found.index < 0, -1, found.index % max(1, found.shape[-1])))
 
     @property
     def _lengths(self) -> list[int]:
@@ -65,17 +65,17 @@ class Removal(Stack):
         """What is kept, drawn once."""
         if self._found is None:
             plan = self._mask_plan()
-            draw = self._draw(plan)
-            mask = HOST.draw_mask(Job(HOST, plan, draw, self.seed))
-            self._found = place(Form(PADDED, None), None, plan.shape, mask.data_ptr(), draw.lengths)
+            args = self._mask_args(plan)
+            mask = HOST.draw_mask(Job(HOST, plan, args, self.seed))
+            self._found = place(Form(PADDED, None), None, plan.shape, mask.data_ptr(), args.lengths)
             if self.options.scale:
-                index = self._found.numbers
-                self._scales = np.where(index < 0, 0.0, of_slots(slot_scales(plan, draw, self.seed), index))
+                index = self._found.index
+                self._scales = np.where(index < 0, 0.0, of_slots(slot_scales(plan, args, self.seed), index))
         return self._found
 
     def _moved(self, rows: Samples, scale: bool) -> Tensor:
         """What is kept of rows wherever they lie, padded to the longest."""
-        index, kind = self._selected().numbers, scaled_kind(rows.dtype) if scale else COPY
+        index, kind = self._selected().index, scaled_kind(rows.dtype) if scale else COPY
         out = new((*index.shape, *rows.features), rows.dtype)
         padding = self._pad_message(out)
         width = int(np.prod(rows.features, dtype=np.int64)) * rows.dtype.itemsize

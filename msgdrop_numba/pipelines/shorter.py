@@ -10,7 +10,7 @@ from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.select import DENSE, PACKED, Layout
 from msgdrop_numba.functional import drop_messages
 from msgdrop_numba.pipelines import columns
-from msgdrop_numba.pipelines.columns import Field, Rows
+from msgdrop_numba.pipelines.columns import ColumnBlocks, Field
 from msgdrop_numba.pipelines.rows import Name
 from msgdrop_numba.select import Kept, select
 
@@ -41,19 +41,19 @@ class Done(NamedTuple):
     """
 
     column: Any
-    rows: Rows
+    rows: ColumnBlocks
     masks: list[Any]
     indices: Any = ()
     remains: Remains | None = None
 
 
-def drop(rows: Rows, requests: list[Request]) -> Done:
+def drop(rows: ColumnBlocks, requests: list[Request]) -> Done:
     """Fill messages in the blocks of a column, as a request for each says."""
     pairs = [drop_messages(block, request) for block, request in zip(rows.blocks, requests, strict=True)]
     return Done(rows.join([y for y, _ in pairs]), rows, [mask for _, mask in pairs])
 
 
-def shorten(rows: Rows, requests: list[Request], even: bool) -> Done:
+def shorten(rows: ColumnBlocks, requests: list[Request], even: bool) -> Done:
     """Remove them instead; `even`: what is one array remains one."""
     layout = Layout(DENSE if even and rows.one_array else PACKED, None)
     done, masks, indices, counts = [], [], [], []

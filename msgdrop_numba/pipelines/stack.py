@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from msgdrop_numba.call.arguments import scales, split_positions, thresholds
-from msgdrop_numba.call.plan import PLAIN, Draw, Plan, Rows, make_plan, row_places
+from msgdrop_numba.call.plan import PLAIN, MaskArgs, Plan, RowPointers, make_plan, row_places
 from msgdrop_numba.call.request import Job, Options, Request
 from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.records import COPY
@@ -52,12 +52,12 @@ class Stack:
         shape = (len(samples), self.size, *rows.features)
         out = new(shape, rows.dtype)
         plan = self._plan(shape, rows.dtype.itemsize, scaled_kind(rows.dtype) if options.scale else COPY)
-        starts = Rows(rows.starts, self._pad_message(out))
-        draw = self._draw(plan, fill_message(options.fill, out, 2), starts)
-        if plan.messages and plan.followed:
-            launch(plan, draw, self.seed, 0, out.data_ptr(), 0)
+        starts = RowPointers(rows.starts, self._pad_message(out))
+        args = self._mask_args(plan, fill_message(options.fill, out, 2), starts)
+        if plan.messages and plan.kernel_ok:
+            launch(plan, args, self.seed, 0, out.data_ptr(), 0)
         elif plan.messages:
-            self._by_torch(plan, draw, rows, out)
+            self._by_torch(plan, args, rows, out)
         return out
 
     def look(self, field: str, samples: list[Any]) -> Samples:
@@ -85,20 +85,20 @@ class Stack:
         return fill_message(check_number("pad_value", value, out.dtype), out, 2) if wanted else None
 
     @torch.no_grad()
-    def _by_torch(self, plan: Plan, draw: Draw, rows: Samples, out: Tensor) -> None:
+    def _by_torch(self, plan: Plan, args: MaskArgs, rows: Samples, out: Tensor) -> None:
         """What the kernels do, in torch's operations: for dtypes that they can't scale."""
         if self.padding.wanted:
             out.fill_(self.padding.value)
         for row, (owner, length) in enumerate(zip(rows.owners, rows.lengths, strict=True)):
             out[row, :length] = owner
-        job = Job(HOST, plan, draw, self.seed)
+        job = Job(HOST, plan, args, self.seed)
         out.copy_(HOST.where(job, out, HOST.draw_mask(job)))
 
     def mask(self) -> Tensor:
         """The keep mask `(samples, messages)` of the fields built, padding kept."""
         assert self.lengths is not None
         plan = self._mask_plan()
-        return HOST.draw_mask(Job(HOST, plan, self._draw(plan), self.seed, mask=new(plan.shape, torch.bool)))
+        return HOST.draw_mask(Job(HOST, plan, self._mask_args(plan), self.seed, mask=new(plan.shape, torch.bool)))
 
     def _mask_plan(self) -> Plan:
         assert self.lengths is not None
@@ -107,7 +107,7 @@ class Stack:
     def _plan(self, shape: tuple[int, ...], itemsize: int, kind: int) -> Plan:
         return make_plan(shape, itemsize, kind, 2, self.options.rule.for_rows(shape[1]))
 
-    def _draw(self, plan: Plan, fill: Any = None, rows: Rows | None = None) -> Draw:
+    def _mask_args(self, plan: Plan, fill: Any = None, rows: RowPointers | None = None) -> MaskArgs:
         assert self.lengths is not None
         full = self.lengths.count(plan.size) == len(self.lengths)
         lengths = None if full else np.array(self.lengths, np.int64)
@@ -120,7 +120,7 @@ class Stack:
         if isinstance(p, np.ndarray):
             row_thresholds = thresholds(p[..., : plan.size])
             row_scales = scales(p[..., : plan.size]) if self.options.scale else None
-        return Draw(fill, lengths, self.keys, row_thresholds, row_scales, rows=rows, places=places)
+        return MaskArgs(fill, lengths, self.keys, row_thresholds, row_scales, rows=rows, places=places)
 
     def _rows(self, field: str, samples: list[Any], dims: int = 2) -> Samples:
         return read(samples, dims, self.padding.wanted, lambda row: self._at(field, row))

@@ -12,7 +12,7 @@ from msgdrop_numba.call.keys import row_keys
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import MAX_ROW, P
 from msgdrop_numba.kernels.records import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, OTHER
-from msgdrop_numba.tensors.operations import Rows
+from msgdrop_numba.tensors.operations import RowArgs
 from msgdrop_numba.torch_private import base_of, has_sizes, not_eager_reason, unreadable_reason
 
 _SCALED = {
@@ -183,11 +183,11 @@ def lengths_on(lengths: Any, shape: tuple[int, ...], device: torch.device) -> Te
     return move("lengths", lengths, device).to(torch.int64).clamp(0, size)
 
 
-def rows_on(request: Request, shape: tuple[int, ...], device: torch.device) -> Rows:
+def rows_on(request: Request, shape: tuple[int, ...], device: torch.device) -> RowArgs:
     """A call's arrays over rows and messages, on the device."""
     lengths, keys = lengths_on(request.lengths, shape, device), keys_on(request.keys, shape[:-1], device)
     protect = protect_on(request.protect, shape, device)
-    return Rows(lengths, keys, protect, *positions_on(request.positions, shape, device))
+    return RowArgs(lengths, keys, protect, *positions_on(request.positions, shape, device))
 
 
 def protect_on(protect: Any, shape: tuple[int, ...], device: torch.device) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msgdrop_numba.call.plan import GIVEN, PLAIN, Draw, Places, Plan
+from msgdrop_numba.call.plan import GIVEN, PLAIN, MaskArgs, Places, Plan
 from msgdrop_numba.call.request import Job
 from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.kernels.records import COPY
@@ -21,15 +21,15 @@ from msgdrop_numba.torch_private import quick_apply
 class _DropMessages(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, job: Job, *fill: Tensor) -> Tensor:
-        draw, again = job.draw, job
-        if not draw.seeded:
+        args, again = job.args, job
+        if not args.seeded:
             if job.given is None and job.mask is None:
                 job = job._replace(mask=torch.empty(job.plan.shape, dtype=torch.bool, device=x.device))
             ctx.save_for_backward(job.mask if job.given is None else job.given)
             # Unscaled, padding passes like any kept message.
-            again = _again(job, GIVEN if job.plan.kind == COPY else _scales_again(job.plan, draw))
-        elif draw is not PLAIN or job.target is not None or job.mask is not None:
-            again = _again(job, Draw(places=draw.places))
+            again = _again(job, GIVEN if job.plan.kind == COPY else _scales_again(job.plan, args))
+        elif args is not PLAIN or job.target is not None or job.mask is not None:
+            again = _again(job, MaskArgs(places=args.places))
         ctx.again, ctx.has_fill = again, bool(fill)
         if job.target is not None:
             ctx.mark_dirty(x)
@@ -38,7 +38,7 @@ class _DropMessages(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         job = ctx.again
-        if job.draw.given:  # hooks may have changed the layout of what was saved
+        if job.args.given:  # hooks may have changed the layout of what was saved
             job = job._replace(given=ctx.saved_tensors[0].contiguous())
         readable = job.library.reads(grad)
         if not readable and grad.layout is not torch.strided:
@@ -55,16 +55,16 @@ class _DropMessages(torch.autograd.Function):
 run_job: Any = quick_apply(_DropMessages)
 
 
-def _again(job: Job, draw: Draw) -> Job:
+def _again(job: Job, args: MaskArgs) -> Job:
     """The job of backward, which holds no data of forward's."""
-    return Job(job.library, job.plan, draw, job.seed)
+    return Job(job.library, job.plan, args, job.seed)
 
 
 def _drawn_again(job: Job) -> Tensor:
     """The mask of forward. Compiled autograd traces this, and can't trace a kernel."""
     if job.given is not None or not torch.compiler.is_dynamo_compiling():
         return job.library.draw_mask(job)  # type: ignore[no-any-return]
-    rows = operations.Rows(offset=job.draw.places.offset)
+    rows = operations.RowArgs(offset=job.args.places.offset)
     return kernel_mask(job.plan.shape, job.plan.rule, job.library.opaque_seed(job.seed), rows, None)
 
 
@@ -75,21 +75,21 @@ def _dropped(grad: Tensor, job: Job, readable: bool) -> Any:
     return run_job(grad, job) if grad.requires_grad and torch.is_grad_enabled() else job.library.write(job, grad)
 
 
-def _scales_again(plan: Plan, draw: Draw) -> Draw:
+def _scales_again(plan: Plan, args: MaskArgs) -> MaskArgs:
     """The arrays that the scales come from where the mask is given."""
-    keys, places = draw.keys if plan.rule.ranged else None, draw.places
-    places = Places(places.protect, places.taking)
-    return Draw(None, draw.lengths, keys, None, draw.scales, given=True, places=places)
+    keys, places = args.keys if plan.rule.ranged else None, args.places
+    places = Places(places.protect, places.eligible)
+    return MaskArgs(None, args.lengths, keys, None, args.scales, given=True, places=places)
 
 
 def _fill_gradient(grad: Tensor, keep: Tensor) -> Tensor:
     if grad.is_cpu:
         return grad[~keep].sum(0)
-    return operations.select(grad, ~keep, None).flatten(0, keep.ndim - 1).sum(0)  # picking them would synchronise
+    return operations.where(grad, ~keep, None).flatten(0, keep.ndim - 1).sum(0)  # picking them would synchronise
 
 
 def kernel_mask(
-    shape: tuple[int, ...], rule: Rule, seed: Tensor, rows: operations.Rows, p: Tensor | None
+    shape: tuple[int, ...], rule: Rule, seed: Tensor, rows: operations.RowArgs, p: Tensor | None
 ) -> Tensor:  # fmt: skip
     """The keep mask by our operator, for compiled code; p is None where the rule has a number or a range."""
     keywords = [int(value) for value in rule.keywords.values()]

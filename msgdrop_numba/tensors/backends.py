@@ -15,7 +15,7 @@ from torch import Tensor
 from msgdrop_numba.call import arguments
 from msgdrop_numba.call.plan import (
     PLAIN,
-    Draw,
+    MaskArgs,
     Places,
     Plan,
     array_plan,
@@ -95,10 +95,10 @@ class Tensors:
 
     def message_scales(self, job: Job) -> Tensor:
         """The factor of each message, float64 over the message dims; 0: it passes as it is."""
-        scale, taking = self.scales(job)
+        scale, eligible = self.scales(job)
         if not isinstance(scale, Tensor):
             scale = torch.full((), scale, dtype=torch.float64, device=job.seed.device)
-        return (scale if taking is None else torch.where(taking, scale, 0.0)).expand(job.plan.shape)
+        return (scale if eligible is None else torch.where(eligible, scale, 0.0)).expand(job.plan.shape)
 
 
 class Kernels(Tensors):
@@ -112,7 +112,7 @@ class Kernels(Tensors):
         """True if these kernels may read a tensor."""
         raise NotImplementedError
 
-    def launch(self, plan: Plan, draw: Draw, seed: Any, x: int, out: int, mask: int) -> bool:
+    def launch(self, plan: Plan, args: MaskArgs, seed: Any, x: int, out: int, mask: int) -> bool:
         """Run the kernel, see `threads.launch`. False if there is none for the plan: nothing was done."""
         raise NotImplementedError
 
@@ -125,7 +125,7 @@ class Kernels(Tensors):
         return torch.empty_like(x)
 
     def run(self, x: Tensor, job: Job, request: Request) -> Any:
-        fill = job.draw.fill
+        fill = job.args.fill
         graph = torch.is_grad_enabled() and (x.requires_grad or (fill is not None and fill.requires_grad))
         if job.seed is request.seed and isinstance(job.seed, Tensor) and (graph or job.target is not None):
             # The caller may change the seed before backward, or have it overwritten here.
@@ -140,9 +140,9 @@ class Kernels(Tensors):
 
     def write(self, job: Job, x: Tensor) -> Tensor:
         """x with its messages dropped, in the job's target or in a new tensor."""
-        return self.drop(job.plan, job.draw, job.seed, x, job.target, job.mask if job.given is None else job.given)
+        return self.drop(job.plan, job.args, job.seed, x, job.target, job.mask if job.given is None else job.given)
 
-    def drop(self, plan: Plan, draw: Draw, seed: Any, x: Tensor, target: Any = None, mask: Any = None) -> Tensor:
+    def drop(self, plan: Plan, args: MaskArgs, seed: Any, x: Tensor, target: Any = None, mask: Any = None) -> Tensor:
         """`write` without a job, which a small call feels. The mask is written; or read, if the draw has it given."""
         in_order, result = x.is_contiguous(), target
         if target is None:
@@ -152,25 +152,25 @@ class Kernels(Tensors):
         made = plan
         if not (in_order and (target is None or target.is_contiguous())):
             plan, x = self._follow(plan, x, result)
-        if plan.followed:
+        if plan.kernel_ok:
             start = x.data_ptr()
             if not start and plan.nbytes and x.numel():
                 raise ValueError(f"x has no memory, though its shape is {tuple(x.shape)}: its storage was freed")
-            if self.launch(plan, draw, seed, start, result.data_ptr(), 0 if mask is None else mask.data_ptr()):
+            if self.launch(plan, args, seed, start, result.data_ptr(), 0 if mask is None else mask.data_ptr()):
                 if target is not None and not target.is_inference():
                     increment_versions((target,))  # torch can't see a write through a pointer
                 return result  # type: ignore[no-any-return]
-        job = Job(self, made, draw, seed, None, mask, mask if draw.given else None)
+        job = Job(self, made, args, seed, None, mask, mask if args.given else None)
         return result.copy_(self.where(job, x, self.draw_mask(job)))  # type: ignore[no-any-return]
 
     def _follow(self, plan: Plan, x: Tensor, result: Tensor) -> tuple[Plan, Tensor]:
         """The plan for these strides, and x; or the plan for the result's strides, into which x was copied."""
         strides, out_strides = (tuple(step * x.element_size() for step in t.stride()) for t in (x, result))
         both = follow(plan, strides, out_strides)
-        if both.followed and both.numbers.pieces == 1:
+        if both.kernel_ok and both.numbers.pieces == 1:
             return both, x
         alone = follow(plan, out_strides, out_strides)
-        if alone.followed and not (both.followed and both.numbers.pieces <= alone.numbers.pieces):
+        if alone.kernel_ok and not (both.kernel_ok and both.numbers.pieces <= alone.numbers.pieces):
             return alone, result.copy_(x)  # as of the gradient of a sum, whose strides are 0
         return both, x
 
@@ -181,8 +181,8 @@ class Kernels(Tensors):
             protect: Any = scales == 0
             each, protect = self.row_memory(scales), self.row_memory(protect)
             places = Places(protect)
-        draw = Draw(job.draw.fill, scales=each, given=True, places=places)
-        return self.run(x, job._replace(draw=draw, mask=None, given=keep), request)
+        args = MaskArgs(job.args.fill, scales=each, given=True, places=places)
+        return self.run(x, job._replace(args=args, mask=None, given=keep), request)
 
     def draw_mask(self, job: Job) -> Tensor:
         """The mask alone: the one given, or drawn into the job's memory, new where it has none."""
@@ -191,8 +191,8 @@ class Kernels(Tensors):
         mask: Tensor = job.mask
         if mask is None:
             mask = torch.empty(job.plan.shape, dtype=torch.bool, device=self.device_of(job.seed))
-        if job.plan.messages and not self.launch(job.plan, job.draw, job.seed, 0, 0, mask.data_ptr()):
-            rows, thresholds = cuda.rows_of(job.draw), job.draw.thresholds
+        if job.plan.messages and not self.launch(job.plan, job.args, job.seed, 0, 0, mask.data_ptr()):
+            rows, thresholds = cuda.rows_of(job.args), job.args.thresholds
             mask.copy_(operations.keep_mask(job.plan.shape, job.plan.rule, job.seed, rows, thresholds))
         return mask
 
@@ -205,8 +205,8 @@ class Kernels(Tensors):
     def where(self, job: Job, x: Tensor, mask: Tensor) -> Tensor:
         """`write` in torch's operations: for layouts that kernels can't follow, and where autograd must see it."""
         if job.plan.kind == COPY:
-            return operations.select(x, mask, job.draw.fill)
-        return operations.select(x, mask, job.draw.fill, *self.scales(job))
+            return operations.where(x, mask, job.args.fill)
+        return operations.where(x, mask, job.args.fill, *self.scales(job))
 
 
 class _Host(Kernels):
@@ -221,7 +221,7 @@ class _Host(Kernels):
     def reads(self, tensor: Tensor) -> bool:
         return tensor.is_cpu and not unreadable_reason(tensor)
 
-    def draw(self, plan: Plan, p: Any, fill: Any, request: Request, device: torch.device) -> Draw:
+    def mask_args(self, plan: Plan, p: Any, fill: Any, request: Request, device: torch.device) -> MaskArgs:
         return row_arguments(plan, p, _own_fill(fill, request), request)
 
     def seed(self, given: int | None, generator: Any, device: torch.device) -> int:
@@ -244,8 +244,8 @@ class _Host(Kernels):
         return opaque_seed(seed if seed < 2**63 else seed - 2**64, torch.device("cpu"))
 
     def scales(self, job: Job) -> tuple[Any, Tensor | None]:
-        scales, taking = (torch.from_numpy(np.array(each)) for each in kept_scales(job.plan, job.draw, job.seed))
-        return scales, taking
+        scales, eligible = (torch.from_numpy(np.array(each)) for each in kept_scales(job.plan, job.args, job.seed))
+        return scales, eligible
 
 
 class _Device(Kernels):
@@ -259,7 +259,7 @@ class _Device(Kernels):
     def reads(self, tensor: Tensor) -> bool:
         return tensor.is_cuda and not unreadable_reason(tensor)
 
-    def draw(self, plan: Plan, p: Any, fill: Any, request: Request, device: torch.device) -> Draw:
+    def mask_args(self, plan: Plan, p: Any, fill: Any, request: Request, device: torch.device) -> MaskArgs:
         return cuda.row_arguments(plan, p, _own_fill(fill, request), request, device)
 
     def device_of(self, seed: Tensor) -> torch.device:
@@ -272,8 +272,8 @@ class _Device(Kernels):
         return seed
 
     def scales(self, job: Job) -> tuple[Any, Tensor | None]:
-        draw = job.draw
-        return operations.row_scales(job.plan.shape, job.plan.rule, job.seed, cuda.rows_of(draw), draw.scales)
+        args = job.args
+        return operations.row_scales(job.plan.shape, job.plan.rule, job.seed, cuda.rows_of(args), args.scales)
 
 
 def _own_fill(fill: Tensor | None, request: Request) -> Tensor | None:
@@ -307,7 +307,7 @@ class TracedArgs(NamedTuple):
 
     fill: Tensor | None = None
     p: Tensor | None = None  # float64; None: the rule has a number or a range
-    rows: operations.Rows = operations.Rows()
+    rows: operations.RowArgs = operations.RowArgs()
 
     @property
     def lengths(self) -> Tensor | None:
@@ -334,7 +334,7 @@ class Traced(Tensors):
             check_prefix(rule, shape[-1])
         return Outline(shape, rule)
 
-    def draw(self, plan: Outline, p: Any, fill: Any, request: Request, device: torch.device) -> TracedArgs:
+    def mask_args(self, plan: Outline, p: Any, fill: Any, request: Request, device: torch.device) -> TracedArgs:
         shape = plan.shape
         p = None if p is None else probabilities_on(p, shape, device)
         return TracedArgs(fill, p, rows_on(request, shape, device))
@@ -344,26 +344,26 @@ class Traced(Tensors):
 
     def run(self, x: Tensor, job: Job, request: Request) -> Any:
         keep = self.draw_mask(job)
-        scale, taking = self.scales(job) if request.scale else (None, None)
-        y = operations.select(x, keep, job.draw.fill, scale, taking)
+        scale, eligible = self.scales(job) if request.scale else (None, None)
+        y = operations.where(x, keep, job.args.fill, scale, eligible)
         if job.target is not None:
             y = job.target.copy_(y)
         return (y, keep) if request.return_mask else y
 
     def run_given(self, x: Tensor, job: Job, request: Request, keep: Tensor, scales: Tensor | None) -> Any:
-        y = operations.select(x if scales is None else operations.scaled(x, scales), keep, job.draw.fill)
+        y = operations.where(x if scales is None else operations.scaled(x, scales), keep, job.args.fill)
         return y if job.target is None else job.target.copy_(y)
 
     def draw_mask(self, job: Job) -> Tensor:
         """The mask in torch's operations; in compiled code from the kernels."""
-        (shape, rule), (_, p, rows), seed = job.plan, job.draw, job.seed
+        (shape, rule), (_, p, rows), seed = job.plan, job.args, job.seed
         compiled = torch.compiler.is_compiling() and not is_exporting()
         if compiled and not in_transform() and seed.device.type in ("cpu", "cuda"):
             return kernel_mask(shape, rule, seed, rows, p)
         return operations.keep_mask(shape, rule, seed, rows, None if p is None else operations.thresholds(p))
 
     def scales(self, job: Job) -> tuple[Any, Tensor | None]:
-        (shape, rule), (_, p, rows), seed = job.plan, job.draw, job.seed
+        (shape, rule), (_, p, rows), seed = job.plan, job.args, job.seed
         return operations.row_scales(shape, rule, seed, rows, None if p is None else operations.scales(p))
 
 

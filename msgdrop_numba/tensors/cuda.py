@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call.arguments import address
-from msgdrop_numba.call.plan import Draw, Places, Plan
+from msgdrop_numba.call.plan import MaskArgs, Places, Plan
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.kernels.records import Addresses
 from msgdrop_numba.tensors import operations
@@ -70,7 +70,7 @@ def reset() -> None:
     _say.cache_clear()
 
 
-def row_arguments(plan: Plan, p: Any, fill: Tensor | None, request: Request, device: torch.device) -> Draw:
+def row_arguments(plan: Plan, p: Any, fill: Tensor | None, request: Request, device: torch.device) -> MaskArgs:
     """`plan.row_arguments` on a device; keys keep their shape, which may lack trailing dims."""
     thresholds = scales = None
     if p is not None:
@@ -79,11 +79,11 @@ def row_arguments(plan: Plan, p: Any, fill: Tensor | None, request: Request, dev
         scales = operations.scales(p).contiguous() if request.scale else None
     rows = rows_on(request, plan.shape, device)
     keys, protect, positions = map(_copied, (rows.keys, rows.protect, rows.positions))
-    lengths, taking = None if rows.lengths is None else rows.lengths.contiguous(), None
+    lengths, eligible = None if rows.lengths is None else rows.lengths.contiguous(), None
     if protect is not None and plan.rule.count_limited:
-        taking = operations.taking(plan.shape, plan.rule, rows, device).sum(-1).expand(plan.shape[:-1]).contiguous()
-    places = Places(protect, taking, rows.offset, positions)
-    return Draw(fill, lengths, keys, thresholds, scales, places=places)
+        eligible = operations.eligible(plan.shape, plan.rule, rows, device).sum(-1).expand(plan.shape[:-1]).contiguous()
+    places = Places(protect, eligible, rows.offset, positions)
+    return MaskArgs(fill, lengths, keys, thresholds, scales, places=places)
 
 
 def _copied(values: Tensor | None) -> Tensor | None:
@@ -91,25 +91,25 @@ def _copied(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.clone(memory_format=torch.contiguous_format)
 
 
-def rows_of(draw: Draw) -> operations.Rows:
+def rows_of(args: MaskArgs) -> operations.RowArgs:
     """The same arrays for torch's operations."""
-    protect, _, offset, positions = draw.places
-    return operations.Rows(draw.lengths, draw.keys, protect, offset, positions)
+    protect, _, offset, positions = args.places
+    return operations.RowArgs(args.lengths, args.keys, protect, offset, positions)
 
 
-def launch(plan: Plan, draw: Draw, seed: Tensor, x: int, out: int, mask: int) -> bool:
+def launch(plan: Plan, args: MaskArgs, seed: Tensor, x: int, out: int, mask: int) -> bool:
     """As `threads.launch`, on the device of the seed. False: no kernel can do it there, and nothing was done."""
     if out and plan.numbers.pieces > 1:
         return False
     rows = plan.messages // plan.size
-    inner = 0 if draw.keys is None or draw.keys.ndim == len(plan.shape) - 1 else rows // draw.keys.numel()
+    inner = 0 if args.keys is None or args.keys.ndim == len(plan.shape) - 1 else rows // args.keys.numel()
 
     def start(kernels: Any, stream: int, index: int) -> None:
         limits = None
-        if plan.numbers.count_limited and not draw.given:
+        if plan.numbers.count_limited and not args.given:
             limits = torch.empty((rows, 2), dtype=torch.int64, device=seed.device)
         addresses = Addresses(x, out, mask, seed.data_ptr(), address(limits))
-        kernels.launch(plan.numbers, draw.numbers, plan.messages, inner, addresses, stream, index)
+        kernels.launch(plan.numbers, args.numbers, plan.messages, inner, addresses, stream, index)
 
     return _started(start, seed.device.index)
 

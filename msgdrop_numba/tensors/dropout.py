@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msgdrop_numba.call.arguments import row_lengths
 from msgdrop_numba.call.keys import row_keys
-from msgdrop_numba.call.plan import PLAIN, Draw, Plan, RecentPlans, array_plan, recent_plans
+from msgdrop_numba.call.plan import PLAIN, MaskArgs, Plan, RecentPlans, array_plan, recent_plans
 from msgdrop_numba.call.request import Job, Request, perform, prepare_mask, turned
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import nested
@@ -48,19 +48,19 @@ def fast_path(
         target = x if inplace else out
         if plan is None or (target is not None and not _fits(target, x, recent, inplace and out is not None, plan)):
             return None
-        draw = PLAIN
+        args = PLAIN
         if lengths is not None or keys is not None:
             if any(isinstance(each, Tensor) and not HOST.reads(each) for each in (lengths, keys)):
                 return None
             rows = plan.shape[:-1]
-            draw = Draw(None, row_lengths(lengths, rows, plan.size), row_keys(keys, rows))
+            args = MaskArgs(None, row_lengths(lengths, rows, plan.size), row_keys(keys, rows))
     except (TypeError, ValueError, RuntimeError):  # all steps say what is wrong
         return None
     if seed is None:
         seed = fresh_seed(None)
     if x.requires_grad and torch.is_grad_enabled():
-        return run_job(x, Job(HOST, plan, draw, seed))  # type: ignore[no-any-return]
-    return HOST.drop(plan, draw, seed, x, target)
+        return run_job(x, Job(HOST, plan, args, seed))  # type: ignore[no-any-return]
+    return HOST.drop(plan, args, seed, x, target)
 
 
 def _find(x: Tensor, recent: RecentPlans) -> Plan | None:

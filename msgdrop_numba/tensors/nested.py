@@ -102,10 +102,10 @@ class _Ragged(Traced):
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
 
     def run(self, x: Tensor, job: Job, request: Request) -> Any:
-        inside = _inside(job.draw.rows.lengths, self.shape[1])
+        inside = _inside(job.args.rows.lengths, self.shape[1])
         keep = self.draw_mask(job)[inside]
-        scale, taking = self.scales(job) if request.scale else (None, None)
+        scale, eligible = self.scales(job) if request.scale else (None, None)
         if isinstance(scale, Tensor):
             scale = scale.expand(self.shape)[inside]
-        y = operations.select(x, keep, job.draw.fill, scale, None if taking is None else taking[inside])
+        y = operations.where(x, keep, job.args.fill, scale, None if eligible is None else eligible[inside])
         return (y, keep) if request.return_mask else y

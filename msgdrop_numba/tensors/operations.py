@@ -88,10 +88,10 @@ def _multiply_shift(a: Tensor, b: Any, shift: int) -> Tensor:
     return product >> (shift - 17)
 
 
-def _exactly(taking: Tensor, rule: Rule, threshold: Any) -> Tensor:
-    """How many of `taking` messages the exact rule drops."""
-    wanted = _multiply_shift(taking, 2 * threshold + 1, 33)
-    return torch.minimum(wanted, (taking - rule.min_keep).clamp(min=0))
+def _exactly(eligible: Tensor, rule: Rule, threshold: Any) -> Tensor:
+    """How many of `eligible` messages the exact rule drops."""
+    wanted = _multiply_shift(eligible, 2 * threshold + 1, 33)
+    return torch.minimum(wanted, (eligible - rule.min_keep).clamp(min=0))
 
 
 def thresholds(p: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def scales(p: Tensor) -> Tensor:
     return 1 / torch.where(p < 1, 1 - p, 1)
 
 
-class Rows(NamedTuple):
+class RowArgs(NamedTuple):
     """The arrays of a call, on one device: what `plan.Draw` is to the kernels.
 
     Fields:
@@ -120,7 +120,7 @@ class Rows(NamedTuple):
     positions: Tensor | None = None
 
 
-def keep_mask(shape: tuple[int, ...], rule: Rule, seed: Tensor, arrays: Rows, thresholds: Tensor | None) -> Tensor:
+def keep_mask(shape: tuple[int, ...], rule: Rule, seed: Tensor, arrays: RowArgs, thresholds: Tensor | None) -> Tensor:
     """The keep mask over the message dims `shape`, on the seed's device.
 
     Args:
@@ -129,27 +129,27 @@ def keep_mask(shape: tuple[int, ...], rule: Rule, seed: Tensor, arrays: Rows, th
     """
     *rows, size = shape
     keys = row_keys(arrays.keys, tuple(rows), seed.device)
-    takes = taking(shape, rule, arrays, seed.device)
-    count: Any = takes.sum(-1).broadcast_to(rows) if rule.count_limited else None
+    may_drop = eligible(shape, rule, arrays, seed.device)
+    count: Any = may_drop.sum(-1).broadcast_to(rows) if rule.count_limited else None
     threshold = _row_threshold(rule, seed, keys) if thresholds is None else thresholds
     if rule.exact:
-        drawn = torch.where(takes, _drawn(seed, keys, arrays, size, 0), 2**33)
+        drawn = torch.where(may_drop, _drawn(seed, keys, arrays, size, 0), 2**33)
         wanted = _exactly(count, rule, threshold.squeeze(-1) if rule.ranged else threshold)
-        return ~(_fewer(drawn, wanted) & takes)
-    dropped = (_drawn(seed, keys, arrays, size, 0, rule.span) < threshold) & takes
+        return ~(_fewer(drawn, wanted) & may_drop)
+    dropped = (_drawn(seed, keys, arrays, size, 0, rule.span) < threshold) & may_drop
     if rule.min_keep:
         drawn = torch.where(dropped, _drawn(seed, keys, arrays, size, 2), 2**33)
         dropped = dropped & _fewer(drawn, (count - rule.min_keep).clamp(min=0))
     return torch.logical_not(dropped)
 
 
-def taking(shape: tuple[int, ...], rule: Rule, arrays: Rows, device: torch.device) -> Tensor:
+def eligible(shape: tuple[int, ...], rule: Rule, arrays: RowArgs, device: torch.device) -> Tensor:
     """Whether a message takes part, neither padding nor protected; broadcastable to `shape`."""
     position = torch.arange(shape[-1], device=device)
-    takes = position >= rule.prefix
+    may_drop = position >= rule.prefix
     if arrays.lengths is not None:
-        takes = takes & (position < arrays.lengths.unsqueeze(-1))
-    return takes if arrays.protect is None else takes & ~arrays.protect
+        may_drop = may_drop & (position < arrays.lengths.unsqueeze(-1))
+    return may_drop if arrays.protect is None else may_drop & ~arrays.protect
 
 
 def _row_threshold(rule: Rule, seed: Tensor, keys: Tensor) -> Any:
@@ -159,7 +159,7 @@ def _row_threshold(rule: Rule, seed: Tensor, keys: Tensor) -> Any:
     return rule.threshold + _multiply_shift(draws(seed, keys, 0, 1, 3), rule.spread, 32)
 
 
-def _drawn(seed: Tensor, keys: Tensor, arrays: Rows, size: int, stream: int, span: int = 1) -> Tensor:
+def _drawn(seed: Tensor, keys: Tensor, arrays: RowArgs, size: int, stream: int, span: int = 1) -> Tensor:
     """The draws of a row's messages, `span` neighbouring positions sharing one."""
     positions: Any = arrays.positions
     if span == 1:
@@ -178,38 +178,38 @@ def _drawn(seed: Tensor, keys: Tensor, arrays: Rows, size: int, stream: int, spa
 
 
 def row_scales(
-    shape: tuple[int, ...], rule: Rule, seed: Tensor, arrays: Rows, scales: Tensor | None
+    shape: tuple[int, ...], rule: Rule, seed: Tensor, arrays: RowArgs, scales: Tensor | None
 ) -> tuple[Any, Tensor | None]:
     """What each message is multiplied by (a number, or float64), and where: where it takes part; None: everywhere.
 
     `scales` are those of a p that is an array.
     """
-    takes = None
+    may_drop = None
     if rule.prefix or arrays.lengths is not None or arrays.protect is not None:
-        takes = taking(shape, rule, arrays, seed.device)
+        may_drop = eligible(shape, rule, arrays, seed.device)
     if scales is not None:
-        return scales, takes
+        return scales, may_drop
     if rule.drops_all or not (rule.exact or rule.ranged):
-        return rule.scale, takes
+        return rule.scale, may_drop
     threshold = _row_threshold(rule, seed, row_keys(arrays.keys, tuple(shape[:-1]), seed.device))
     if rule.exact:
-        n: Any = torch.full((1,), shape[-1], device=seed.device) if takes is None else takes.sum(-1, keepdim=True)
+        n: Any = torch.full((1,), shape[-1], device=seed.device) if may_drop is None else may_drop.sum(-1, keepdim=True)
         scale = n.to(torch.float64) / (n - _exactly(n, rule, threshold)).clamp(min=1)
     else:
         scale = 1 / (1 - threshold.to(torch.float64) / 2**32)
-    return (torch.where(threshold < 2**32, scale, 1.0) if rule.ranged else scale), takes
+    return (torch.where(threshold < 2**32, scale, 1.0) if rule.ranged else scale), may_drop
 
 
-def select(x: Tensor, keep: Tensor, fill: Any, scale: Any = None, taking: Tensor | None = None) -> Tensor:
-    """`where(keep, x * scale, fill)`, unscaled where not `taking`; fill None: 0, scale a number or one a message."""
+def where(x: Tensor, keep: Tensor, fill: Any, scale: Any = None, eligible: Tensor | None = None) -> Tensor:
+    """`where(keep, x * scale, fill)`, unscaled where not `eligible`; fill None: 0, scale a number or one a message."""
     features = (1,) * (x.ndim - keep.ndim)
     y = x
     if scale is not None:
         if isinstance(scale, Tensor):
             scale = scale.reshape(*scale.shape, *features)
         y = multiply(x, scale)
-        if taking is not None:
-            y = torch.where(taking.reshape(*taking.shape, *features), y, x)
+        if eligible is not None:
+            y = torch.where(eligible.reshape(*eligible.shape, *features), y, x)
     if fill is None:
         fill = torch.zeros((), dtype=x.dtype, device=x.device)
     keep = keep.reshape(*keep.shape, *features)

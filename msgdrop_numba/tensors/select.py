@@ -14,6 +14,7 @@ from torch import Tensor
 
 from msgdrop_numba.call.request import Job, Request, prepare, prepare_mask, turned
 from msgdrop_numba.call.select import (
+    ARRAYS,
     DENSE,
     PACKED,
     Form,
@@ -34,25 +35,25 @@ from msgdrop_numba.tensors.backends import DEVICE, HOST, choose, choose_for_mask
 from msgdrop_numba.torch_private import in_transform, is_exporting, is_view, quick_apply
 
 
-class Way(NamedTuple):
-    """A move, and its gradient's.
+class GatherIndex(NamedTuple):
+    """The index of a move, and of its gradient.
 
     Fields:
-        numbers: int64, for each message of the output the number of its source; -1: it has none.
-        back: the same from each message of the source to the output.
-        full: whether every message of the output has a source.
-        scales: float64, what each message of the output is multiplied by, 0: it passes as it is; None: all do.
-        back_scales: the same for each message of the source.
+        index: int64, for each message of the output the number of its source; -1: it has none.
+        inverse_index: int64, for each message of the source the number of its place in the output; -1: it has none.
+        full: True if every message of the output has a source.
+        scales: float64, the factor of each message of the output, 0: it passes as it is; None: all do.
+        inverse_scales: the factors by the messages of the source.
     """
 
-    numbers: Tensor
-    back: Tensor
+    index: Any
+    inverse_index: Any
     full: bool = False
     scales: Tensor | None = None
-    back_scales: Tensor | None = None
+    inverse_scales: Tensor | None = None
 
-    def turned(self) -> Way:
-        return Way(self.back, self.numbers, False, self.back_scales, self.scales)
+    def inverted(self) -> GatherIndex:
+        return GatherIndex(self.inverse_index, self.index, False, self.inverse_scales, self.scales)
 
 
 def message_select(x: Tensor, request: Request, layout: Layout) -> tuple[Tensor, Selection | None]:
@@ -89,7 +90,7 @@ def select_messages(shape: tuple[int, ...], request: Request, layout: Layout, de
 
 
 def _selection(job: Job, capacity: int | None, device: torch.device) -> Selection:
-    shape, form, lengths = tuple(job.plan.shape), job.form, job.draw.lengths
+    shape, form, lengths = tuple(job.plan.shape), job.form, job.args.lengths
     if job.seed is None or job.plan.rule.p == 0:  # x itself, in its own room
         mask, capacity = torch.ones(shape, dtype=torch.bool, device=device), None if form.name == PACKED else shape[-1]
     else:
@@ -97,13 +98,13 @@ def _selection(job: Job, capacity: int | None, device: torch.device) -> Selectio
     if job.library is not HOST:
         return _placed(form, capacity, mask, lengths)
     name, _, *arrays, longest, _ = place(form, capacity, shape, mask.data_ptr(), lengths)
-    numbers, slots, lengths = map(torch.from_numpy, arrays)
-    return Selection(name, shape, numbers, slots, lengths, longest)
+    index, inverse_index, counts = map(torch.from_numpy, arrays)
+    return Selection(name, shape, index, inverse_index, counts, longest)
 
 
 def on(found: Selection, device: Any) -> Selection:
     """A selection as tensors, on a device; None: where it is."""
-    named: dict[str, Any] = {name: torch.as_tensor(getattr(found, name)) for name in ("numbers", "slots", "lengths")}
+    named: dict[str, Any] = {name: torch.as_tensor(getattr(found, name)) for name in ARRAYS}
     if isinstance(found.overflow, Tensor):
         named["overflow"] = found.overflow
     if device is not None:
@@ -137,8 +138,8 @@ def _placed(form: Form, capacity: Any, mask: Tensor, lengths: Tensor | None) -> 
         longest = room
     elif longest is None:
         longest = min(size, room)
-    slots = torch.where(fits, at, -1).reshape(shape)
-    return Selection(layout, shape, index, slots, counts, longest, False if overflow is None else overflow)
+    inverse_index = torch.where(fits, at, -1).reshape(shape)
+    return Selection(layout, shape, index, inverse_index, counts, longest, False if overflow is None else overflow)
 
 
 def _totals(counts: Tensor) -> tuple[int, int]:
@@ -158,21 +159,21 @@ def _totals(counts: Tensor) -> tuple[int, int]:
 
 def take(x: Tensor, dims: int, found: Selection, scales: Tensor | None = None) -> Tensor:
     """What is kept of x, over its leading `dims`; zeros in padding; multiplied by the `scales` of its messages."""
-    way = Way(found.numbers, found.slots, found.layout == DENSE)
+    gather = GatherIndex(found.index, found.inverse_index, found.layout == DENSE)
     if scales is not None:
-        picked = _pick(scales.flatten(), found.numbers)
-        way = way._replace(scales=picked, back_scales=scales.contiguous())
-    return _move(x, way)
+        picked = _pick(scales.flatten(), found.index)
+        gather = gather._replace(scales=picked, inverse_scales=scales.contiguous())
+    return _move(x, gather)
 
 
 def take_shared(x: Tensor, within: Tensor) -> Tensor:
     """The messages of the one row x with these numbers; zeros where one is negative."""
-    return operations.select(_pick(x, within), within >= 0, None)
+    return operations.where(_pick(x, within), within >= 0, None)
 
 
 def restore(y: Tensor, fill: Any, found: Selection) -> Tensor:
     """The messages of y where they were, the fill where one was removed: one message, or one for each."""
-    dims = found.numbers.ndim
+    dims = found.index.ndim
     full = (*found.shape, *y.shape[dims:])
     if not isinstance(fill, Tensor) or fill.ndim != len(full):
         fill = fill_message(fill, y, dims)
@@ -181,17 +182,17 @@ def restore(y: Tensor, fill: Any, found: Selection) -> Tensor:
             f"a fill of all messages must be {full} {y.dtype} on {y.device}, "
             f"but got {tuple(fill.shape)} {fill.dtype} on {fill.device}"
         )
-    return _move(y, Way(found.slots, found.numbers), fill)
+    return _move(y, GatherIndex(found.inverse_index, found.index), fill)
 
 
 def as_here(found: Selection, x: Tensor) -> Selection:
     """A selection as tensors on x's device."""
-    if hasattr(found.numbers, "device_mesh"):
+    if hasattr(found.index, "device_mesh"):
         raise ValueError("what was kept is of a DTensor, and goes with DTensors alone: distribute_tensor(t, ...)")
     found = on(found, None)
-    if found.numbers.device != x.device:
+    if found.index.device != x.device:
         raise ValueError(
-            f"what was kept is on {found.numbers.device}, but the tensor on {x.device}: kept.to({str(x.device)!r})"
+            f"what was kept is on {found.index.device}, but the tensor on {x.device}: kept.to({str(x.device)!r})"
         )
     return found
 
@@ -202,21 +203,21 @@ def as_nested(y: Tensor, found: Selection) -> Tensor:
     ends = found.lengths.flatten().cumsum(0)
     offsets = torch.cat([ends.new_zeros(1), ends])
     if found.layout == DENSE:
-        values = _in_a_row(y, found.numbers.ndim)
+        values = _in_a_row(y, found.index.ndim)
     elif found.layout == PACKED:
         values = y[: int(offsets[-1])]
     else:
-        values = y[found.numbers >= 0]
+        values = y[found.index >= 0]
     return torch.nested.nested_tensor_from_jagged(values, offsets)
 
 
-def _move(x: Tensor, way: Way, fill: Tensor | None = None) -> Tensor:
-    """Along the way; `fill` is one message, or one for each of the output's."""
+def _move(x: Tensor, gather: GatherIndex, fill: Tensor | None = None) -> Tensor:
+    """Along the gather; `fill` is one message, or one for each of the output's."""
     if not (_followed(x) and (fill is None or _followed(fill))):
-        return _by_operations(x, way, fill)
+        return _by_operations(x, gather, fill)
     if torch.is_grad_enabled() and (x.requires_grad or (fill is not None and fill.requires_grad)):
-        return _run_move(x, fill, way)  # type: ignore[no-any-return]
-    return _write(x, way, fill)
+        return _run_move(x, fill, gather)  # type: ignore[no-any-return]
+    return _write(x, gather, fill)
 
 
 def _followed(x: Tensor) -> bool:
@@ -225,37 +226,38 @@ def _followed(x: Tensor) -> bool:
 
 class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fill: Tensor | None, way: Way) -> Tensor:
-        ctx.way, ctx.each = way, fill is not None and fill.ndim >= x.ndim - way.back.ndim + way.numbers.ndim
-        y = _write(x, way, fill)
+    def forward(ctx: Any, x: Tensor, fill: Tensor | None, gather: GatherIndex) -> Tensor:
+        dims = x.ndim - gather.inverse_index.ndim + gather.index.ndim
+        ctx.gather, ctx.each = gather, fill is not None and fill.ndim >= dims
+        y = _write(x, gather, fill)
         if is_view(y):  # which couldn't be changed in place
             y = y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        way, grad_x, grad_fill = ctx.way, None, None
+        gather, grad_x, grad_fill = ctx.gather, None, None
         if grad.layout != torch.strided:
             grad = grad.to_dense()
         if ctx.needs_input_grad[0]:
-            grad_x = _move(grad, way.turned())
+            grad_x = _move(grad, gather.inverted())
         if ctx.needs_input_grad[1]:
-            grad_fill = operations.select(grad, way.numbers < 0, None)
+            grad_fill = operations.where(grad, gather.index < 0, None)
             if not ctx.each:
-                grad_fill = _in_a_row(grad_fill, way.numbers.ndim).sum(0)
+                grad_fill = _in_a_row(grad_fill, gather.index.ndim).sum(0)
         return grad_x, grad_fill, None
 
 
 _run_move: Any = quick_apply(_Move)
 
 
-def _write(x: Tensor, way: Way, fill: Tensor | None) -> Tensor:
+def _write(x: Tensor, gather: GatherIndex, fill: Tensor | None) -> Tensor:
     """The move by the kernels, where there are some that can follow."""
-    kind, on_host = COPY if way.scales is None else scaled_kind(x.dtype), HOST.reads(x)
+    kind, on_host = COPY if gather.scales is None else scaled_kind(x.dtype), HOST.reads(x)
     if kind == OTHER or not (on_host or not cuda.obstacle(x.device)):
-        return _by_operations(x, way, fill)
-    dims, shape, size = way.back.ndim, tuple(x.shape), x.element_size()
-    made = (*way.numbers.shape, *shape[dims:])
+        return _by_operations(x, gather, fill)
+    dims, shape, size = gather.inverse_index.ndim, tuple(x.shape), x.element_size()
+    made = (*gather.index.shape, *shape[dims:])
     out = memory.empty(made, x.dtype) if on_host else x.new_empty(made)
     where = Source(x.data_ptr())
     if not x.is_contiguous():
@@ -269,25 +271,25 @@ def _write(x: Tensor, way: Way, fill: Tensor | None) -> Tensor:
     if fill is not None:
         fill = fill.contiguous()
         filled = fill.data_ptr(), width if fill.ndim == out.ndim else 0
-    job, count = moving(where, out.data_ptr(), way.numbers, width, filled, way.scales, kind), way.numbers.numel()
+    job, count = moving(where, out.data_ptr(), gather.index, width, filled, gather.scales, kind), gather.index.numel()
     if on_host:
         move(job, count)
     elif not cuda.gather(job, count, x.device):
-        return _by_operations(x, way, fill)
+        return _by_operations(x, gather, fill)
     return out
 
 
-def _by_operations(x: Tensor, way: Way, fill: Tensor | None) -> Tensor:
+def _by_operations(x: Tensor, gather: GatherIndex, fill: Tensor | None) -> Tensor:
     """The move in torch's operations, for whatever follows operations."""
-    index = way.numbers
-    flat = _in_a_row(x, way.back.ndim)
+    index = gather.index
+    flat = _in_a_row(x, gather.inverse_index.ndim)
     if x.requires_grad and torch.compiler.is_compiling() and not (in_transform() or is_exporting()):
-        y = _Pick.apply(flat, index.flatten(), way.back.flatten()).reshape(*index.shape, *flat.shape[1:])  # type: ignore[no-untyped-call]
+        y = _Pick.apply(flat, index.flatten(), gather.inverse_index.flatten()).reshape(*index.shape, *flat.shape[1:])  # type: ignore[no-untyped-call]
     else:
         y = _pick(flat, index)
-    if way.scales is not None:
-        y = operations.scaled(y, way.scales.reshape(index.shape))
-    return y if way.full else operations.select(y, index >= 0, fill)
+    if gather.scales is not None:
+        y = operations.scaled(y, gather.scales.reshape(index.shape))
+    return y if gather.full else operations.where(y, index >= 0, fill)
 
 
 def _in_a_row(x: Tensor, dims: int) -> Tensor:
@@ -316,7 +318,7 @@ class _Pick(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (back,) = ctx.saved_tensors
-        return operations.select(_pick(grad, back), back >= 0, None), None, None
+        return operations.where(_pick(grad, back), back >= 0, None), None, None
 
 
 # Types of the same bits, which every operation knows.

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from msgdrop_numba.call.arguments import message_dims
 from msgdrop_numba.call.request import Job, Library, Request, carry_out, prepare, prepare_mask, turned
 from msgdrop_numba.call.rule import Rule
-from msgdrop_numba.call.select import DENSE, PACKED, Form, Layout, Selection, form_of
+from msgdrop_numba.call.select import ARRAYS, DENSE, PACKED, Form, Layout, Selection, form_of
 from msgdrop_numba.tensors import select
 from msgdrop_numba.tensors.arguments import fill_message
 from msgdrop_numba.tensors.backends import choose, choose_for_mask
@@ -136,9 +136,9 @@ def _select(layout: Layout, x: DTensor, request: Request) -> tuple[DTensor, Sele
     job = prepared(choose(local, local_request)[0], local, call, partial(_form_of, layout, local_request))
     y, found = select.removed(local, job, local_request, layout)
     if found is not None:
-        numbers, slots = (whole(each, piece, rows, tuple(each.shape[rows:])) for each in (found.numbers, found.slots))
-        lengths = whole(found.lengths, piece, rows)
-        found = found._replace(shape=call.whole, numbers=numbers, slots=slots, lengths=lengths)
+        arrays = {name: getattr(found, name) for name in ARRAYS}
+        arrays = {name: whole(each, piece, rows, tuple(each.shape[rows:])) for name, each in arrays.items()}
+        found = found._replace(shape=call.whole, **arrays)
     return (x if y is local else _resized(y, piece, rows)), found
 
 
@@ -165,7 +165,7 @@ def _resized(local: Tensor, piece: Piece, dim: int) -> DTensor:
 
 def as_here(found: Selection, x: DTensor) -> Selection:
     """The selection, refused where it isn't of DTensors on x's mesh."""
-    mesh = getattr(found.numbers, "device_mesh", None)
+    mesh = getattr(found.index, "device_mesh", None)
     if mesh is None:
         raise ValueError("what was kept is of a plain tensor or array, but got a DTensor: give x.full_tensor()")
     if mesh != x.device_mesh:
@@ -198,7 +198,7 @@ def take_shared(x: DTensor, within: DTensor) -> DTensor:
 
 def restore(y: DTensor, fill: Any, found: Selection) -> DTensor:
     """`select.restore` for a DTensor."""
-    rows = found.numbers.ndim - 1
+    rows = found.index.ndim - 1
     piece = _rows_of("y", y, rows, found)
     full = (*found.shape, *y.shape[rows + 1 :])
     piece, local = piece._replace(shape=full), local_of("y", y, piece)
@@ -218,14 +218,14 @@ def _rows_of(name: str, x: DTensor, rows: int, found: Selection) -> Piece:
     """The piece of a tensor, whose rows must be placed as those that were selected from."""
     piece = piece_of(name, x)
     given = [p if p.is_shard() and p.dim <= rows else Replicate() for p in piece.placements]
-    if cutting(x.device_mesh, given) != cutting(x.device_mesh, found.numbers.placements):
+    if cutting(x.device_mesh, given) != cutting(x.device_mesh, found.index.placements):
         raise ValueError(
-            f"{name} must be placed by its rows as x was, {tuple(found.numbers.placements)}, but got "
+            f"{name} must be placed by its rows as x was, {tuple(found.index.placements)}, but got "
             f"{piece.placements}: redistribute it"
         )
     return piece
 
 
 def _local(found: Selection) -> Selection:
-    numbers, slots, lengths = (each.to_local() for each in (found.numbers, found.slots, found.lengths))
-    return found._replace(shape=tuple(slots.shape), numbers=numbers, slots=slots, lengths=lengths)
+    local = {name: getattr(found, name).to_local() for name in ARRAYS}
+    return found._replace(shape=tuple(local["inverse_index"].shape), **local)

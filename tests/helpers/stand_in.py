@@ -16,7 +16,7 @@ from helpers import internals
 from msgdrop_numba.kernels import cpu, gather, rules
 from msgdrop_numba.kernels._jit import compiled
 from msgdrop_numba.kernels.memory import view
-from msgdrop_numba.kernels.records import DRAW, GATHER, PLAN
+from msgdrop_numba.kernels.records import GATHER, MASK_ARGS, PLAN
 
 
 class Kernels:
@@ -63,7 +63,7 @@ class Kernels:
         x, out, mask, seed, limits = addresses
         self.started("drop", plan.kind if out else 0, stream, device)
         self.refuse_overlap(plan, draw, messages, inner, out, seed)
-        record, arguments = np.zeros(1, PLAN), np.zeros(1, DRAW)
+        record, arguments = np.zeros(1, PLAN), np.zeros(1, MASK_ARGS)
         record[0], arguments[0] = tuple(plan), tuple(draw)
         rows = messages // plan.size
         if draw.keys and inner:

@@ -103,14 +103,14 @@ class Call:
         keywords = {name: self.options.get(name, default) for name, default in DEFAULTS.items()}
         rule = Rule(number, **keywords) if array is None else ArrayRule(None, **keywords)
         plan = plans.make_plan(like.shape, like.itemsize, kind, 2, rule, like.strides, target.strides)
-        assert plan.followed
+        assert plan.kernel_ok
         told = {name: value for name, value in self.options.items() if name not in DEFAULTS}
         if "lengths" in told:
             told["lengths"] = told["lengths"].ravel()
         draw = plans.row_arguments(plan, array, fill, Request(rule, array, scale, **told))
         inner = 0
         if self.keys is not None:
-            draw = plans.Draw(fill, draw.lengths, self.keys, draw.thresholds, draw.scales, places=draw.places)
+            draw = plans.MaskArgs(fill, draw.lengths, self.keys, draw.thresholds, draw.scales, places=draw.places)
             inner = self.rows // self.keys.size if self.keys.ndim < len(self.shape) - 1 else 0
         mask = np.full(self.shape, 7, np.uint8) if given is None else given.astype(np.uint8)
         seed, limits = np.array([self.seed], np.uint64), np.empty((self.rows, 2), np.int64)

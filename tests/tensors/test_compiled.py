@@ -26,7 +26,7 @@ def test_compiled_operations_are_right(compiled, dynamic):
     """Inductor compiles a naive 64-bit Philox wrongly for some seeds: compare many, on more than 12 rows."""
     rule = Rule(0.5)
     f = compiled(
-        lambda x, seed, keys: tensor.keep_mask((x.shape[0], x.shape[1]), rule, seed, tensor.Rows(None, keys), None),
+        lambda x, seed, keys: tensor.keep_mask((x.shape[0], x.shape[1]), rule, seed, tensor.RowArgs(None, keys), None),
         dynamic=dynamic,
     )
     draws = np.random.default_rng(5)

@@ -38,5 +38,5 @@ def test_vectors(vector):
 @pytest.mark.parametrize("span", [2**31, 2**34])
 def test_huge_spans(span):
     for seed in range(8):
-        got = tensor.keep_mask((3, 50), Rule(0.5, span=span), torch.tensor(seed), tensor.Rows(), None)
+        got = tensor.keep_mask((3, 50), Rule(0.5, span=span), torch.tensor(seed), tensor.RowArgs(), None)
         assert np.array_equal(got, keep_mask((3, 50), 0.5, span=span, seed=seed))
