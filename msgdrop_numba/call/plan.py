@@ -150,6 +150,7 @@ class Plan(NamedTuple):
     record: np.ndarray[Any, Any]  # one PLAN, what the kernels read
     address: int  # of the record
     numbers: Any  # the record's fields, a PlanNumbers
+    strides: Any = None  # of the dense tensor that it is for, and of its output; None: C order
 
 
 def make_plan(

@@ -120,8 +120,8 @@ class Kernels(Tensors):
         """Memory for an output that lies as x does."""
         return torch.empty_like(x)
 
-    def dense(self, x: Tensor, nbytes: int) -> Tensor:
-        """The same of an x in C order."""
+    def dense(self, x: Tensor, nbytes: int, strides: tuple[int, ...] | None) -> Tensor:
+        """The same of a dense x with these strides, None: in C order."""
         return torch.empty_like(x)
 
     def run(self, x: Tensor, job: Job, request: Request) -> Any:
@@ -144,13 +144,13 @@ class Kernels(Tensors):
 
     def drop(self, plan: Plan, args: MaskArgs, seed: Any, x: Tensor, target: Any = None, mask: Any = None) -> Tensor:
         """`write` without a job, which a small call feels. The mask is written; or read, if the draw has it given."""
-        in_order, result = x.is_contiguous(), target
+        made, result = plan, target
+        fits = x.is_contiguous() if plan.strides is None else x.stride() == plan.strides
         if target is None:
-            result = self.dense(x, plan.nbytes) if in_order else self.empty_like(x)
+            result = self.dense(x, plan.nbytes, plan.strides) if fits else self.empty_like(x)
         if not plan.messages:
             return result  # type: ignore[no-any-return]
-        made = plan
-        if not (in_order and (target is None or target.is_contiguous())):
+        if not (fits and (target is None or (plan.strides is None and target.is_contiguous()))):
             plan, x = self._follow(plan, x, result)
         if plan.kernel_ok:
             start = x.data_ptr()

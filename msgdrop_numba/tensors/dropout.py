@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msgdrop_numba.call.arguments import row_lengths
 from msgdrop_numba.call.keys import row_keys
-from msgdrop_numba.call.plan import PLAIN, MaskArgs, Plan, RecentPlans, array_plan, recent_plans
+from msgdrop_numba.call.plan import PLAIN, MaskArgs, Plan, RecentPlans, array_plan, follow, recent_plans
 from msgdrop_numba.call.request import Job, Request, perform, prepare_mask, turned
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import nested
@@ -73,6 +73,9 @@ def _find(x: Tensor, recent: RecentPlans) -> Plan | None:
     if rule.p == 0 or isinstance(dims, tuple) or x.dtype in WITHOUT_ZERO or not HOST.reads(x):
         return None
     made: Plan = array_plan(x, scaled_kind(x.dtype) if recent.scale else COPY, dims, rule)
+    if not x.is_contiguous() and torch.empty_like(x, device="meta").stride() == x.stride():
+        steps = tuple(step * x.element_size() for step in x.stride())
+        made = follow(made, steps, steps)._replace(strides=x.stride())
     guard = make_guard([x])
     if guard is not None:
         recent.tensors = [(guard, made), *recent.tensors[: recent.KEPT - 1]]
