@@ -228,7 +228,7 @@ def _fits(target: Any, x: np.ndarray, plan: Plan) -> bool:
 
 
 def _write(plan: Plan, args: MaskArgs, seed: int, x: np.ndarray, result: np.ndarray, mask: np.ndarray) -> None:
-    """What the kernels do, in NumPy's operations: for layouts and byte orders that they can't follow."""
+    """Write the result with NumPy's operations, for layouts and byte orders that the kernels can't follow."""
     wide = (*plan.shape, *(1,) * (x.ndim - mask.ndim))
     kept = mask.reshape(wide)
     if plan.kind != COPY:
@@ -282,7 +282,7 @@ def _selection(job: Job, capacity: int | None) -> Selection:
 
 
 def take(x: np.ndarray, dims: int, found: Selection) -> np.ndarray:
-    """What is kept of x, over its leading `dims`; zeros in padding."""
+    """The kept messages of x, whose leading `dims` index messages; zeros in padding."""
     return _moved(x, dims, found.index)
 
 

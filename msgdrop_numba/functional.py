@@ -26,7 +26,7 @@ Mask = TypeVar("Mask")
 
 
 class _Rule(TypedDict, total=False):
-    """What a type checker is told of the keywords that decide a mask."""
+    """Keyword types of the arguments that decide a mask."""
 
     exact: bool
     span: int
@@ -39,7 +39,7 @@ class _Rule(TypedDict, total=False):
 
 
 class SelectKeywords(_Rule, total=False):
-    """The same of all of `message_select`'s."""
+    """Keyword types of `message_select`."""
 
     scale: bool
     message_dims: int | tuple[int, ...] | None
@@ -50,7 +50,7 @@ class SelectKeywords(_Rule, total=False):
 
 
 class _Keywords(_Rule, total=False):
-    """The same of all others that don't change what comes back."""
+    """Keyword types of `message_dropout` that don't change its return type."""
 
     scale: bool
     fill: Any
@@ -237,7 +237,7 @@ def remember(known: dict[type, Any], what: Any, *types: type) -> None:
 
 
 def _is_listed(x: Any) -> bool:
-    """Whether it is a list of samples."""
+    """True for a list of samples."""
     return isinstance(x, (list, tuple)) and bool(x) and all(getattr(sample, "ndim", 0) for sample in x)
 
 
@@ -298,7 +298,7 @@ def keep_mask(
 
 
 def key_padding_mask(keep: Mask, lengths: Any = None) -> Mask:
-    """What attention must ignore: padding, and what dropped. As torch's `src_key_padding_mask`, True = ignored.
+    """The mask of messages that attention must ignore, padding and dropped ones: torch's `src_key_padding_mask`.
 
     `~keep` alone would attend to padding, which is kept. Give the dropout `min_keep=1`: a row of which everything is
     ignored gives NaN in attention.

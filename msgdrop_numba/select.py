@@ -29,7 +29,7 @@ Element = TypeVar("Element", bound=np.generic)
 
 
 class Kept:
-    """Which messages remain of `message_select`, and where: takes companions along, and puts what remains back.
+    """The messages that remain of `message_select`: `take` gathers companions, `restore` scatters messages back.
 
     Its arrays are NumPy's or tensors, as what was selected from. Padding is what fills up a row in layout "padded", or
     the slots behind all messages in layout "packed" with a capacity.
@@ -113,7 +113,7 @@ class Kept:
         return self._numbers < 0
 
     def take(self, t: Any, dim: int | None = None) -> Any:
-        """What remains of a companion of x: its positions, labels, a rope table, an attention mask.
+        """The entries of a companion of x that remain: positions, labels, a rope table, an attention mask.
 
         Args:
             t: array or tensor of any dtype: the row dims of x first, its messages along `dim` (an `edge_index` of
@@ -185,7 +185,7 @@ class Kept:
             raise ValueError(f"y must have shape {slots} and features, but got {tuple(y.shape)}")
 
     def to_nested(self, y: Any) -> Any:
-        """What remains of a tensor, as a jagged nested one: a row for each of x's, without padding.
+        """The remaining messages as a jagged nested tensor: a row for each of x's, without padding.
 
         Args:
             y: `(*rows, slots, *features)`, packed `(slots, *features)`.
@@ -210,7 +210,7 @@ class Kept:
         return as_nested(y, self._found)
 
     def to(self, device: Any) -> Kept:
-        """The same as tensors on a device.
+        """This selection as tensors on a device.
 
         Args:
             device: a torch device, "cpu" say, which arrays become tensors on, too.
@@ -363,7 +363,7 @@ def select_messages(
     capacity: int | None = None,
     device: Any = None,
 ) -> Kept:
-    """What `message_select` would keep, without data: `kept.take` then removes from any number of arrays.
+    """The selection that `message_select` would make, without data: `kept.take` removes from any number of arrays.
 
     Args:
         shape: the message dims, e.g. `(batch, sequence)`; the last is the position in a row.

@@ -235,5 +235,5 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def ragged_dim(tensor: torch.Tensor) -> int:
-    """Which dim of a nested tensor is ragged."""
+    """The ragged dim of a nested tensor."""
     return tensor._ragged_idx  # type: ignore[attr-defined,no-any-return]

@@ -1,1 +1,1 @@
-"""What one call asks for, whatever the array: rule, request and checks, rows and keys, plan and launch."""
+"""One call, whatever the array library: rule, request and checks, rows and keys, plan and launch."""

@@ -1,4 +1,4 @@
-"""What every array library shares: reading and checking the arguments that name rows, seeds and values."""
+"""Checks of arguments that all array libraries share: rows, seeds and values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_WORK: Any = 100_000  # steps of the exact search for shared memory; past th
 
 
 def message_dims(shape: tuple[int, ...], dims: Any) -> int:
-    """How many leading dims of `shape` index messages: `dims`, by default 2 of 3 or more, else 1."""
+    """The number of leading dims that index messages: `dims`, by default 2 of 3 or more, else 1."""
     if isinstance(dims, tuple):
         raise TypeError(f"message_dims must be an integer or None here, but got {dims}: permute x first")
     count: int = (2 if len(shape) >= 3 else 1) if dims is None else check_message_dims(dims)
@@ -47,7 +47,7 @@ def check_message_dims(dims: Any) -> Any:
 
 
 def message_order(ndim: int, dims: tuple[int, ...]) -> tuple[int, ...]:
-    """How to permute the dims of an array so that those named come first, in their order."""
+    """The permutation that brings the named dims to the front, in their order."""
     named = tuple(dim + ndim if dim < 0 else dim for dim in check_message_dims(dims))
     if len(set(named)) < len(named) or not all(0 <= dim < ndim for dim in named):
         raise ValueError(f"message_dims must name dims of x, which has {ndim}, each once, but got {dims}")
@@ -55,7 +55,7 @@ def message_order(ndim: int, dims: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def order_back(order: tuple[int, ...]) -> tuple[int, ...]:
-    """How to permute the dims back."""
+    """The inverse of a permutation."""
     return tuple(map(order.index, range(len(order))))
 
 
@@ -100,7 +100,7 @@ def check_source(seed: Any, generator: Any, kind: type) -> int | None:
 
 
 def is_masked(value: Any) -> bool:
-    """Whether it is one of NumPy's masked arrays; where nobody has imported them, none is."""
+    """True for NumPy's masked arrays, without importing them."""
     masked = sys.modules.get("numpy.ma")
     return masked is not None and isinstance(value, masked.MaskedArray)
 
@@ -177,7 +177,7 @@ def check_protect(protect: Any, shape: tuple[int, ...]) -> None:
 
 
 def is_each(given: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a shape is that of the message dims or of the last one alone."""
+    """True if a shape is that of the message dims, or of the last one alone."""
     return given == shape[-1:] or given == shape  # by `in`, Dynamo finds no symbol equal to a number
 
 
@@ -289,7 +289,7 @@ def scales(p: np.ndarray) -> np.ndarray:
 
 
 def address(array: Any) -> int:
-    """Where the bytes of an array or a tensor begin; 0 for None."""
+    """The address of an array or a tensor; 0 for None."""
     if array is None:
         return 0
     if not isinstance(array, np.ndarray):
@@ -309,7 +309,7 @@ ZERO = 0.0  # the fill that nobody gave; known by its identity, which spares a c
 
 
 def is_zero(fill: Any) -> bool:
-    """Whether `fill` is plain zero, whose bytes are zeros in every dtype (-0.0 is not)."""
+    """True if `fill` is plain zero, whose bytes are zeros in every dtype (-0.0 is not)."""
     return type(fill) in (int, float) and fill == 0 and math.copysign(1.0, fill) > 0
 
 

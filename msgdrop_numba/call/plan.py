@@ -1,4 +1,4 @@
-"""What of a call is the same for all arrays of one shape: how many messages, how wide, dropped by which rule."""
+"""Plans: everything about a call that is the same for all arrays of one shape, dtype, strides and rule."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ UNKNOWN_SCALE = "the kernels can't scale its dtype"
 
 
 class RowPointers(NamedTuple):
-    """Where the messages of each row lie, each in memory of its own.
+    """Addresses of rows that each lie in memory of their own.
 
     Fields:
         starts: int64, one a row: the address of its messages.
@@ -51,7 +51,7 @@ class RowPointers(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Which messages of a row take part, and what numbers they go by.
+    """The eligible messages of each row, and the positions that number its draws.
 
     Fields:
         protect: bool, one a position or, with more dims, one a message: True takes no part.
@@ -71,7 +71,7 @@ _NOWHERE = (0,) * 6  # what of a record says so
 
 
 class MaskArgs:
-    """What decides the masks of one call beside plan and seed; arrays are kept alive here while a kernel reads them.
+    """The arrays of one call that decide its mask, beside plan and seed. They stay alive while a kernel reads them.
 
     Args:
         fill: one message, an array or tensor; None: zeros.
@@ -230,7 +230,7 @@ class RecentPlans:
 
 @lru_cache(maxsize=256, typed=True)
 def recent_plans(scale: bool, message_dims: Any, *rule_arguments: Any) -> RecentPlans:
-    """What calls with the same p, keywords of a rule, `scale` and message dims share."""
+    """The `RecentPlans` of all calls with the same p, keywords of a rule, `scale` and message dims."""
     return RecentPlans(cached_rule(*rule_arguments), scale, message_dims)
 
 
@@ -289,7 +289,7 @@ def row_places(plan: Plan, lengths: Any, protect: Any, offset: int, positions: A
 
 
 def _eligible(plan: Plan, lengths: Any, protect: Any) -> np.ndarray[Any, Any]:
-    """Whether a message takes part, neither padding nor protected, over the message dims."""
+    """The mask of eligible messages, neither padding nor protected, over the message dims."""
     position = np.arange(plan.size)
     eligible = position >= plan.rule.prefix
     if lengths is not None:
@@ -298,7 +298,7 @@ def _eligible(plan: Plan, lengths: Any, protect: Any) -> np.ndarray[Any, Any]:
 
 
 def kept_scales(plan: Plan, args: MaskArgs, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """What the kernels multiply each message by (float64), and where they do, over the message dims."""
+    """The factor of each message (float64), and the mask of eligible messages, which alone are scaled."""
     scales = args.scales
     if scales is None:
         scales = np.empty((*plan.shape[:-1], 1))
@@ -308,7 +308,7 @@ def kept_scales(plan: Plan, args: MaskArgs, seed: int) -> tuple[np.ndarray[Any, 
 
 
 def follow(contiguous: Plan, strides: tuple[int, ...], out_strides: tuple[int, ...]) -> Plan:
-    """The same plan for arrays that aren't in C order; its `obstacle` says why the kernels can't follow them."""
+    """The plan for arrays with these strides, in bytes; its `obstacle` says why the kernels can't follow them."""
     *made_from, rule = contiguous.arguments
     return _cached(*made_from, strides, out_strides, rule)
 
@@ -334,7 +334,7 @@ def steps(shape: tuple[int, ...], itemsize: int, dims: int, strides: tuple[int, 
 
 
 def layout(shape: tuple[int, ...], itemsize: int, dims: int, *strides: tuple[int, ...] | None) -> Any:
-    """How messages lie in several arrays of one shape: bytes in a piece, and for each array (row, step, piece).
+    """The layout of messages in several arrays of one shape: bytes in a piece, and for each array (row, step, piece).
 
     Those are bytes from row to row, from position to position and from piece to piece. A piece is as much of a message
     as is contiguous in all of them. None: what isn't, or the rows, lie unevenly. Strides None: C order.

@@ -22,7 +22,7 @@ O = TypeVar("O", bound="Options")  # noqa: E741
 
 @dataclass(slots=True)  # frozen would cost 2 us a call; nobody changes one, `replace` makes another
 class Options:
-    """What decides how messages drop, whatever the array.
+    """The arguments that layers, collates and batches keep for life.
 
     Fields:
         rule: an `ArrayRule` if p is an array.
@@ -37,7 +37,7 @@ class Options:
     message_dims: Any = None
 
     def for_rows(self: O, size: int) -> O:
-        """The same for rows of `size` messages, which may be fewer than p has numbers, or than the prefix."""
+        """Options for rows of `size` messages, which may be fewer than p has numbers, or than the prefix."""
         p = self.p[:size] if isinstance(self.p, np.ndarray) else self.p
         return replace(self, p=p, rule=self.rule.for_rows(size))
 
@@ -62,7 +62,7 @@ class Options:
 
 @dataclass(slots=True)
 class Request(Options):
-    """What one call asks for: options, and its own arguments, as for `message_dropout`."""
+    """One call: options, and its own arguments, as for `message_dropout`."""
 
     training: Any = True
     inplace: Any = False
@@ -81,7 +81,7 @@ class Request(Options):
         return cls(**{each.name: getattr(options, each.name) for each in fields(Options)}, **own)
 
     def with_p(self, p: Any) -> Request:
-        """The same call with an array of probabilities."""
+        """This request with an array of probabilities."""
         return replace(self, rule=self.rule.for_array(), p=p)
 
 
@@ -118,7 +118,7 @@ class Library(Protocol):
     """The primitives of an array library. All before `mask` check, and write nothing."""
 
     def kind(self, x: Any, scale: Any) -> int:
-        """What is done to the elements of a kept message, see kernels.records."""
+        """The type that kept messages are scaled in, or COPY, see kernels.records."""
 
     def split_p(self, p: Any) -> tuple[P, Any]:
         """An array or tensor p as (number, None) if it has no dims, or (None, array)."""
@@ -249,7 +249,7 @@ def perform(library: Library, x: Any, request: Request) -> Any:
 
 
 def carry_out(x: Any, job: Job, request: Request) -> Any:
-    """The same of a job that is prepared."""
+    """Run a prepared job."""
     if job.seed is not None:
         return job.library.run(x, job, request)
     y = x if job.target is None or job.target is x else job.library.copy(x, job.target)

@@ -23,7 +23,7 @@ R = TypeVar("R", bound="Rule")
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Rule:
-    """Which messages drop. One rule serves training, the loader and the cluster: give it wherever p is a parameter.
+    """A rule that decides which messages drop. It serves training, the loader and the cluster: give it wherever p is.
 
     Args:
         p: probability that a message is **dropped**, a real number in [0, 1]; or a range, a tuple `(lo, hi)`, of which
@@ -104,7 +104,7 @@ class Rule:
         return replace(self, prefix=min(max(self.prefix - start, 0), size))
 
     def for_array(self) -> ArrayRule:
-        """The same keywords for probabilities in an array."""
+        """A rule with these keywords, for probabilities in an array."""
         return ArrayRule(None, **self.keywords)
 
     @property
@@ -205,7 +205,7 @@ def _is_compiling() -> bool:
 
 @lru_cache(maxsize=1024, typed=True)
 def cached_rule(p: float | Rule, exact: Any, span: Any, min_keep: Any, prefix: Any) -> Rule:
-    """The same rule object for the same numbers. Not for traced code: Dynamo warns of lru_cache."""
+    """A rule of checked arguments, cached. Not for traced code: Dynamo warns of lru_cache."""
     if isinstance(p, Rule):
         check_alone(exact, span, min_keep, prefix)
         return p

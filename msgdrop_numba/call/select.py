@@ -40,7 +40,7 @@ class Layout(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Which messages remain, and where. NumPy arrays, or tensors of one device.
+    """The messages that remain, and their places. NumPy arrays, or tensors of one device.
 
     Fields:
         layout: one of LAYOUTS.
@@ -80,7 +80,7 @@ def read_layout(layout: Any, capacity: Any, wants_kept: bool = True) -> Layout:
 
 
 def kept_of_each(rule: Rule, size: Any, request: Any) -> Any:
-    """How many messages each row keeps, where all are known to keep as many; else None. A size may be a symbol."""
+    """The number of messages that each row keeps if it is the same for all, else None. `size` may be a symbol."""
     if request.lengths is not None:
         return None
     if rule.p == 0 or not request.training:
@@ -169,7 +169,7 @@ def _run(kernel: Any, count: int, record: Sequence[int], nbytes: int) -> None:
 
 
 def slot_scales(plan: Plan, args: Any, seed: int) -> np.ndarray:
-    """What each message is multiplied by, float64; 0: it passes as it is."""
+    """The factor of each message, float64; 0: it passes as it is."""
     scales, eligible = kept_scales(plan, args, seed)
     return np.where(eligible, scales, 0.0)
 
@@ -188,7 +188,7 @@ def load() -> None:
 
 
 class Source(NamedTuple):
-    """Where messages are read: side by side, or `size` in a row, both of them evenly apart, or rows anywhere.
+    """The memory that messages are read from: adjacent messages, `size` messages a row with strides, or rows anywhere.
 
     Fields:
         starts: the address of an int64 for each row: where it lies; 0: `row` bytes behind the one before.

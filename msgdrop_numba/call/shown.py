@@ -1,4 +1,4 @@
-"""How settings are printed: as the call that would make them, without what is at its default."""
+"""Printed settings: the call that would make them, without arguments at their defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many threads, and whether a parallel kernel may start here at all.
+"""Launching kernels: how many threads, and whether a parallel kernel may start here at all.
 
 Threads that go wrong take the process along: under omp a forked child that starts a parallel kernel is killed if its
 parent did so, and hangs if its parent ran a parallel operation of torch, which shares the OpenMP library; under
@@ -29,7 +29,7 @@ SEARCHED = 32  # bytes that are written in the time that it takes to decide on a
 
 
 class _Layer:
-    """What is known of this process's threading layer."""
+    """The threading layer of this process."""
 
     def __init__(self, forked: bool) -> None:
         # Whether parallel kernels may run on it; None until the first one asks. Not in a forked process: its parent's
@@ -48,12 +48,12 @@ _layer = _Layer(forked=multiprocessing.parent_process() is not None and "--multi
 
 
 def chunks(nbytes: int) -> int:
-    """How many parts a job that writes `nbytes` is cut into; 1 stands for the serial kernel."""
+    """The number of parts for a job that writes `nbytes`; 1 is the serial kernel."""
     return 1 if nbytes < PARALLEL_BYTES else _budget()
 
 
 def _budget() -> int:
-    """How many parts a large job is cut into.
+    """The number of parts for a large job.
 
     Torch's thread count where torch is loaded (1 in a DataLoader worker), else OMP_NUM_THREADS where that is set (Ray
     sets it to a task's CPUs), and at most numba's.
@@ -92,7 +92,7 @@ def run(kernel: Any, count: int, job: int, nbytes: int) -> None:
 
 
 def cache_folder() -> str | None:
-    """Where compiled code is kept; None: nowhere."""
+    """The folder of compiled code; None: there is none."""
     return getattr(getattr(drop_range, "_cache", None), "cache_path", None)  # none without the compiler
 
 

@@ -84,7 +84,7 @@ def dropout_edge(
 
 
 def _keep(count: int, p: Any, ids: Tensor | None, keys: Tensor | None, seed: Any, device: torch.device) -> Tensor:
-    """Which edges remain."""
+    """The keep mask of the edges."""
     try:
         if keys is None:
             return keep_mask(count, p, seed=seed, positions=ids, device=device)
@@ -120,7 +120,7 @@ def _columns(edge_index: Tensor, number: Tensor, both_ways: bool) -> Tensor:
 
 
 def _attributes(attr: Tensor, number: Tensor, kept: Kept | None, twice: bool) -> Tensor:
-    """What edges of these indices have, once more for their reverses where they are asked for."""
+    """The attributes of these edges, and again for their reverses if those are asked for."""
     if not twice or not can_look_at(attr) or (attr.requires_grad and torch.is_grad_enabled()):
         left: Tensor = attr[number] if kept is None else kept.take(attr)
         return torch.cat([left, left]) if twice else left

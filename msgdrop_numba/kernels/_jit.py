@@ -102,7 +102,7 @@ class _Cache(_FunctionCache):  # type: ignore[misc]
 
 
 def _has_all(data: Any) -> bool:
-    """Whether this process has all that compiled code calls, as numba keeps it: LLVM ends a process that hasn't."""
+    """True if this process has all symbols that cached code calls: LLVM ends a process that lacks one."""
     (_, kind, code), *_ = data
     if kind != "object":
         return False

@@ -50,7 +50,7 @@ MEMORY = sum(SIZES)
 
 
 class Writing(NamedTuple):
-    """How a call writes."""
+    """The way in which a call writes."""
 
     how: Move
     kind: int  # the type to multiply in, or COPY
@@ -71,7 +71,7 @@ def _memory(move_memory: int) -> Memory:
 
 @inner_jit
 def _writing(plan: Any, args: Any, x: int, out: int, messages: int, memory: Memory) -> Writing:
-    """How a call that writes so many messages does it."""
+    """The way in which a call writes so many messages."""
     width, kind, fill, in_place = plan["width"], plan["kind"], args["fill"], x == out
     apart = args["scales"] or args["protect"] or plan["prefix"]  # messages have scales of their own
     stream = plan["stream"] and out % LINE == 0

@@ -113,7 +113,7 @@ def _make_drop(unit: int, kind: int) -> Device:
 
 @device
 def _source(x: Any, width: Any, size: Any, row: Any, step: Any, index: Any) -> Any:
-    """Where a message of x lies."""
+    """The address of a message of x."""
     if not size:
         return x + index * width
     above = np.int64(np.uint64(index) // np.uint64(size))
@@ -159,7 +159,7 @@ def parameters(kernel: Device) -> dict[str, Any]:
 
 
 def signature(kernel: Device) -> Any:
-    """What a kernel is compiled for, once: addresses and counts are int64; a tuple is passed as its fields are."""
+    """The one signature of a kernel: addresses and counts are int64; a tuple is passed field by field."""
     types = cuda.types
     numbers = {int: types.int64, float: types.float64}
     return types.void(

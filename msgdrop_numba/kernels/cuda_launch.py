@@ -75,7 +75,7 @@ _NAMES = [*PlanNumbers._fields, *MaskNumbers._fields, "messages", "rows", "inner
 
 
 def _picker(function: Callable[..., Any], values: list[str]) -> Callable[[list[Any]], tuple[Any, ...]]:
-    """What takes from values of these names those of the kernel's parameters, of a tuple its fields one by one."""
+    """A function that picks a kernel's arguments from values of these names, a tuple's fields one by one."""
     kinds = cuda.parameters(function)
     fields = [getattr(kind, "_fields", (name,)) for name, kind in kinds.items()]
     flat = itemgetter(*(values.index(name) for names in fields for name in names))

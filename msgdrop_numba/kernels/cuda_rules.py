@@ -53,7 +53,7 @@ class Rule(NamedTuple):
 
 
 class CudaArgs(NamedTuple):
-    """What else decides a mask, as the kernels' arguments name it: a count or a flag, or where an array lies."""
+    """The other arguments that decide a mask, as the kernels name them: a count, a flag, or an array's address."""
 
     size: int
     given: int
@@ -72,7 +72,7 @@ class CudaArgs(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What holds for a whole row, as on the CPU. Of addresses 0 means none."""
+    """The values of a whole row, as on the CPU. An address of 0 means none."""
 
     seed: Any
     key: Any
@@ -106,13 +106,13 @@ def _draw(seed: Any, key: Any, i: Any, stream: Any) -> Any:
 
 @device
 def _first_draw(seed: Any, key: Any, stream: Any) -> Any:
-    """What a row draws for itself, whatever its positions."""
+    """The draw that a row makes for itself, whatever its positions."""
     return np.uint64(_draw(seed, key, np.int64(0), stream))
 
 
 @device
 def make_row(rule: Rule, args: CudaArgs, index: Any) -> Row:
-    """What holds for the row of this index; nobody may have looked at what lies on the device."""
+    """The values of the row with this index. Nobody has checked what lies on the device, so lengths are clamped."""
     seed = _load_word(args.seed) if args.seed else np.uint64(0)
     key, size = _row_key(args.keys, args.inner, index), np.int64(args.size)
     valid = min(max(_load_int(args.lengths + 8 * index), np.int64(0)), size) if args.lengths else size
@@ -133,7 +133,7 @@ def make_row(rule: Rule, args: CudaArgs, index: Any) -> Row:
 
 @device
 def is_eligible(rule: Rule, row: Row, i: Any) -> Any:
-    """Whether message i is neither padding nor protected."""
+    """True if message i is neither padding nor protected."""
     if i < rule.prefix or i >= row.valid:
         return False
     return not row.protect or _load_byte(row.protect + i) == 0
@@ -146,7 +146,7 @@ def _position(row: Row, i: Any) -> Any:
 
 @device
 def _candidate(rule: Rule, row: Row, i: Any) -> Any:
-    """Whether message i, which takes part, drops by the rule itself, before any limit."""
+    """True if message i, which is eligible, drops by the rule itself, before any limit."""
     if rule.exact:
         return True
     threshold = _load_word(row.thresholds + 8 * i) if row.thresholds else row.threshold
@@ -157,13 +157,13 @@ def _candidate(rule: Rule, row: Row, i: Any) -> Any:
 
 @device
 def _limit_draw(rule: Rule, row: Row, i: Any) -> Any:
-    """What decides whether candidate i drops, where not all of them may."""
+    """The draw that decides if candidate i drops, where not all candidates may."""
     return _draw(row.seed, row.key, _position(row, i), STREAM_DRAW if rule.exact else STREAM_LIMIT)
 
 
 @device
 def keeps(rule: Rule, row: Row, i: Any, limit: Any) -> Any:
-    """Whether message i, which takes part, is kept; `limit` is where `select` left the row's cutoff, 0: it has none."""
+    """True if message i, which is eligible, is kept. `limit` is the address of the row's cutoff, 0: it has none."""
     if not _candidate(rule, row, i):
         return True
     if not limit:
@@ -182,7 +182,7 @@ def _row_may_drop(rule: Rule, row: Row) -> Any:
 
 @device
 def scale_of_kept(rule: Rule, row: Row, scale: float, place: Any) -> Any:
-    """What a kept message that takes part is multiplied by; `place` is where its own scale lies, 0: it has none."""
+    """The factor of a kept message that is eligible; `place` is the address of its own scale, 0: it has none."""
     if rule.drops_all or (rule.ranged and row.threshold == EVERYTHING):
         return 1.0
     if rule.exact:

@@ -60,7 +60,7 @@ def place_range(first: int, last: int, address: int) -> None:
 
 @inlined_jit
 def _source(job: Any, number: int) -> int:
-    """Where a message of x lies."""
+    """The address of a message of x."""
     size = job["size"]
     if size:
         row, starts = number // size, job["starts"]

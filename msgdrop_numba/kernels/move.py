@@ -26,7 +26,7 @@ MOVE_MEMORY = NARROW + SCRATCH + 8 * BLOCK
 
 
 class Move(NamedTuple):
-    """How messages are written."""
+    """The way in which messages are written."""
 
     width: int  # bytes in a message
     kind: int  # the type to multiply in, or COPY
@@ -39,7 +39,7 @@ class Move(NamedTuple):
 
 @inlined_jit
 def plan_move(width: int, kind: int, scale: float, stream: Any, nbytes: int, in_place: Any, memory: int) -> Move:
-    """How to write messages of a range of `nbytes`."""
+    """The way in which to write messages of a range of `nbytes`."""
     fetches = width >= LINE and nbytes >= PREFETCH_BYTES and not in_place
     narrow = width < (NARROW_AHEAD if fetches else NARROW) and not stream
     return Move(width, kind, scale, stream, 1 + AHEAD // width if fetches else 0, narrow, memory)

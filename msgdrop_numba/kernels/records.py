@@ -1,4 +1,4 @@
-"""What the kernels are told: the kinds of elements, and the records that they read through an address."""
+"""The records that kernels read by address, and the kinds of elements."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ GatherNumbers = _named("GatherNumbers", GATHER)
 
 
 class Addresses(NamedTuple):
-    """Where a launch on a device finds things there; 0: nowhere."""
+    """Addresses on a device for one launch; 0: none."""
 
     x: int
     out: int  # x: in place; 0: the mask alone is made

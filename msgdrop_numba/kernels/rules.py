@@ -1,4 +1,4 @@
-"""Which messages of a row drop: every rule (CONTRACT.md, 3), a block of positions at a time.
+"""The draw step on the CPU: every rule (CONTRACT.md, 3), a block of positions at a time.
 
 A position is a *candidate* where the rule by itself drops it. Where the number of dropped messages is limited (`exact`,
 `min_keep`), a candidate drops only if its (draw, position) lies below a cutoff, found by radix selection. Both are
@@ -35,7 +35,7 @@ def whole_groups(count: int) -> int:
 
 
 class Row(NamedTuple):
-    """What a row's draws come from, what they are compared with, and who takes part. Of addresses 0 means none."""
+    """The values that a row's draws come from and are compared with. An address of 0 means none."""
 
     seed: Any
     key: Any
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 
 class Cutoff(NamedTuple):
-    """Which candidates drop: those whose (draw, position) lies below."""
+    """The limit of a row: candidates drop if their (draw, position) lies below it."""
 
     draw: Any  # EVERYTHING: all of them
     position: Any
@@ -76,14 +76,14 @@ def _draw(words: int, row: Row, stream: Any, first: int, count: int) -> Any:
 
 @inlined_jit
 def _first_draw(words: int, seed: Any, key: Any, stream: Any) -> Any:
-    """What a row draws for itself, whatever its positions."""
+    """The draw that a row makes for itself, whatever its positions."""
     first, count = np.int64(0), np.int64(1)  # written as 0 and 1, these would be types of their own: compiled once more
     return np.uint64(view(_draw_run(words, seed, key, stream, first, count), 1, np.uint32)[0])
 
 
 @inlined_jit
 def make_row(words: int, plan: Any, args: Any, bits: int, index: int) -> Row:
-    """What holds for the row of this index; the seed as int64."""
+    """The values of the row with this index; the seed as int64."""
     seed = np.uint64(np.int64(bits))
     key = view(args["keys"] + 8 * index, 1, np.uint64)[0] if args["keys"] else np.uint64(index)
     thresholds, protect, positions = args["thresholds"], args["protect"], args["positions"]
@@ -121,7 +121,7 @@ def multiply_shift(a: Any, b: Any, shift: int) -> Any:
 
 @inlined_jit
 def row_phase(span: Any, draw: Any) -> Any:
-    """Where in a span a row begins, from its draw: so begun, every position keeps the marginal probability p."""
+    """The place in a span where a row begins. Drawn so, every position keeps the marginal probability p."""
     return multiply_shift(span, np.int64(draw), 32)
 
 
@@ -133,7 +133,7 @@ def row_threshold(threshold: Any, spread: Any, draw: Any) -> Any:
 
 @inlined_jit
 def may_drop(eligible: Any, threshold: Any, exact: Any, min_keep: Any) -> Any:
-    """How many of a row's eligible messages may drop if that is limited; with `exact`, how many do: floor(n p)."""
+    """The number of a row's eligible messages that may drop; with `exact` the number that does, floor(n p)."""
     limit = max(np.int64(0), eligible - min_keep)
     if exact:
         limit = min(limit, multiply_shift(eligible, 2 * np.int64(threshold) + 1, 33))
@@ -188,7 +188,7 @@ def _candidates(memory: int, words: int, plan: Any, row: Row, first: int, count:
 
 @inner_jit
 def _candidates_of_spans(drop: Array, words: int, plan: Any, row: Row, first: int) -> None:
-    """The same where neighbours share a draw, or each message has a threshold of its own."""
+    """`_candidates` where neighbours share a draw, or each message has a threshold of its own."""
     span, count, start = plan["span"], drop.size, first + row.offset + row.phase
     thresholds = view(row.thresholds + 8 * first, count if row.thresholds else 0, np.uint64)
     if row.positions:
@@ -226,7 +226,7 @@ def _spare_protected(drop: Array, plan: Any, row: Row, first: int) -> None:
 def message_scales(
     memory: int, plan: Any, args: Any, row: Row, scale: float, index: int, first: int, count: int
 ) -> int:  # fmt: skip
-    """Where the scales of a row's messages from `first` on lie, 0 for one that passes as it is; 0: all have `scale`.
+    """The address of the factors of messages from `first` on, 0 for one that passes; address 0: all have `scale`.
 
     They are those of the draw, or in `memory` where some of the messages take no part.
     """
@@ -252,7 +252,7 @@ def _limit_stream(plan: Any) -> Any:
 
 @inner_jit
 def row_cutoff(memory: int, words: int, plan: Any, row: Row, valid: int) -> Cutoff:
-    """What holds for a whole row, `valid` messages before its padding, so that no more of them drop than may.
+    """The cutoff of a row with `valid` messages before its padding, so that no more of them drop than may.
 
     Radix selection on the 32-bit draws, eight bits a pass, drawn anew in each pass: O(n), no memory of size n.
     """

@@ -230,7 +230,7 @@ class MessageDropoutBatch:
         return columns.answer(batch, changed, self.passthrough)
 
     def _read(self, fields: dict[str, Field]) -> _RowColumns:
-        """What the rows bring."""
+        """The values that the rows bring."""
         column = fields[self.key].column
         keys = columns.keys(self.key, column)
         lengths = None if self.lengths is None else columns.plain(self.lengths, fields[self.lengths].column)
@@ -250,7 +250,7 @@ class MessageDropoutBatch:
         return _RowColumns(keys, lengths, own, called)
 
     def _requests(self, rows: ColumnBlocks, row_columns: _RowColumns) -> list[Request]:
-        """What is asked for in each block of a column."""
+        """The request of each block of a column."""
         keys, lengths, own, _ = row_columns
         count = sum(map(len, rows.blocks))
         arrays = {"key": keys, "lengths": lengths, **({} if own is None else own.arrays())}

@@ -68,7 +68,7 @@ def field(batch: Any, name: str) -> Field:
 
 
 def answer(batch: Any, changed: dict[str, Any], passthrough: bool) -> Any:
-    """What the batch becomes: of its own kind, a dict where it is any mapping."""
+    """The batch that is given back: of its own kind, a dict if it is any mapping."""
     if _is("pandas", "DataFrame", batch):
         import pandas
 
@@ -91,23 +91,23 @@ def answer(batch: Any, changed: dict[str, Any], passthrough: bool) -> Any:
 
 
 def _is(module: str, name: str, value: Any) -> bool:
-    """Whether `value` is of a library's class, without importing the library."""
+    """True if `value` is of a library's class, without importing the library."""
     library = sys.modules.get(module)
     return library is not None and isinstance(value, getattr(library, name))
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether it is one of torch's, without importing it."""
+    """True for torch's tensors, without importing torch."""
     return _is("torch", "Tensor", value)
 
 
 def is_array(value: Any) -> bool:
-    """Whether a column is one array or tensor."""
+    """True if a column is one array or tensor."""
     return (isinstance(value, np.ndarray) and value.dtype != object) or is_tensor(value)
 
 
 def is_arrow(column: Any) -> bool:
-    """Whether a column is Arrow's, without importing it."""
+    """True for Arrow's columns, without importing Arrow."""
     return _is("pyarrow", "Array", column) or _is("pyarrow", "ChunkedArray", column)
 
 

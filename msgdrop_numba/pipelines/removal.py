@@ -31,7 +31,7 @@ class Removal(Stack):
         return self._moved(self.look(field, samples), self.options.scale)
 
     def companion(self, field: str, samples: list[Any]) -> Tensor:
-        """The same of a companion, which has a value for each message."""
+        """The batch of a companion, which has a value for each message."""
         rows, lengths = self._rows(field, samples, dims=1), self._lengths
         for row, (count, wanted) in enumerate(zip(rows.lengths, lengths, strict=True)):
             if count != wanted:
@@ -42,13 +42,13 @@ class Removal(Stack):
         return self._moved(rows, False)
 
     def own_leaf(self, argument: str) -> Tensor:
-        """What samples bring of their own, of kept messages alone."""
+        """The samples' own values of an argument, of kept messages alone."""
         values, index = getattr(self.row_values, argument), self._selected().index
         picked = values.ravel().take(index, mode="clip") if values.size else np.empty(index.shape, values.dtype)
         return sent(np.where(index < 0, values.dtype.type(PADDING[argument]), picked))
 
     def counts(self) -> list[int]:
-        """How many messages each sample keeps."""
+        """The number of messages that each sample keeps."""
         return self._selected().lengths.tolist()  # type: ignore[no-any-return]
 
     def indices(self) -> Tensor:
@@ -62,7 +62,7 @@ class Removal(Stack):
         return self.lengths
 
     def _selected(self) -> Selection:
-        """What is kept, drawn once."""
+        """The selection, drawn once."""
         if self._found is None:
             plan = self._mask_plan()
             args = self._mask_args(plan)
@@ -74,7 +74,7 @@ class Removal(Stack):
         return self._found
 
     def _moved(self, rows: Samples, scale: bool) -> Tensor:
-        """What is kept of rows wherever they lie, padded to the longest."""
+        """The kept messages of rows anywhere in memory, padded to the longest."""
         index, kind = self._selected().index, scaled_kind(rows.dtype) if scale else COPY
         out = new((*index.shape, *rows.features), rows.dtype)
         padding = self._pad_message(out)

@@ -1,4 +1,4 @@
-"""What each row of a batch brings of its own: its p, its protected messages, its positions. Never imports torch."""
+"""The values that rows of a batch bring of their own: p, protected messages, positions. Never imports torch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Each(NamedTuple):
 
 
 class RowValues(NamedTuple):
-    """The same for a block of rows, as a request takes it: p `(rows, 1)`, the others `(rows, messages)` or a number."""
+    """The values of a block of rows, for a request: p `(rows, 1)`, the others `(rows, messages)` or a number."""
 
     p: np.ndarray | None = None
     protect: np.ndarray | None = None
@@ -51,7 +51,7 @@ class RowValues(NamedTuple):
 
 
 class Own(NamedTuple):
-    """What the rows of a batch bring.
+    """The values that the rows of a batch bring.
 
     Fields:
         called: what a row is called.
@@ -66,12 +66,12 @@ class Own(NamedTuple):
     positions: Each | int
 
     def arrays(self) -> dict[str, Any]:
-        """What has a value for each row, by the arguments' names."""
+        """The arguments that have a value for each row, by name."""
         each = {"protect": self.protect, "positions": self.positions}
         return {"p": self.p, **{name: value.rows for name, value in each.items() if isinstance(value, Each)}}
 
     def block(self, part: slice) -> Own:
-        """The same of some rows."""
+        """The values of some of the rows."""
 
         def cut(each: Any) -> Any:
             return each._replace(rows=each.rows[part]) if isinstance(each, Each) else each
@@ -97,7 +97,7 @@ class Own(NamedTuple):
 def sources(
     p: Any, keywords: tuple[Any, ...], protect: Any, positions: Any, source: Callable[[str, Any], Any]
 ) -> tuple[Rule, np.ndarray | None, int, dict[str, Any]]:
-    """What is common to all rows, and where each row's own values are.
+    """The arguments common to all rows, and the sources of each row's own values.
 
     Args:
         p, protect, positions: as users give them to a pipeline. keywords: those of the rule.

@@ -1,4 +1,4 @@
-"""Where the samples of a batch lie: read from all at once where they are alike, and refused where they differ."""
+"""The memory of a batch's samples: found for all at once if they are alike, refused if they don't fit together."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Samples(NamedTuple):
 
 
 def read(samples: list[Any], dims: int, varying: bool, name: Name) -> Samples:
-    """Where the samples lie; refused if they don't fit together, or have fewer dims.
+    """The memory of the samples. Raises if they don't fit together, or have fewer dims.
 
     Args:
         varying: whether their lengths may differ: it is what is asked first.
@@ -64,7 +64,7 @@ def read(samples: list[Any], dims: int, varying: bool, name: Name) -> Samples:
 
 
 def _read_together(samples: list[Any], dims: int, varying: bool) -> Samples | None:
-    """The same of ordinary tensors, or arrays, that are alike; None: of others."""
+    """`read` of ordinary tensors, or arrays, that are alike; None: they are others."""
     if type(samples[0]) is np.ndarray and {*map(type, samples)} == {np.ndarray} and all(map(_writeable, samples)):
         try:
             samples = [*map(torch.from_numpy, samples)]  # which warns of arrays that aren't writeable

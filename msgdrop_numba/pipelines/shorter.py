@@ -16,7 +16,7 @@ from msgdrop_numba.select import Kept, select
 
 
 class Remains(NamedTuple):
-    """What remains of the messages of each row.
+    """The messages of each row that remain.
 
     Fields:
         sizes, counts: int64, one a row: how many messages it had, and has.

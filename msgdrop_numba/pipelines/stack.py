@@ -22,7 +22,7 @@ from msgdrop_numba.tensors.backends import HOST
 
 
 class Padding(NamedTuple):
-    """Whether samples are padded to the longest, and with what."""
+    """The padding of samples to the longest."""
 
     wanted: bool
     value: Any
@@ -69,24 +69,24 @@ class Stack:
         return rows
 
     def request(self, field: str, sample: Any) -> tuple[Request, int]:
-        """What is asked for in one sample, and how many messages that has."""
+        """The request of one sample, and its number of messages."""
         (size,) = self.look(field, [sample]).lengths
         request = Request.of(self.options.for_rows(size), seed=self.seed, keys=self.keys)
         return request if self.own is None else self.own.requested(request, [size], size), size
 
     def counts(self) -> list[int]:
-        """How many messages each sample has in the batch."""
+        """The number of messages of each sample in the batch."""
         assert self.lengths is not None
         return self.lengths
 
     def _pad_message(self, out: Tensor) -> Tensor | None:
-        """What stands behind a sample's last message; None: zeros."""
+        """The message behind a sample's last one; None: zeros."""
         wanted, value = self.padding
         return fill_message(check_number("pad_value", value, out.dtype), out, 2) if wanted else None
 
     @torch.no_grad()
     def _by_torch(self, plan: Plan, args: MaskArgs, rows: Samples, out: Tensor) -> None:
-        """What the kernels do, in torch's operations: for dtypes that they can't scale."""
+        """Write the batch in torch's operations, for dtypes that kernels can't scale."""
         if self.padding.wanted:
             out.fill_(self.padding.value)
         for row, (owner, length) in enumerate(zip(rows.owners, rows.lengths, strict=True)):
@@ -150,7 +150,7 @@ class Stack:
 
 
 def called(row: int, ids: list[Any] | None) -> str:
-    """What a sample is called in an error."""
+    """The name of a sample in an error."""
     return f"sample {row}" if ids is None else f"sample {row} (key {ids[row]!r})"
 
 

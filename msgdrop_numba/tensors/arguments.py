@@ -99,6 +99,25 @@ def check_distinct(name: str, target: Tensor) -> None:
         raise ValueError(f"{name} must not hold elements twice, but got strides {strides}: copy it first")
 
 
+def own_fill(fill: Tensor | None, request: Request) -> Tensor | None:
+    """The fill, in memory of its own where the call writes to memory that may be the caller's fill too."""
+    return fill.clone() if fill is not None and (request.inplace or request.out is not None) else fill
+
+
+def check_apart(name: str, x: Tensor, target: Tensor) -> None:
+    """Refuse a target that was freed, holds elements twice, or overlaps x in part."""
+    if target.data_ptr() == 0 and target.numel():
+        raise ValueError(f"{name} has no memory, though its shape is {tuple(target.shape)}: its storage was freed")
+    in_order = x.is_contiguous() and (target is x or target.is_contiguous())
+    if not in_order or not (target is x or abs(target.data_ptr() - x.data_ptr()) >= x.numel() * x.element_size()):
+        arguments.check_memory(name, _memory(x), _memory(target))
+
+
+def _memory(x: Tensor) -> tuple[Any, ...]:
+    size = x.element_size()
+    return x.data_ptr(), tuple(x.shape), tuple(step * size for step in x.stride()), size
+
+
 def _is_of_leaf(x: Tensor) -> bool:
     base = x if torch.compiler.is_compiling() else base_of(x)
     return base.requires_grad and base.is_leaf
@@ -191,7 +210,7 @@ def rows_on(request: Request, shape: tuple[int, ...], device: torch.device) -> R
 
 
 def protect_on(protect: Any, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """Which messages take no part, bool over the message dims or the last one, in memory that may be the caller's."""
+    """The protected messages, bool over the message dims or the last one, in memory that may be the caller's."""
     if protect is None:
         return None
     if torch.compiler.is_compiling():
@@ -221,7 +240,7 @@ def positions_on(positions: Any, shape: tuple[int, ...], device: torch.device) -
 
 
 def _constant(values: Any) -> Tensor:
-    """What the compiler follows: numbers in lists, or arrays, as a tensor; it can't look at them one by one."""
+    """Numbers in lists, or arrays, as a tensor, which the compiler follows: it can't look at them one by one."""
     if isinstance(values, (list, tuple)):
         return torch.stack([_constant(value) for value in values])
     return torch.as_tensor(values - 2**64 if isinstance(values, int) and values >= 2**63 else values)

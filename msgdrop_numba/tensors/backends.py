@@ -29,11 +29,13 @@ from msgdrop_numba.call.request import ARRAYS, Job, Library, Request, arrays_of
 from msgdrop_numba.call.rule import DEFAULTS, ArrayRule, Rule
 from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.records import COPY
-from msgdrop_numba.tensors import cuda, memory, operations
+from msgdrop_numba.tensors import cuda, memory, operations, seeds
 from msgdrop_numba.tensors.arguments import (
+    check_apart,
     check_distinct,
     check_target,
     fill_message,
+    own_fill,
     probabilities_on,
     rows_on,
     scaled_kind,
@@ -41,15 +43,6 @@ from msgdrop_numba.tensors.arguments import (
     split_p_traced,
 )
 from msgdrop_numba.tensors.autograd import kernel_mask, run_job
-from msgdrop_numba.tensors.seeds import (
-    check_device_seed,
-    check_host_seed,
-    device_seed,
-    folded_int,
-    fresh_seed,
-    opaque_seed,
-    rank_of,
-)
 from msgdrop_numba.torch_private import (
     has_memory,
     in_transform,
@@ -64,8 +57,9 @@ from msgdrop_numba.torch_private import (
 class Tensors:
     """The primitives that all tensors share."""
 
-    def fill(self, fill: Any, x: Tensor, message_dims: int) -> Tensor | None:
-        return fill_message(fill, x, message_dims)
+    scales: Any  # (job): the factors, a number or float64, and the mask of messages that have them; None: all
+
+    fill = staticmethod(fill_message)
 
     def kind(self, x: Tensor, scale: Any) -> int:
         return scaled_kind(x.dtype) if scale else COPY
@@ -89,10 +83,6 @@ class Tensors:
     def copy(self, x: Tensor, target: Tensor) -> Tensor:
         return target.copy_(x)
 
-    def scales(self, job: Job) -> tuple[Any, Tensor | None]:
-        """The factor of each message, a number or float64, and the mask of the messages it holds for; None: all."""
-        raise NotImplementedError
-
     def message_scales(self, job: Job) -> Tensor:
         """The factor of each message, float64 over the message dims; 0: it passes as it is."""
         scale, eligible = self.scales(job)
@@ -108,20 +98,17 @@ class Kernels(Tensors):
     plan = staticmethod(array_plan)
     mask_plan = staticmethod(plan_of_mask)
 
-    def reads(self, tensor: Tensor) -> bool:
-        """True if these kernels may read a tensor."""
-        raise NotImplementedError
-
-    def launch(self, plan: Plan, args: MaskArgs, seed: Any, x: int, out: int, mask: int) -> bool:
-        """Run the kernel, see `threads.launch`. False if there is none for the plan: nothing was done."""
-        raise NotImplementedError
+    reads: Any  # (tensor): True if these kernels may read it
+    launch: Any  # runs the kernel, see `threads.launch`. False if there is none for the plan: nothing was done
+    device_of: Any  # (seed): its device
+    row_memory: Any  # (tensor): the array for `MaskArgs` that holds its values
 
     def empty_like(self, x: Tensor) -> Tensor:
         """Memory for an output that lies as x does."""
         return torch.empty_like(x)
 
     def dense(self, x: Tensor, nbytes: int, strides: tuple[int, ...] | None) -> Tensor:
-        """The same of a dense x with these strides, None: in C order."""
+        """Memory for the output of a dense x with these strides, None: in C order."""
         return torch.empty_like(x)
 
     def run(self, x: Tensor, job: Job, request: Request) -> Any:
@@ -196,12 +183,6 @@ class Kernels(Tensors):
             mask.copy_(operations.keep_mask(job.plan.shape, job.plan.rule, job.seed, rows, thresholds))
         return mask
 
-    def device_of(self, seed: Any) -> Any:
-        raise NotImplementedError
-
-    def row_memory(self, values: Tensor) -> Any:
-        raise NotImplementedError
-
     def where(self, job: Job, x: Tensor, mask: Tensor) -> Tensor:
         """`write` in torch's operations: for layouts that kernels can't follow, and where autograd must see it."""
         if job.plan.kind == COPY:
@@ -213,7 +194,7 @@ class _Host(Kernels):
     """Tensors in the CPU's memory. A seed is an integer."""
 
     split_p = staticmethod(arguments.split_p)
-    check_seed = staticmethod(check_host_seed)
+    check_seed = staticmethod(seeds.check_host_seed)
     launch = staticmethod(launch)
     empty_like = staticmethod(memory.empty_like)
     dense = staticmethod(memory.dense)
@@ -222,15 +203,15 @@ class _Host(Kernels):
         return tensor.is_cpu and not unreadable_reason(tensor)
 
     def mask_args(self, plan: Plan, p: Any, fill: Any, request: Request, device: torch.device) -> MaskArgs:
-        return row_arguments(plan, p, _own_fill(fill, request), request)
+        return row_arguments(plan, p, own_fill(fill, request), request)
 
     def seed(self, given: int | None, generator: Any, device: torch.device) -> int:
         if given is not None:
             return given
         if generator is None:
-            return fresh_seed(None)
-        rank = rank_of(generator)
-        return folded_int(fresh_seed(None if rank is not None else generator), rank)
+            return seeds.fresh_seed(None)
+        rank = seeds.rank_of(generator)
+        return seeds.folded_int(seeds.fresh_seed(None if rank is not None else generator), rank)
 
     def device_of(self, seed: int) -> str:
         return "cpu"
@@ -241,7 +222,7 @@ class _Host(Kernels):
 
     def opaque_seed(self, seed: int) -> Tensor:
         """The seed as a tensor that the compiler can't see through."""
-        return opaque_seed(seed if seed < 2**63 else seed - 2**64, torch.device("cpu"))
+        return seeds.opaque_seed(seed if seed < 2**63 else seed - 2**64, torch.device("cpu"))
 
     def scales(self, job: Job) -> tuple[Any, Tensor | None]:
         scales, eligible = (torch.from_numpy(np.array(each)) for each in kept_scales(job.plan, job.args, job.seed))
@@ -252,15 +233,15 @@ class _Device(Kernels):
     """Tensors on a CUDA device. A seed is a 0-d tensor there, whose value nobody looks at."""
 
     split_p = staticmethod(split_p_of_device)
-    check_seed = staticmethod(check_device_seed)
-    seed = staticmethod(device_seed)
+    check_seed = staticmethod(seeds.check_device_seed)
+    seed = staticmethod(seeds.device_seed)
     launch = staticmethod(cuda.launch)
 
     def reads(self, tensor: Tensor) -> bool:
         return tensor.is_cuda and not unreadable_reason(tensor)
 
     def mask_args(self, plan: Plan, p: Any, fill: Any, request: Request, device: torch.device) -> MaskArgs:
-        return cuda.row_arguments(plan, p, _own_fill(fill, request), request, device)
+        return cuda.row_arguments(plan, p, own_fill(fill, request), request, device)
 
     def device_of(self, seed: Tensor) -> torch.device:
         return seed.device
@@ -274,25 +255,6 @@ class _Device(Kernels):
     def scales(self, job: Job) -> tuple[Any, Tensor | None]:
         args = job.args
         return operations.row_scales(job.plan.shape, job.plan.rule, job.seed, cuda.rows_of(args), args.scales)
-
-
-def _own_fill(fill: Tensor | None, request: Request) -> Tensor | None:
-    """The fill, in memory of its own where the call writes to memory that may be the caller's fill too."""
-    return fill.clone() if fill is not None and (request.inplace or request.out is not None) else fill
-
-
-def check_apart(name: str, x: Tensor, target: Tensor) -> None:
-    """Refuse a target that was freed, holds elements twice, or overlaps x in part."""
-    if target.data_ptr() == 0 and target.numel():
-        raise ValueError(f"{name} has no memory, though its shape is {tuple(target.shape)}: its storage was freed")
-    in_order = x.is_contiguous() and (target is x or target.is_contiguous())
-    if not in_order or not (target is x or abs(target.data_ptr() - x.data_ptr()) >= x.numel() * x.element_size()):
-        arguments.check_memory(name, _memory(x), _memory(target))
-
-
-def _memory(x: Tensor) -> tuple[Any, ...]:
-    size = x.element_size()
-    return x.data_ptr(), tuple(x.shape), tuple(step * size for step in x.stride()), size
 
 
 class Outline(NamedTuple):
@@ -323,8 +285,8 @@ class Traced(Tensors):
 
     nothing = TracedArgs()
     split_p = staticmethod(split_p_traced)
-    check_seed = staticmethod(check_device_seed)
-    seed = staticmethod(device_seed)
+    check_seed = staticmethod(seeds.check_device_seed)
+    seed = staticmethod(seeds.device_seed)
 
     def plan(self, x: Tensor, kind: int, message_dims: Any, rule: Rule) -> Outline:
         return self.mask_plan(tuple(x.shape[: arguments.message_dims(x.shape, message_dims)]), rule)

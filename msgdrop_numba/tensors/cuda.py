@@ -92,7 +92,7 @@ def _copied(values: Tensor | None) -> Tensor | None:
 
 
 def rows_of(args: MaskArgs) -> operations.RowArgs:
-    """The same arrays for torch's operations."""
+    """The arrays of a call for torch's operations."""
     protect, _, offset, positions = args.places
     return operations.RowArgs(args.lengths, args.keys, protect, offset, positions)
 
@@ -120,7 +120,7 @@ def gather(job: Any, messages: int, device: torch.device) -> bool:
 
 
 def _started(start: Callable[[Any, int, int], None], index: int) -> bool:
-    """Whether there are kernels, which `start` then started, on the current stream of the device of that index."""
+    """Call `start` with the kernels, on the device's current stream. False if there are none: nothing was done."""
     kernels = _kernels()
     if kernels is None or index in _broken:
         return False

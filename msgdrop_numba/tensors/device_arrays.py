@@ -39,17 +39,17 @@ def message_dropout(x: Any, request: Request) -> Any:
 
 
 def _as_tensors(request: Request) -> Request:
-    """The same request, its device arrays as tensors."""
+    """The request with tensors in place of device arrays."""
     return replace(request, **{name: as_tensor(name, getattr(request, name)) for name in ARRAYS})
 
 
 def is_device_array(value: Any) -> bool:
-    """Whether an object that is no tensor describes memory on a CUDA device."""
+    """True for an object that is no tensor and describes memory on a CUDA device."""
     return not isinstance(value, Tensor) and hasattr(value, "__cuda_array_interface__")
 
 
 class _Described:
-    """What torch makes a tensor of; `owner` stays alive as long."""
+    """The description that torch makes a tensor of; `owner` stays alive as long."""
 
     def __init__(self, interface: dict[str, Any], owner: Any) -> None:
         self.__cuda_array_interface__ = interface
@@ -101,7 +101,7 @@ def _stream(value: Any, device: torch.device) -> Any:
 
 
 def _importer(x: Any) -> Callable[[Tensor], Any]:
-    """What makes an array of x's library of a tensor, on the same memory."""
+    """A function that makes an array of x's library on the memory of a tensor."""
     library = type(x).__module__.split(".")[0]
     if library == "cupy":
         import cupy

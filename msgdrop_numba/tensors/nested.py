@@ -69,7 +69,7 @@ def _rows(x: Tensor, request: Request) -> tuple[Tensor, Tensor, tuple[int, int],
 
 
 def _padded(name: str, each: Any, offsets: Tensor, shape: tuple[int, int]) -> Any:
-    """What is jagged as x is, padded with zeros; anything else as it is."""
+    """An argument that is jagged as x is, padded with zeros; anything else as it is."""
     if not isinstance(each, Tensor) or not each.is_nested:
         return each
     if each.ndim != 2 or not torch.equal(each.offsets(), offsets):  # type: ignore[attr-defined]

@@ -75,7 +75,7 @@ def row_keys(keys: Tensor | None, rows: tuple[int, ...], device: torch.device) -
 
 
 def _fewer(keys: Tensor, count: Tensor) -> Tensor:
-    """Whether a position is among the `count` of its row with the smallest (key, position)."""
+    """The mask of the `count` positions of each row with the smallest (key, position)."""
     order = torch.argsort(keys, dim=-1, stable=True)
     among = torch.arange(keys.shape[-1], device=keys.device) < count.unsqueeze(-1)
     return torch.zeros_like(among).scatter(-1, order, among)
@@ -89,7 +89,7 @@ def _multiply_shift(a: Tensor, b: Any, shift: int) -> Tensor:
 
 
 def _exactly(eligible: Tensor, rule: Rule, threshold: Any) -> Tensor:
-    """How many of `eligible` messages the exact rule drops."""
+    """The number of `eligible` messages that the exact rule drops."""
     wanted = _multiply_shift(eligible, 2 * threshold + 1, 33)
     return torch.minimum(wanted, (eligible - rule.min_keep).clamp(min=0))
 
@@ -144,7 +144,7 @@ def keep_mask(shape: tuple[int, ...], rule: Rule, seed: Tensor, arrays: RowArgs,
 
 
 def eligible(shape: tuple[int, ...], rule: Rule, arrays: RowArgs, device: torch.device) -> Tensor:
-    """Whether a message takes part, neither padding nor protected; broadcastable to `shape`."""
+    """The mask of eligible messages, neither padding nor protected; broadcastable to `shape`."""
     position = torch.arange(shape[-1], device=device)
     may_drop = position >= rule.prefix
     if arrays.lengths is not None:
@@ -180,7 +180,7 @@ def _drawn(seed: Tensor, keys: Tensor, arrays: RowArgs, size: int, stream: int, 
 def row_scales(
     shape: tuple[int, ...], rule: Rule, seed: Tensor, arrays: RowArgs, scales: Tensor | None
 ) -> tuple[Any, Tensor | None]:
-    """What each message is multiplied by (a number, or float64), and where: where it takes part; None: everywhere.
+    """The factors (a number, or float64), and the mask of eligible messages, which alone are scaled; None: all.
 
     `scales` are those of a p that is an array.
     """

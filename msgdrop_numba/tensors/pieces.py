@@ -48,17 +48,17 @@ class Piece(NamedTuple):
     sizes: tuple[int, ...]
 
     def cuts(self, dim: int) -> bool:
-        """Whether ranks hold different parts of a dim."""
+        """True if ranks hold different parts of a dim."""
         return any(p.is_shard(dim) and self.mesh.size(i) > 1 for i, p in enumerate(self.placements))
 
     def along(self, first: int, dims: int) -> list[Any]:
-        """How a tensor is placed whose dims are `dims` of the whole, from `first` on: like it, other shards whole."""
+        """Placements of a tensor with `dims` of the whole's dims, from `first` on: sharded as those are."""
         inside = range(first, first + dims)
         return [Shard(p.dim - first) if p.is_shard() and p.dim in inside else Replicate() for p in self.placements]
 
 
 def is_outside(x: DTensor) -> bool:
-    """Whether this rank isn't one of x's mesh, and so holds nothing of it."""
+    """True if this rank isn't in x's mesh, and so holds nothing of x."""
     return x.device_mesh.get_coordinate() is None
 
 
@@ -169,7 +169,7 @@ def agreed(seed: Any, mesh: Any) -> Any:
 
 
 def check_agreed(seed: Any, mesh: Any) -> None:
-    """Where torch.distributed's debug level is on, refuse a seed that isn't the same on all ranks."""
+    """Refuse a seed that differs between ranks. Checked only if torch.distributed's debug level is on."""
     if mesh.size() == 1 or not_eager_reason() or get_debug_level() == DebugLevel.OFF:
         return
     seeds = [bits & _U64 for bits in _collected(_on_mesh(seed, mesh).reshape(1), mesh, Shard(0)).tolist()]
@@ -187,7 +187,7 @@ def _on_mesh(seed: Any, mesh: Any) -> Tensor:
 
 
 def _collected(ours: Tensor, mesh: Any, placement: Any) -> Tensor:
-    """What all ranks hold, whole on each of them."""
+    """The values of all ranks, whole on each of them."""
     placements: list[Any] = [placement] * mesh.ndim
     spread = DTensor.from_local(ours, mesh, placements, run_check=False)
     for dim in reversed(range(mesh.ndim)):  # one by one: torch warns of gathers along several dims
@@ -225,10 +225,10 @@ def cut(x: DTensor, request: Request) -> LocalCall:
     if isinstance(request.seed, DTensor):
         raise ValueError(f"seed must be replicated, but got {request.seed.placements}: redistribute it")
     whole, rule = TRACED.plan(x, COPY, dims, rule)
-    graph = has_graph(x, request)
+    graph = torch.is_grad_enabled() and (x.requires_grad or getattr(request.fill, "requires_grad", False))
     if isinstance(request.fill, Tensor):
         fill_message(request.fill, x, dims)
-    fill, out = local_part("fill", request.fill, dims, piece), _local_out(x, request, rule.p != 0, piece)
+    fill, out = local_part("fill", request.fill, dims, piece), _local_out(x, request, rule.p != 0, graph, piece)
     counted = rule.count_limited and piece.cuts(dims - 1)
     sizes = (*piece.sizes[: dims - 1], whole[-1] if counted else piece.sizes[dims - 1])
     call = LocalCall(piece, dims, whole, sizes, counted, request)
@@ -246,13 +246,8 @@ def _split_p(p: Any) -> tuple[P, Any]:
     return (None, p) if isinstance(p, DTensor) else split_p_traced(p)
 
 
-def has_graph(x: DTensor, request: Request) -> bool:
-    """Whether autograd follows the call."""
-    return torch.is_grad_enabled() and (x.requires_grad or getattr(request.fill, "requires_grad", False))
-
-
 def _replica(name: str, value: Any, piece: Piece) -> Any:
-    """What all ranks hold whole as the tensor that it is; anything else as it is."""
+    """The plain tensor of a replicated DTensor; anything else as it is."""
     if not isinstance(value, DTensor):
         return value
     placements = placements_of(name, value)
@@ -291,7 +286,7 @@ def _narrowed(call: LocalCall, values: Tensor, first: int, dims: int | None = No
 
 
 def _placed_as_x(call: LocalCall, name: str, value: DTensor, first: int) -> Tensor:
-    """What lies here of a DTensor whose dims are x's from `first` on, sharded as they are."""
+    """The local part of a DTensor whose dims are x's from `first` on, sharded as those are."""
     piece, dims = call.piece, value.ndim
     shared, given = piece.shape[max(0, first) : first + dims], tuple(value.shape)
     fits = [size == full or (size == 1 and name == "p") for size, full in zip(given, shared, strict=False)]
@@ -315,7 +310,7 @@ def _misplaced(name: str, value: DTensor, wanted: list[Any]) -> ValueError:
 
 
 def _lengths(call: LocalCall, device: Any) -> Any:
-    """How much of each row lies here."""
+    """The valid messages of each row on this rank."""
 
     def read(value: Any, shape: tuple[int, ...], device: Any) -> Tensor | None:
         return lengths_on(value, (*shape[:-1], call.whole[-1]), device)
@@ -365,7 +360,7 @@ def _positions(call: LocalCall, device: Any) -> Any:
 
 
 def local_part(name: str, value: Any, first: int, piece: Piece) -> Any:
-    """What lies here of a tensor over the whole's dims from `first` on; its gradient is the sum over all pieces.
+    """The local part of a tensor over the whole's dims from `first` on; its gradient is the sum over all pieces.
 
     A plain tensor is the same on all ranks, and so is its gradient. What is no tensor is given back.
     """
@@ -386,10 +381,10 @@ def local_part(name: str, value: Any, first: int, piece: Piece) -> Any:
     return waited(value.to_local(grad_placements=of_gradient))
 
 
-def _local_out(x: DTensor, request: Request, active: bool, piece: Piece) -> Tensor | None:
+def _local_out(x: DTensor, request: Request, active: bool, graph: bool, piece: Piece) -> Tensor | None:
     """The memory of `out` that lies here; x and out are checked as what is to be written."""
     out = request.out
-    check_target(x, request.inplace, out, request.training and active, request.fill if has_graph(x, request) else None)
+    check_target(x, request.inplace, out, request.training and active, request.fill if graph else None)
     if out is None:
         return None
     if not isinstance(out, DTensor):

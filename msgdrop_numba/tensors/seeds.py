@@ -31,7 +31,7 @@ class PerRank(NamedTuple):
 
 
 class _Buffer(threading.local):
-    """What seeds are drawn into, each thread for itself: one tensor for all would be a race.
+    """The memory that seeds are drawn into, one for each thread: one tensor for all would be a race.
 
     Attributes:
         place: what draws into a tensor, and its memory.
@@ -106,7 +106,7 @@ def folded_int(seed: int, data: int | None) -> int:
 
 
 def _folded(seed: Tensor, data: int | None) -> Tensor:
-    """The same of a seed that stays on its device."""
+    """`folded_int` for a seed that stays on its device."""
     if data is None:
         return seed
     if _is_compiled() and not in_transform():
@@ -153,7 +153,7 @@ def rank_of(generator: Any) -> int | None:
 
 
 def _is_compiled() -> bool:
-    """Whether this is compiled code, which may hold operators of ours."""
+    """True in compiled code that may hold operators of ours."""
     return torch.compiler.is_compiling() and not is_exporting()
 
 

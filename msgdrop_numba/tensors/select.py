@@ -70,7 +70,7 @@ def _select(layout: Layout, x: Tensor, request: Request) -> tuple[Tensor, Select
 
 
 def removed(x: Tensor, job: Job, request: Request, layout: Layout) -> tuple[Tensor, Selection | None]:
-    """What remains of x by a job whose form is a `Form`."""
+    """The remaining messages of x, by a job whose form is a `Form`."""
     dims = len(job.plan.shape)
     passes = job.seed is None and (layout.name != PACKED or request.lengths is None)
     found = None if passes and not layout.wants_kept else _selection(job, layout.capacity, x.device)
@@ -143,7 +143,7 @@ def _placed(form: Form, capacity: Any, mask: Tensor, lengths: Tensor | None) -> 
 
 
 def _totals(counts: Tensor) -> tuple[int, int]:
-    """How many messages remain, and how many of the longest row; waits for the device once."""
+    """The number of messages that remain, and of the longest row; waits for the device once."""
     if not counts.numel():
         return 0, 0
     both = torch.stack([counts.sum(), counts.max()])
@@ -158,7 +158,7 @@ def _totals(counts: Tensor) -> tuple[int, int]:
 
 
 def take(x: Tensor, dims: int, found: Selection, scales: Tensor | None = None) -> Tensor:
-    """What is kept of x, over its leading `dims`; zeros in padding; multiplied by the `scales` of its messages."""
+    """The kept messages of x, times the `scales`; its leading `dims` index messages; zeros in padding."""
     gather = GatherIndex(found.index, found.inverse_index, found.layout == DENSE)
     if scales is not None:
         picked = _pick(scales.flatten(), found.index)
@@ -198,7 +198,7 @@ def as_here(found: Selection, x: Tensor) -> Selection:
 
 
 def as_nested(y: Tensor, found: Selection) -> Tensor:
-    """What remains as a jagged tensor, a row for each of x's."""
+    """The remaining messages as a jagged tensor, a row for each of x's."""
     found = as_here(found, y)
     ends = found.lengths.flatten().cumsum(0)
     offsets = torch.cat([ends.new_zeros(1), ends])
