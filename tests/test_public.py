@@ -78,7 +78,7 @@ def made(dropper, p=0.6, **rule):
         return keep_mask((40, 6), p, seed=1, **rule)
     if dropper is message_dropout:
         generator = torch.manual_seed(5)
-        short = message_dropout(torch.from_numpy(x), p, **rule)[..., 0]  # the short way, and the long one
+        short = message_dropout(torch.from_numpy(x), p, **rule)[..., 0]  # the fast path, and all steps
         generator.manual_seed(5)
         _, mask = message_dropout(torch.from_numpy(x), p, return_mask=True, **rule)
         assert torch.equal(short.bool(), mask)

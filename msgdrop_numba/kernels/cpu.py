@@ -52,7 +52,7 @@ MEMORY = sum(SIZES)
 class Writing(NamedTuple):
     """The way in which a call writes."""
 
-    how: Move
+    mode: Move
     kind: int  # the type to multiply in, or COPY
     fill: int  # a message, 0: zeros
     two_passes: bool  # copy, then multiply whole blocks
@@ -78,10 +78,10 @@ def _writing(plan: Any, args: Any, x: int, out: int, messages: int, memory: Memo
     zeros = fill == 0 and not in_place
     widest = LINE if zeros else TWO_PASSES_IN_PLACE if in_place else TWO_PASSES
     two_passes = kind != COPY and width < widest and plan["out_step"] == width and not (apart or stream)
-    how = plan_move(
+    mode = plan_move(
         width, COPY if two_passes else kind, plan["scale"], stream, messages * width, in_place, memory.move
     )  # fmt: skip
-    return Writing(how, kind, fill, two_passes, not zeros)
+    return Writing(mode, kind, fill, two_passes, not zeros)
 
 
 @inlined_jit
@@ -95,9 +95,9 @@ def _listed(keep: Array, wanted: bool, memory: int) -> Any:
 
 
 @inner_jit
-def _fill_dropped(dst: int, step: int, keep: Array, fill: int, how: Move, memory: int) -> None:
+def _fill_dropped(dst: int, step: int, keep: Array, fill: int, mode: Move, memory: int) -> None:
     for j in _listed(keep, False, memory):
-        fill_message(dst + j * step, fill, how.width, how.stream)
+        fill_message(dst + j * step, fill, mode.width, mode.stream)
 
 
 @inner_jit
@@ -156,7 +156,7 @@ def _are_words(dst: int, dst_step: int, src: int, src_step: int, width: int, fil
 
 @inner_jit
 def _write(
-    dst: int, dst_step: int, src: int, src_step: int, keep: Array, scale: Any, scales: Any, mode: Writing,
+    dst: int, dst_step: int, src: int, src_step: int, keep: Array, scale: Any, scales: Any, writing: Writing,
     memory: Memory,
 ) -> None:  # fmt: skip
     """Write the messages of `keep`: the move step, with a source for each flag.
@@ -164,18 +164,18 @@ def _write(
     Args:
         scale: of all kept messages, where `scales` is 0; else `scales` is the address of a float64 for each.
     """
-    how, fill = mode.how, mode.fill
-    if how.kind == COPY and _are_words(dst, dst_step, src, src_step, how.width, fill):
-        _write_words(dst, src, keep, how.width, fill, memory.sources)
-    elif how.kind == COPY and dst == src:
-        _fill_dropped(dst, dst_step, keep, fill, how, memory.sources)
+    mode, fill = writing.mode, writing.fill
+    if mode.kind == COPY and _are_words(dst, dst_step, src, src_step, mode.width, fill):
+        _write_words(dst, src, keep, mode.width, fill, memory.sources)
+    elif mode.kind == COPY and dst == src:
+        _fill_dropped(dst, dst_step, keep, fill, mode, memory.sources)
     else:
         sources, blank = view(memory.sources, keep.size, np.int64), fill
-        if blank == 0 and how.narrow:
-            blank = how.memory
+        if blank == 0 and mode.narrow:
+            blank = mode.memory
         for j in range(keep.size):
             sources[j] = src + j * src_step if keep[j] else blank
-        if how.kind != COPY and (mode.own_scales or scales):
+        if mode.kind != COPY and (writing.own_scales or scales):
             each = view(memory.scales, keep.size, np.float64)
             if scales != memory.scales:
                 given = view(scales, keep.size if scales else 0, np.float64)
@@ -184,17 +184,17 @@ def _write(
             for j in range(keep.size):
                 each[j] = each[j] if keep[j] else 0.0
             scales = memory.scales
-        scaled = Move(how.width, how.kind, scale, how.stream, how.ahead, how.narrow, how.memory)
+        scaled = Move(mode.width, mode.kind, scale, mode.stream, mode.ahead, mode.narrow, mode.memory)
         move(dst, dst_step, sources, scales, scaled)
-    if mode.two_passes:
-        multiply_by_way(dst, dst, keep.size * how.width, mode.kind, scale, how.memory + NARROW, how.stream)
+    if writing.two_passes:
+        multiply_by_way(dst, dst, keep.size * mode.width, writing.kind, scale, mode.memory + NARROW, mode.stream)
         if fill:
-            _fill_dropped(dst, dst_step, keep, fill, how, memory.sources)
+            _fill_dropped(dst, dst_step, keep, fill, mode, memory.sources)
 
 
 @inlined_jit
 def _write_row(
-    dst: int, src: int, keep: Array, inside: int, plan: Any, args: Any, scale: Any, scales: Any, mode: Writing,
+    dst: int, src: int, keep: Array, inside: int, plan: Any, args: Any, scale: Any, scales: Any, writing: Writing,
     memory: Memory,
 ) -> None:  # fmt: skip
     """Write messages of one row, or of rows behind each other; from `inside` on they are padding.
@@ -205,12 +205,12 @@ def _write_row(
     behind = view(memory.line, keep.size - inside, np.bool_)
     for j in range(behind.size):
         behind[j] = not args["sources"]
-    how = mode.how
-    passing = Move(width, COPY, how.scale, how.stream, np.int64(0), width < NARROW and not how.stream, how.memory)
+    mode = writing.mode
+    passing = Move(width, COPY, mode.scale, mode.stream, np.int64(0), width < NARROW and not mode.stream, mode.memory)
     for piece in range(plan["pieces"]):
         at, dst_at, src_at = piece * width, dst + piece * plan["out_piece"], src + piece * plan["x_piece"]
-        fill = mode.fill + at if mode.fill else 0
-        each = Writing(how, mode.kind, fill, mode.two_passes, mode.own_scales)
+        fill = writing.fill + at if writing.fill else 0
+        each = Writing(mode, writing.kind, fill, writing.two_passes, writing.own_scales)
         _write(dst_at, dst_step, src_at, src_step, keep[:inside], scale, scales, each, memory)
         if behind.size:
             fill = args["padding"] + at if args["padding"] else 0
@@ -223,7 +223,7 @@ def _write_row(
 
 @inlined_jit
 def _write_across(
-    dst: int, src: int, flags: int, pitch: int, rows: int, count: int, plan: Any, mode: Writing, memory: Memory
+    dst: int, src: int, flags: int, pitch: int, rows: int, count: int, plan: Any, writing: Writing, memory: Memory
 ) -> None:
     """Write messages of rows that lie beside each other, position by position, as they lie."""
     line = view(memory.line, rows, np.bool_)
@@ -233,7 +233,7 @@ def _write_across(
             line[row] = keep[row * pitch + j]
         _write(
             dst + j * plan["out_step"], plan["out_row"], src + j * plan["x_step"], plan["x_row"], line, plan["scale"],
-            np.int64(0), mode, memory,
+            np.int64(0), writing, memory,
         )  # fmt: skip
 
 
@@ -285,7 +285,7 @@ def drop_range(
     zero_bytes(memory.move, NARROW)
     for row in range(8):
         view(memory.known + 24 * row, 1, np.int64)[0] = -1
-    size, mode = plan["size"], _writing(plan, args, x, out, last - first, memory)
+    size, writing = plan["size"], _writing(plan, args, x, out, last - first, memory)
     alike = not args["sources"] and (plan["kind"] == COPY or not _scales_differ(plan, args))
     beside = alike and out and plan["transposed"]
     behind = alike and plan["x_row"] == size * plan["x_step"] and plan["out_row"] == size * plan["out_step"]
@@ -314,7 +314,7 @@ def drop_range(
                     source + position * plan["x_step"],
                 )
                 if rows > 1 and beside:
-                    _write_across(dst, src, memory.flags, pitch, rows, count, plan, mode, memory)
+                    _write_across(dst, src, memory.flags, pitch, rows, count, plan, writing, memory)
                 else:
                     keep = view(memory.flags, rows * count, np.bool_)
                     scale: Any = plan["scale"]
@@ -325,7 +325,7 @@ def drop_range(
                         row_of = make_row(memory.words, plan, args, seed, index)
                         scale = row_scale(plan, row_of)
                         scales = message_scales(memory.scales, plan, args, row_of, scale, index, position, inside)
-                    _write_row(dst, src, keep, inside, plan, args, scale, scales, mode, memory)
+                    _write_row(dst, src, keep, inside, plan, args, scale, scales, writing, memory)
             position += count
 
 

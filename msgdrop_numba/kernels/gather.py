@@ -75,7 +75,7 @@ def gather_range(first: int, last: int, address: int) -> None:
     job, memory = view(address, 1, GATHER)[0], stack(MEMORY)
     width, kind, index = job["width"], job["kind"], view(job["index"], last, np.int64)
     zero_bytes(memory, NARROW)
-    how = plan_move(width, kind, 1.0, job["stream"], (last - first) * width, False, memory)
+    mode = plan_move(width, kind, 1.0, job["stream"], (last - first) * width, False, memory)
     scales = view(job["scales"], last if kind != COPY else 0, np.float64)
     for begin in range(first, last, BLOCK):
         count = min(BLOCK, last - begin)
@@ -83,14 +83,14 @@ def gather_range(first: int, last: int, address: int) -> None:
         each = view(memory + MOVE_MEMORY + 8 * BLOCK, count if kind != COPY else 0, np.float64)
         for j in range(count):
             fill = job["fill"] + (begin + j) * job["fill_step"] if job["fill"] else np.int64(0)
-            if fill == 0 and how.narrow:
+            if fill == 0 and mode.narrow:
                 fill = memory
             number = index[begin + j]
             sources[j] = _source(job, number) if number >= 0 else fill
         for j in range(each.size):
             each[j] = scales[begin + j] if index[begin + j] >= 0 else 0.0
         factors = memory + MOVE_MEMORY + 8 * BLOCK if kind != COPY else np.int64(0)
-        move(job["out"] + begin * width, width, sources, factors, how)
+        move(job["out"] + begin * width, width, sources, factors, mode)
 
 
 @parallel_jit

@@ -46,36 +46,36 @@ def plan_move(width: int, kind: int, scale: float, stream: Any, nbytes: int, in_
 
 
 @inlined_jit
-def move(dst: int, step: int, sources: Array, scales: Any, how: Move) -> None:
+def move(dst: int, step: int, sources: Array, scales: Any, mode: Move) -> None:
     """Write message j to `dst + j * step`, for all sources: a copy of `sources[j]`, an address; 0: zeros.
 
     Args:
-        scales: the address of a float64 for each message, its factor, 0: it passes as it is; or 0: all have how.scale.
+        scales: the address of a float64 for each message, its factor, 0: it passes as it is; or 0: all have mode.scale.
     """
-    if how.narrow and (how.kind == COPY or not scales):
-        _move_narrow(dst, step, sources, how)
+    if mode.narrow and (mode.kind == COPY or not scales):
+        _move_narrow(dst, step, sources, mode)
     else:
-        _move_wide(dst, step, sources, view(scales, sources.size if scales else 0, np.float64), how)
+        _move_wide(dst, step, sources, view(scales, sources.size if scales else 0, np.float64), mode)
 
 
 @inlined_jit
-def _move_narrow(dst: int, step: int, sources: Array, how: Move) -> None:
+def _move_narrow(dst: int, step: int, sources: Array, mode: Move) -> None:
     """Messages of a few bytes: a branch would be guessed wrong for a third of them. Zeros stay zeros if multiplied."""
-    width, last, ahead = how.width, sources.size - 1, how.ahead
+    width, last, ahead = mode.width, sources.size - 1, mode.ahead
     lines = width if ahead else 0
     for j in range(sources.size):
         for at in range(0, lines, LINE):
             prefetch(sources[min(j + ahead, last)] + at)
-        if how.kind == COPY:
+        if mode.kind == COPY:
             copy_narrow(dst + j * step, sources[j], width)
         else:
-            multiply(dst + j * step, sources[j], width, how.kind, how.scale)
+            multiply(dst + j * step, sources[j], width, mode.kind, mode.scale)
 
 
 @inlined_jit
-def _move_wide(dst: int, step: int, sources: Array, scales: Array, how: Move) -> None:
-    width, kind, stream, ahead, passed = how.width, how.kind, how.stream, how.ahead, 0
-    scratch = how.memory + NARROW
+def _move_wide(dst: int, step: int, sources: Array, scales: Array, mode: Move) -> None:
+    width, kind, stream, ahead, passed = mode.width, mode.kind, mode.stream, mode.ahead, 0
+    scratch = mode.memory + NARROW
     # With gaps between them, the processor doesn't foresee which messages are read next.
     read = _that_are_read(sources[: sources.size if ahead else 0], scratch + SCRATCH)
     for j in range(sources.size):
@@ -89,7 +89,7 @@ def _move_wide(dst: int, step: int, sources: Array, scales: Array, how: Move) ->
             passed += 1
         factor: Any = np.float64(0)
         if kind != COPY:
-            factor = scales[j] if scales.size else how.scale
+            factor = scales[j] if scales.size else mode.scale
         if factor == 0:
             if source != target:
                 copy(target, source, width, stream, fetched)
