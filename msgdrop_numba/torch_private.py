@@ -73,7 +73,7 @@ def unreadable_reason(tensor: torch.Tensor) -> str:
         return f"it is a {type(tensor).__name__}, a subclass of Tensor"
     if reason := not_eager_reason():
         return reason
-    if has_memory(tensor):
+    if _dispatch_keys(tensor) in _READABLE:  # as `has_memory`, without a call that small gradients feel
         return ""
     if tensor.is_nested or tensor.layout is not torch.strided:
         return f"its layout is {tensor.layout}"
