@@ -92,7 +92,7 @@ def run(rounds: int) -> dict[str, Any]:
     """Microseconds of the device on large tensors, of the host on small ones."""
     found = machine()
     if DEVICE != "cpu":
-        if not (torch.cuda.is_available() and torch_cuda.usable(torch.device("cuda:0"))):
+        if not torch.cuda.is_available() or torch_cuda.obstacle(torch.device("cuda:0")):
             raise SystemExit("gpu: torch finds no GPU, or numba-cuda is missing")
         packages = {name: metadata.version(name) for name in ("numba-cuda", "cuda-core")}
         found |= {"gpu": torch.cuda.get_device_name(), "CUDA": torch.version.cuda, **packages}
