@@ -18,7 +18,7 @@ from msgdrop_numba.call.arguments import (
     split_rule,
 )
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import ARGUMENTS, DEFAULTS, ArrayRule, Rule
+from msgdrop_numba.call.rule import DEFAULTS, KEYWORDS, ArrayRule, Rule
 from msgdrop_numba.call.select import read_layout
 from msgdrop_numba.call.shown import short
 from msgdrop_numba.functional import message_dropout
@@ -74,16 +74,18 @@ class Layer(torch.nn.Module):
         self._array = None if array is None else torch.from_numpy(probabilities(array, tuple(array.shape)))
         self.message_dims, self.per_rank = message_dims, check_ranks(per_rank)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The attributes, with the fields of the rule in its place: a pickle names public classes alone."""
+        state = self.__dict__.copy()
+        rule, array = state.pop("rule"), state.pop("_array")
+        return state | {"p": rule.p if array is None else array, **rule.keywords}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Layers that were pickled before they kept a rule have its fields."""
-        if "rule" not in state:
-            state = dict(state)
-            p = state.pop("p")
-            keywords = {name: state.pop(name) for name in ARGUMENTS if name in state}
-            is_array = isinstance(p, Tensor)
-            state |= {"rule": ArrayRule(None, **keywords) if is_array else Rule(p, **keywords)}
-            state |= {"_array": p if is_array else None}
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        state = dict(state)
+        p, keywords = state.pop("p"), {name: state.pop(name) for name in KEYWORDS if name in state}
+        array = p if isinstance(p, Tensor) else None
+        rule = Rule(p, **keywords) if array is None else ArrayRule(None, **keywords)
+        super().__setstate__(state | {"rule": rule, "_array": array})  # type: ignore[no-untyped-call]
 
     def _request(self, x: Tensor, seed: Any, **own: Any) -> Request:
         """The request of a call that removes."""
@@ -100,7 +102,7 @@ class Layer(torch.nn.Module):
         """With the same group of processes, which can't be copied."""
         memo[id(self.per_rank)] = self.per_rank
         made = memo[id(self)] = type(self).__new__(type(self))
-        made.__setstate__(copy.deepcopy(self.__dict__, memo))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return made
 
     def _array_on(self, x: Tensor) -> Tensor | None:
