@@ -228,7 +228,7 @@ def _fits(target: Any, x: np.ndarray, plan: Plan) -> bool:
 
 
 def _write(plan: Plan, args: MaskArgs, seed: int, x: np.ndarray, result: np.ndarray, mask: np.ndarray) -> None:
-    """Write the result with NumPy's operations, for layouts and byte orders that the kernels can't follow."""
+    """Drop by a drawn mask in NumPy's operations, for layouts and byte orders that the kernels can't follow."""
     wide = (*plan.shape, *(1,) * (x.ndim - mask.ndim))
     kept = mask.reshape(wide)
     if plan.kind != COPY:

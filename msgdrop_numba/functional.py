@@ -26,7 +26,7 @@ Mask = TypeVar("Mask")
 
 
 class _Rule(TypedDict, total=False):
-    """Keyword types of the arguments that decide a mask."""
+    """The keywords that decide a mask, for type checkers."""
 
     exact: bool
     span: int
@@ -39,7 +39,7 @@ class _Rule(TypedDict, total=False):
 
 
 class SelectKeywords(_Rule, total=False):
-    """Keyword types of `message_select`."""
+    """The keywords of `message_select`, for type checkers."""
 
     scale: bool
     message_dims: int | tuple[int, ...] | None
@@ -50,7 +50,7 @@ class SelectKeywords(_Rule, total=False):
 
 
 class _Keywords(_Rule, total=False):
-    """Keyword types of `message_dropout` that don't change its return type."""
+    """The keywords of `message_dropout` that don't change the type of its result, for type checkers."""
 
     scale: bool
     fill: Any
@@ -199,7 +199,7 @@ def library_of(x: Any) -> Any:
 
 
 _libraries: dict[type, Any] = {np.ndarray: arrays}  # of exact types; torch's once a tensor has come
-_fast_paths: dict[type, Any] = {np.ndarray: arrays.fast_path}  # for calls without arrays beside x
+_fast_paths: dict[type, Any] = {np.ndarray: arrays.fast_path}  # by exact type; None: not taken
 
 
 def _library(x: Any) -> Any:
@@ -231,7 +231,7 @@ def _library(x: Any) -> Any:
 
 
 def remember(known: dict[type, Any], what: Any, *types: type) -> None:
-    """Know it at the next call; not from compiled code, where a checkpoint may change nothing outside of itself."""
+    """Cache the dispatch result. Skip this while compiling: a checkpointed region must not mutate globals."""
     if not sys.modules["torch"].compiler.is_compiling():
         known.update(dict.fromkeys(types, what))
 

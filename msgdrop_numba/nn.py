@@ -15,13 +15,14 @@ from msgdrop_numba.call.arguments import (
     check_is_number,
     check_message_dims,
     probabilities,
+    split_p,
     split_rule,
 )
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import DEFAULTS, KEYWORDS, ArrayRule, Rule
 from msgdrop_numba.call.select import read_layout
 from msgdrop_numba.call.shown import short
-from msgdrop_numba.functional import message_dropout
+from msgdrop_numba.functional import drop_messages, message_dropout
 from msgdrop_numba.select import select
 from msgdrop_numba.tensors.seeds import PerRank, check_ranks
 
@@ -61,8 +62,12 @@ class Layer(torch.nn.Module):
 
     @p.setter
     def p(self, p: Any) -> None:
-        rule, array = split_rule(p, **self.rule.arguments)
-        self.rule, self._array = rule, torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+        p, array = (p, None) if isinstance(p, Rule) else split_p(p)
+        self._array = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+        if array is not None:
+            self.rule = self.rule.for_array().check()
+        else:
+            self.rule = p if isinstance(p, Rule) else Rule(p, **self.rule.keywords)
 
     def _set_options(
         self, p: Any, exact: Any, span: Any, min_keep: Any, prefix: Any, message_dims: Any, per_rank: Any
@@ -218,15 +223,18 @@ class MessageDropout(Layer):
         Returns:
             A tensor like x, or `(y, keep)` with `return_mask`.
         """
-        fill, array = self.fill, self._array_on(x)
-        p, keywords = (self.rule, {}) if array is None else (array, self.rule.arguments)
+        fill = self.fill
         if type(fill) is not float and isinstance(fill, Tensor) and torch.is_autocast_enabled(x.device.type):
             fill = fill.to(x.dtype)
-        return message_dropout(
-            x, p, self.training, self.inplace, scale=self.scale, lengths=lengths, fill=fill,
-            message_dims=self.message_dims, seed=seed, keys=keys, protect=protect, positions=positions,
-            generator=self._generator(x, seed), return_mask=return_mask, **keywords,
-        )  # fmt: skip
+        options = {
+            "scale": self.scale, "lengths": lengths, "fill": fill, "message_dims": self.message_dims, "seed": seed,
+            "keys": keys, "protect": protect, "positions": positions, "generator": self._generator(x, seed),
+            "return_mask": return_mask,
+        }  # fmt: skip
+        if self._array is None:
+            return message_dropout(x, self.rule, self.training, self.inplace, **options)
+        request = Request(self.rule, self._array_on(x), training=self.training, inplace=self.inplace, **options)
+        return drop_messages(x, request)
 
     if TYPE_CHECKING:  # torch says nothing of what a call gives back
         __call__ = forward

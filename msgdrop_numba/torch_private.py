@@ -61,7 +61,6 @@ except AttributeError:  # another torch: nothing is known to be readable
     _dispatch_keys = None
 
 _is_compiling = torch.compiler.is_compiling
-_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
 def unreadable_reason(tensor: torch.Tensor) -> str:
@@ -89,6 +88,16 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
 def not_eager_reason() -> str:
     """Why operations don't run as they are called: tracing, a mode, forward AD, a transform; empty: they do."""
+    if reason := watched_reason():
+        return reason
+    return "" if _transform() is None else "a transform of torch.func is under way"  # a tensor from outside looks plain
+
+
+def watched_reason() -> str:
+    """`not_eager_reason` but for transforms of torch.func. If it is empty, a guard is enough to recognise a tensor.
+
+    A guard compares dispatch keys, and these show a transform.
+    """
     if _is_compiling():  # asked first: Dynamo can't follow the rest
         return "torch.compile or torch.export traces the call"
     if _dispatch_keys is None:
@@ -97,16 +106,7 @@ def not_eager_reason() -> str:
         return "a torch dispatch mode is active"
     if _is_tracing():
         return "torch.jit traces the call"
-    if forward_ad._current_level >= 0:
-        return "a level of forward AD is open"
-    return "" if _transform() is None else "a transform of torch.func is under way"  # a tensor from outside looks plain
-
-
-def guards_apply() -> bool:
-    """True where a guard alone recognises a tensor. Guards see transforms of torch.func, but nothing of the rest."""
-    return not (
-        _is_dynamo_compiling() or _dispatch_keys is None or _modes() or _is_tracing() or forward_ad._current_level >= 0
-    )
+    return "a level of forward AD is open" if forward_ad._current_level >= 0 else ""
 
 
 def make_guard(tensors: list[torch.Tensor], varying: bool = False) -> Any:

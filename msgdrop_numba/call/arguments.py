@@ -72,6 +72,11 @@ def check_seed(seed: Any) -> int:
     return int(seed)
 
 
+def signed(bits: int) -> int:
+    """64 bits as an int64."""
+    return bits if bits < 2**63 else bits - 2**64
+
+
 def check_seed_tensor(seed: Any) -> None:
     """Refuse a tensor that is no 0-d int64."""
     if seed.ndim != 0 or str(seed.dtype) != "torch.int64":

@@ -1,4 +1,4 @@
-"""Plans: everything about a call that is the same for all arrays of one shape, dtype, strides and rule."""
+"""Cached plans: everything about a call that depends on shape, dtype, strides and rule, and not on the data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ STREAM_BYTES = _last_level_cache()  # outputs as large, the cache would forget b
 
 # Why the kernels can't follow an array.
 FAR_APART = "its rows, or its features, don't lie evenly"
-IN_PIECES = "its features aren't contiguous"  # what a device can't follow
 UNKNOWN_SCALE = "the kernels can't scale its dtype"
 
 
@@ -51,11 +50,11 @@ class RowPointers(NamedTuple):
 
 
 class Places(NamedTuple):
-    """The eligible messages of each row, and the positions that number its draws.
+    """The eligible messages of a call, and the positions that number them.
 
     Fields:
-        protect: bool, one a position or, with more dims, one a message: True takes no part.
-        taking: int64, one a row: how many take part, where `protect` decides it and the rule counts them.
+        protect: bool, one a position or, with more dims, one a message. True: the message isn't eligible.
+        eligible: int64, one a row: the number of eligible messages. None unless `protect` is given and the rule counts.
         offset: the position of a row's first message, if they are consecutive.
         positions: int64 as `protect`, if they aren't.
     """
@@ -67,7 +66,7 @@ class Places(NamedTuple):
 
 
 ALL = Places()
-_NOWHERE = (0,) * 6  # what of a record says so
+_NOWHERE = (0,) * 6  # the fields of a MASK_ARGS record for `ALL`
 
 
 class MaskArgs:
@@ -94,12 +93,12 @@ class MaskArgs:
     ) -> None:  # fmt: skip
         self.fill, self.lengths, self.keys, self.thresholds = fill, lengths, keys, thresholds
         self.scales, self.given, self.rows, self.places = scales, given, rows, places
-        # Whether plan and seed and at most numbers decide the mask.
+        # True if plan, seed and scalars decide the mask: backward then draws it again, and saves no array.
         self.seeded = lengths is None and keys is None and thresholds is None and not given
         per_row = (thresholds is not None and thresholds.ndim > 1) or (scales is not None and scales.ndim > 1)
         starts, padding = (0, 0) if rows is None else (address(rows.starts), address(rows.padding))
         stand = _NOWHERE
-        self.is_bernoulli = thresholds is None  # as a plan's
+        self.is_bernoulli = thresholds is None  # False: `rules.decide` must read the arrays, whatever the plan says
         if places is not ALL:
             protect, eligible, offset, positions = places
             numbered = protect is None and positions is None
@@ -108,7 +107,7 @@ class MaskArgs:
                 address(protect), _row_bytes(protect, 1), address(eligible), offset, address(positions),
                 _row_bytes(positions, 8),
             )  # fmt: skip
-        # One DRAW, whose fields are all int64.
+        # One MASK_ARGS record, whose fields are all int64.
         self.record = array(
             "q", (fill is not None and address(fill), given, lengths is not None and address(lengths),
                   keys is not None and address(keys), thresholds is not None and address(thresholds), per_row,
@@ -119,7 +118,7 @@ class MaskArgs:
 
     @property
     def numbers(self) -> Any:
-        """The record's fields, a DrawNumbers."""
+        """The record's fields as Python integers, a `MaskNumbers`. CUDA kernels take them one by one."""
         if self._numbers is None:
             self._numbers = MaskNumbers._make(self.record)
         return self._numbers
@@ -140,13 +139,13 @@ class Plan(NamedTuple):
     shape: tuple[int, ...]  # the message dims
     messages: int
     size: int  # messages in a row
-    nbytes: int  # that a call writes, at most
-    kind: int  # what is done to kept elements, see kernels.records
-    obstacle: str  # why the kernels can't follow; empty: they can
-    kernel_ok: bool  # whether there is none
-    is_bernoulli: bool  # whether each message drops by a draw of its own, at one p
+    nbytes: int  # bytes of the output, an upper bound of what a call writes
+    kind: int  # COPY, or the type to scale in, see kernels.records
+    obstacle: str  # why the kernels can't follow the strides or scale the dtype; empty: they can
+    kernel_ok: bool  # True if `obstacle` is empty
+    is_bernoulli: bool  # True if every message drops independently, all with the same p
     rule: Rule
-    arguments: tuple[Any, ...]  # that it was made from, but for strides
+    arguments: tuple[Any, ...]  # of `_make`, without strides: `follow` makes the plan for other strides from them
     record: np.ndarray[Any, Any]  # one PLAN, what the kernels read
     address: int  # of the record
     numbers: Any  # the record's fields, a PlanNumbers
@@ -230,7 +229,7 @@ class RecentPlans:
 
 @lru_cache(maxsize=256, typed=True)
 def recent_plans(scale: bool, message_dims: Any, *rule_arguments: Any) -> RecentPlans:
-    """The `RecentPlans` of all calls with the same p, keywords of a rule, `scale` and message dims."""
+    """The recent plans of one rule, `scale` and message dims. `rule_arguments` are those of `cached_rule`."""
     return RecentPlans(cached_rule(*rule_arguments), scale, message_dims)
 
 
@@ -289,9 +288,9 @@ def row_places(plan: Plan, lengths: Any, protect: Any, offset: int, positions: A
 
 
 def _eligible(plan: Plan, lengths: Any, protect: Any) -> np.ndarray[Any, Any]:
-    """The mask of eligible messages, neither padding nor protected, over the message dims."""
+    """True where a message is eligible: neither padding, nor in the prefix, nor protected. Over the message dims."""
     position = np.arange(plan.size)
-    eligible = position >= plan.rule.prefix
+    eligible = plan.rule.eligible(position)
     if lengths is not None:
         eligible = eligible & (position < lengths.reshape(plan.shape[:-1])[..., None])
     return np.broadcast_to(eligible if protect is None else eligible & ~protect, plan.shape)
@@ -302,13 +301,12 @@ def kept_scales(plan: Plan, args: MaskArgs, seed: int) -> tuple[np.ndarray[Any, 
     scales = args.scales
     if scales is None:
         scales = np.empty((*plan.shape[:-1], 1))
-        bits = seed if seed < 2**63 else seed - 2**64
-        scale_rows(plan.address, args.address, bits, scales.size, address(scales))
+        scale_rows(plan.address, args.address, arguments.signed(seed), scales.size, address(scales))
     return np.broadcast_to(scales, plan.shape), _eligible(plan, args.lengths, args.places.protect)
 
 
 def follow(contiguous: Plan, strides: tuple[int, ...], out_strides: tuple[int, ...]) -> Plan:
-    """The plan for arrays with these strides, in bytes; its `obstacle` says why the kernels can't follow them."""
+    """The plan for the same shape and rule, but for these strides of x and of the output, in bytes."""
     *made_from, rule = contiguous.arguments
     return _cached(*made_from, strides, out_strides, rule)
 
@@ -334,10 +332,12 @@ def steps(shape: tuple[int, ...], itemsize: int, dims: int, strides: tuple[int, 
 
 
 def layout(shape: tuple[int, ...], itemsize: int, dims: int, *strides: tuple[int, ...] | None) -> Any:
-    """The layout of messages in several arrays of one shape: bytes in a piece, and for each array (row, step, piece).
+    """Describe the messages of several arrays of one shape by three strides each.
 
-    Those are bytes from row to row, from position to position and from piece to piece. A piece is as much of a message
-    as is contiguous in all of them. None: what isn't, or the rows, lie unevenly. Strides None: C order.
+    Returns:
+        (bytes in a piece, then for each array a triple: bytes from row to row, from position to position, from piece to
+        piece). A piece is the part of a message that is contiguous in all arrays. None if one stride isn't enough to
+        reach all rows, or all pieces. Strides None: C order.
     """
     message = math.prod(shape[dims:]) * itemsize
     if strides == (None,) * len(strides):
@@ -359,7 +359,7 @@ def c_order(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 
 def _evenly(shape: tuple[int, ...], strides: tuple[int, ...], first: int, last: int) -> int | None:
-    """Bytes from one index to the next, counted over the dims first..last - 1 in C order; None: they differ."""
+    """The one stride that walks over the dims first..last - 1 in C order, in bytes. None if one stride isn't enough."""
     step, above = None, 0
     for dim in reversed(range(first, last)):
         if shape[dim] > 1:

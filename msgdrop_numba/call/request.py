@@ -1,8 +1,8 @@
 """One call, described once, and checked in one order for all libraries.
 
-`Options` are what a layer, a collate or a batch keeps for life, a `Request` is one call: options and its own arguments.
-`prepare` makes a `Job` of a request: checked, laid out for the kernels, nothing written yet. A library brings its
-primitives alone: how it reads a dtype, a fill, a seed, arrays over rows; and how it runs a job.
+A `Request` holds all arguments of one call. Its base `Options` holds those that a collate or a batch keeps for life.
+`prepare` checks a request and turns it into a `Job`, before anything is written. A `Library` brings the primitives of
+one backend: they read dtypes, fills, seeds and arrays over rows, and run a job.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ O = TypeVar("O", bound="Options")  # noqa: E741
 
 @dataclass(slots=True)  # frozen would cost 2 us a call; nobody changes one, `replace` makes another
 class Options:
-    """The arguments that layers, collates and batches keep for life.
+    """The arguments that a collate or a batch keeps from call to call.
 
     Fields:
         rule: an `ArrayRule` if p is an array.
@@ -37,7 +37,7 @@ class Options:
     message_dims: Any = None
 
     def for_rows(self: O, size: int) -> O:
-        """Options for rows of `size` messages, which may be fewer than p has numbers, or than the prefix."""
+        """The options for rows of `size` messages: p and the prefix are cut to that length."""
         p = self.p[:size] if isinstance(self.p, np.ndarray) else self.p
         return replace(self, p=p, rule=self.rule.for_rows(size))
 
@@ -101,7 +101,7 @@ class Job(NamedTuple):
         target: the array to write; None: a new one.
         mask: where the keep mask goes; None: nobody asks for it.
         given: a keep mask to be read; None: it is drawn.
-        form: what the caller of `prepare` made of the plan.
+        form: the `call.select.Form` of a call that removes; else None.
     """
 
     library: Any
@@ -115,10 +115,10 @@ class Job(NamedTuple):
 
 
 class Library(Protocol):
-    """The primitives of an array library. All before `mask` check, and write nothing."""
+    """The primitives of one backend. `prepare` calls those up to `mask_args` first: they only check."""
 
     def kind(self, x: Any, scale: Any) -> int:
-        """The type that kept messages are scaled in, or COPY, see kernels.records."""
+        """COPY, or the type that kept messages are scaled in, see kernels.records."""
 
     def split_p(self, p: Any) -> tuple[P, Any]:
         """An array or tensor p as (number, None) if it has no dims, or (None, array)."""
@@ -221,10 +221,10 @@ def _mask_args(library: Library, plan: Any, p: Any, fill: Any, request: Request,
 
 
 def turned(run: Any, kind: Any, permute: Any, x: Any, request: Request) -> Any:
-    """`run(x, request)`, where the request may name its message dims: then on a view of x that has them in front.
+    """Call `run(x, request)`. If `message_dims` is a tuple, permute x and out first, and the result back.
 
     Args:
-        run: gives back an array, or a pair of it and something over the message dims.
+        run: returns an array, or a pair of an array and a second value, which isn't permuted.
         kind, permute: the library's arrays, and how it permutes the dims of one, `(array, order)`.
     """
     dims, out = request.message_dims, request.out
@@ -249,7 +249,7 @@ def perform(library: Library, x: Any, request: Request) -> Any:
 
 
 def carry_out(x: Any, job: Job, request: Request) -> Any:
-    """Run a prepared job."""
+    """Run a prepared job. Returns x itself, or its copy in the target, if nothing drops."""
     if job.seed is not None:
         return job.library.run(x, job, request)
     y = x if job.target is None or job.target is x else job.library.copy(x, job.target)

@@ -137,6 +137,24 @@ class Rule:
         """True if messages drop independently: no keyword is set and p isn't a range. p may be an array."""
         return not self.ranged and self.keywords == DEFAULTS
 
+    def eligible(self, index: Any) -> Any:
+        """True for indices in a row whose messages may drop. `index` is a number, an array, a tensor or a symbol."""
+        return index >= self.prefix
+
+    def count_eligible(self, n: Any) -> Any:
+        """The number of eligible messages among the first `n` of a row, a number or a symbol."""
+        return n - self.prefix
+
+    @property
+    def spares(self) -> bool:
+        """True if some messages aren't eligible, whatever the arrays of a call say."""
+        return self.prefix > 0
+
+    @property
+    def needs_whole_rows(self) -> bool:
+        """True if `for_rows` can't make a rule for a piece of a row, because its mask depends on the whole row."""
+        return self.count_limited
+
     @property
     def count_limited(self) -> bool:
         """True if a row's mask counts its messages, so that the whole row must be known."""

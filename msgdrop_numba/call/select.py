@@ -1,4 +1,4 @@
-"""Messages that are removed instead of filled: how many there is room for, which go where, and the moves.
+"""Removal of messages: the form of the output, the index that gathers kept messages, and the moves along it.
 
 A *number* counts messages in C order over the message dims, a *slot* counts places in what remains. Which of them
 remain is drawn once, as a `Selection`; removing, putting back, companions and all gradients are moves along it.
@@ -87,7 +87,7 @@ def kept_of_each(rule: Rule, size: Any, request: Any) -> Any:
         return size
     if request.protect is not None or not (rule.drops_all or (rule.exact and not rule.ranged)):
         return None
-    n = size - rule.prefix
+    n = rule.count_eligible(size)
     wanted = n
     if rule.exact:  # (n * share) >> 33 in two steps, since a symbol's product may not fit into 64 bits
         share = 2 * rule.threshold + 1  # a symbol too where p is one, of which the compiler knows no divmod
@@ -169,7 +169,7 @@ def _run(kernel: Any, count: int, record: Sequence[int], nbytes: int) -> None:
 
 
 def slot_scales(plan: Plan, args: Any, seed: int) -> np.ndarray:
-    """The factor of each message, float64; 0: it passes as it is."""
+    """The factor of each message, float64, over the message dims. 0: the message isn't eligible, and is copied."""
     scales, eligible = kept_scales(plan, args, seed)
     return np.where(eligible, scales, 0.0)
 
@@ -188,7 +188,7 @@ def load() -> None:
 
 
 class Source(NamedTuple):
-    """The memory that messages are read from: adjacent messages, `size` messages a row with strides, or rows anywhere.
+    """The memory that messages are read from: contiguous (size 0), strided rows, or rows at addresses of their own.
 
     Fields:
         starts: the address of an int64 for each row: where it lies; 0: `row` bytes behind the one before.

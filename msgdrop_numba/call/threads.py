@@ -1,4 +1,4 @@
-"""Launching kernels: how many threads, and whether a parallel kernel may start here at all.
+"""Launch of the CPU kernels: the number of threads, and whether a parallel kernel may start in this process.
 
 Threads that go wrong take the process along: under omp a forked child that starts a parallel kernel is killed if its
 parent did so, and hangs if its parent ran a parallel operation of torch, which shares the OpenMP library; under
@@ -25,7 +25,7 @@ from msgdrop_numba.kernels.gather import in_parallel
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.kernels.rules import decide
 
-SEARCHED = 32  # bytes that are written in the time that it takes to decide on a message where the rule is limited
+SEARCHED = 32  # the cost of deciding one message under a count-limited rule, in bytes written
 
 
 class _Layer:

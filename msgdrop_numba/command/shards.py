@@ -353,8 +353,9 @@ def batch_of(settings: Settings, epoch: int) -> Any:
     """What drops in the tables of a Parquet file."""
     from msgdrop_numba.pipelines.batches import MessageDropoutBatch
 
+    p, keywords = (settings.rule, {}) if settings.rule.p is not None else (settings.p, settings.rule.arguments)
     return MessageDropoutBatch(
-        settings.p, **settings.rule.keywords,
+        p, **keywords,
         columns=settings.columns or (), key=settings.key or "", seed=settings.seed, epoch=epoch,
         protect=settings.protect, positions=settings.positions, remove=settings.remove,
         companions=settings.companions, lengths=settings.lengths, scale=settings.scale,

@@ -47,9 +47,9 @@ def multiply(target: int, source: int, count: int, kind: int, scale: float) -> N
 
 @inner_jit
 def copy(target: int, source: int, count: int, stream: bool, ahead: int) -> None:
-    """Copy `count` bytes, past the cache where `stream`: of more than it holds, it forgets the first by the last.
+    """Copy `count` bytes, with non-temporal stores if `stream`: the cache would evict a large output before it is read.
 
-    Meanwhile ask for as many at `ahead`, which are copied soon; 0: for none.
+    Prefetch `count` bytes from address `ahead` meanwhile, unless it is 0.
     """
     if stream:
         for at in range(0, count, LINE):
@@ -104,9 +104,9 @@ def zero(target: int, count: int, stream: bool) -> None:
 
 @inlined_jit
 def multiply_by_way(target: int, source: int, count: int, kind: int, scale: float, scratch: int, stream: bool) -> None:
-    """`multiply` by way of SCRATCH bytes that stay in the cache: to stream, or where target and source are the same.
+    """`multiply` through a scratch buffer, in order to stream, or if target and source are the same.
 
-    These may not be so for the compiler, which then multiplies one by one.
+    The compiler vectorises `multiply` only if its target and source don't alias.
     """
     for at in range(0, count, SCRATCH):
         part = min(SCRATCH, count - at)

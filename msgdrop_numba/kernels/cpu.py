@@ -50,7 +50,7 @@ MEMORY = sum(SIZES)
 
 
 class Writing(NamedTuple):
-    """The way in which a call writes."""
+    """The write strategy of one call."""
 
     mode: Move
     kind: int  # the type to multiply in, or COPY
@@ -71,9 +71,9 @@ def _memory(move_memory: int) -> Memory:
 
 @inner_jit
 def _writing(plan: Any, args: Any, x: int, out: int, messages: int, memory: Memory) -> Writing:
-    """The way in which a call writes so many messages."""
+    """Choose the write strategy of a call for `messages` messages."""
     width, kind, fill, in_place = plan["width"], plan["kind"], args["fill"], x == out
-    apart = args["scales"] or args["protect"] or plan["prefix"]  # messages have scales of their own
+    apart = args["scales"] or args["protect"] or plan["spares"]  # messages have scales of their own
     stream = plan["stream"] and out % LINE == 0
     zeros = fill == 0 and not in_place
     widest = LINE if zeros else TWO_PASSES_IN_PLACE if in_place else TWO_PASSES
@@ -264,7 +264,7 @@ def _draw_row(
 def _scales_differ(plan: Any, args: Any) -> Any:
     """True if the messages of a call may have different factors."""
     own = args["scales"] or args["protect"] or args["lengths"]
-    return own or plan["prefix"] or plan["exact"] or plan["ranged"]
+    return own or plan["spares"] or plan["exact"] or plan["ranged"]
 
 
 @jit
@@ -273,13 +273,13 @@ def drop_range(
 ) -> None:
     """Drop among the messages first..last - 1, counted in C order; there is one at least.
 
-    Addresses are integers, 0 where there is none: `plan_address` (one PLAN), `args_address` (one DRAW), `x` and `out`
+    Addresses are integers, 0 where there is none: `plan_address` (one PLAN), `args_address` (one MASK_ARGS), `x`, `out`
     (equal: in place; without `out` only the mask is made), `mask` (bool a message, written, or read where given), and
     `rule` (of `rules.decide`, where more than a draw of its own decides on a message). All are Python integers, the
     seed as the int64 of its bits: one compiled version serves every call.
 
-    A tile is a part of a row; or several whole rows, if all their messages are treated alike and the rows lie behind
-    each other, or beside each other as in an RNN's outputs.
+    A tile is a part of a row. It is several whole rows if all messages have the same factor, and the rows are adjacent
+    in memory, or transposed (batch first outputs of an RNN).
     """
     plan, args, memory = view(plan_address, 1, PLAN)[0], view(args_address, 1, MASK_ARGS)[0], _memory(stack(MEMORY))
     zero_bytes(memory.move, NARROW)

@@ -75,7 +75,7 @@ _NAMES = [*PlanNumbers._fields, *MaskNumbers._fields, "messages", "rows", "inner
 
 
 def _picker(function: Callable[..., Any], values: list[str]) -> Callable[[list[Any]], tuple[Any, ...]]:
-    """A function that picks a kernel's arguments from values of these names, a tuple's fields one by one."""
+    """A function that picks a kernel's arguments from the values of these names. It flattens named tuples."""
     kinds = cuda.parameters(function)
     fields = [getattr(kind, "_fields", (name,)) for name, kind in kinds.items()]
     flat = itemgetter(*(values.index(name) for names in fields for name in names))
@@ -120,8 +120,8 @@ def launch(plan: Any, draw: Any, messages: int, inner: int, addresses: Addresses
     """Drop among `messages` messages on a stream of the current device; nothing is copied, allocated or waited for.
 
     Args:
-        plan: a PlanNumbers. draw: a DrawNumbers, its arrays on the device, without sources.
-        inner: rows that share a key of draw's, into which their index is folded; 0: each row has one.
+        plan: a PlanNumbers. draw: a MaskNumbers with addresses on the device, without sources.
+        inner: the number of rows that share one key, into which their index is folded. 0: each row has its own key.
         stream: a cudaStream_t, 0 for the default one. The caller keeps all memory alive until it has run.
 
     Raises:

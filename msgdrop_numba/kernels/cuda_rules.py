@@ -53,7 +53,7 @@ class Rule(NamedTuple):
 
 
 class CudaArgs(NamedTuple):
-    """The other arguments that decide a mask, as the kernels name them: a count, a flag, or an array's address."""
+    """The other arguments of a mask: counts, flags and addresses. Each field is a name in `cuda_launch._NAMES`."""
 
     size: int
     given: int
@@ -64,7 +64,7 @@ class CudaArgs(NamedTuple):
     row_bytes: int
     protect: int
     protect_row: int
-    taking: int
+    taking: int  # the eligible messages of each row
     offset: int
     positions: int
     positions_row: int
@@ -112,7 +112,7 @@ def _first_draw(seed: Any, key: Any, stream: Any) -> Any:
 
 @device
 def make_row(rule: Rule, args: CudaArgs, index: Any) -> Row:
-    """The values of the row with this index. Nobody has checked what lies on the device, so lengths are clamped."""
+    """The `Row` of this index. Lengths are clamped, because the host can't check them without waiting."""
     seed = _load_word(args.seed) if args.seed else np.uint64(0)
     key, size = _row_key(args.keys, args.inner, index), np.int64(args.size)
     valid = min(max(_load_int(args.lengths + 8 * index), np.int64(0)), size) if args.lengths else size
@@ -157,7 +157,7 @@ def _candidate(rule: Rule, row: Row, i: Any) -> Any:
 
 @device
 def _limit_draw(rule: Rule, row: Row, i: Any) -> Any:
-    """The draw that decides if candidate i drops, where not all candidates may."""
+    """The draw that ranks candidate i against the row's cutoff."""
     return _draw(row.seed, row.key, _position(row, i), STREAM_DRAW if rule.exact else STREAM_LIMIT)
 
 

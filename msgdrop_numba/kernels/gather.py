@@ -1,7 +1,7 @@
 """Messages removed and put back: `place_range` numbers those that are kept, `gather_range` moves them.
 
-All of it is one map, `out[j] = x[index[j]]` where `index[j] >= 0`, else a fill: removing takes the numbers of kept
-messages as `index`, putting back the slots that they went to, and each is the other's gradient. No other is read.
+Both directions are one map: `out[j] = x[index[j]]` if `index[j] >= 0`, else a fill. Removal takes the numbers of kept
+messages as its index. Restoring takes their slots, the inverse index. Each is the gradient of the other.
 """
 
 from __future__ import annotations

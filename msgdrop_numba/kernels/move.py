@@ -26,7 +26,7 @@ MOVE_MEMORY = NARROW + SCRATCH + 8 * BLOCK
 
 
 class Move(NamedTuple):
-    """The way in which messages are written."""
+    """The parameters of the move step."""
 
     width: int  # bytes in a message
     kind: int  # the type to multiply in, or COPY
@@ -50,7 +50,7 @@ def move(dst: int, step: int, sources: Array, scales: Any, mode: Move) -> None:
     """Write message j to `dst + j * step`, for all sources: a copy of `sources[j]`, an address; 0: zeros.
 
     Args:
-        scales: the address of a float64 for each message, its factor, 0: it passes as it is; or 0: all have mode.scale.
+        scales: the address of one float64 factor a message, where 0.0 means copy. Address 0: all have `mode.scale`.
     """
     if mode.narrow and (mode.kind == COPY or not scales):
         _move_narrow(dst, step, sources, mode)
@@ -60,7 +60,7 @@ def move(dst: int, step: int, sources: Array, scales: Any, mode: Move) -> None:
 
 @inlined_jit
 def _move_narrow(dst: int, step: int, sources: Array, mode: Move) -> None:
-    """Messages of a few bytes: a branch would be guessed wrong for a third of them. Zeros stay zeros if multiplied."""
+    """Move short messages without a branch, a third of which would be mispredicted. Zeros are multiplied, too."""
     width, last, ahead = mode.width, sources.size - 1, mode.ahead
     lines = width if ahead else 0
     for j in range(sources.size):
@@ -76,7 +76,7 @@ def _move_narrow(dst: int, step: int, sources: Array, mode: Move) -> None:
 def _move_wide(dst: int, step: int, sources: Array, scales: Array, mode: Move) -> None:
     width, kind, stream, ahead, passed = mode.width, mode.kind, mode.stream, mode.ahead, 0
     scratch = mode.memory + NARROW
-    # With gaps between them, the processor doesn't foresee which messages are read next.
+    # Dropped messages leave gaps that defeat the hardware prefetcher: prefetch by the list of those that are read.
     read = _that_are_read(sources[: sources.size if ahead else 0], scratch + SCRATCH)
     for j in range(sources.size):
         target, source = dst + j * step, sources[j]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# What is done to the elements of a kept message: nothing, or multiply as this type.
+# The kind of a move: copy, or multiply in this type.
 COPY, FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(5)
 OTHER = -1  # multiply, as a type that the kernels don't know
 BLOCK = 1024  # messages that are drawn and moved at a time: their draws and sources stay in the first-level cache
@@ -19,14 +19,15 @@ RULE = [
     ("spread", np.int64),  # what a row may add to it
     ("ranged", np.int64),  # whether p is a range, of which each row draws its own
     ("drops_all", np.int64),  # p = 1
-    ("count_limited", np.int64),  # whether fewer may drop than the draws alone say
+    ("count_limited", np.int64),  # True if `exact` or `min_keep` limits the number of dropped messages
     ("exact", np.int64),
     ("span", np.int64),
     ("min_keep", np.int64),
-    ("prefix", np.int64),  # messages of a row that take no part
+    ("prefix", np.int64),  # the first messages of a row, which aren't eligible
+    ("spares", np.int64),  # whether some messages aren't eligible, whatever the arrays of a call say
 ]
 
-# What of a call depends on the array's shape and the rule alone: the plan.
+# A plan: it depends on the array's shape, strides and dtype and on the rule alone.
 PLAN = np.dtype(
     [
         ("size", np.int64),  # positions in a row
@@ -46,7 +47,7 @@ PLAN = np.dtype(
     ]
 )
 
-# What of a call its arguments decide beside: addresses, 0 where there is none, and a number or two.
+# The arrays of one call: addresses, 0 if there is no such array, and a few numbers.
 MASK_ARGS = np.dtype(
     [
         ("fill", np.int64),  # one message; none: zeros
@@ -75,7 +76,7 @@ PLACE = np.dtype(
         ("lengths", np.int64),  # int64, one a row: what lies behind isn't kept; none: nothing does
         ("size", np.int64),  # messages of a row
         ("room", np.int64),  # slots of a row, where all have as many
-        ("starts", np.int64),  # int64, one a row: its first slot, where each has as many as it keeps; none: they don't
+        ("starts", np.int64),  # int64, one a row: its first slot in layout "packed"; none: every row has `room` slots
         ("counts", np.int64),  # int64, one a row: how many it keeps
         ("index", np.int64),  # int64, one a slot, written: the number of its message; -1: it has none
         ("inverse_index", np.int64),  # int64, one a message, written: its slot; -1: it has none
@@ -108,7 +109,7 @@ def _named(name: str, record: np.dtype[Any]) -> Any:
 
 
 PlanNumbers = _named("PlanNumbers", PLAN)
-MaskNumbers = _named("DrawNumbers", MASK_ARGS)
+MaskNumbers = _named("MaskNumbers", MASK_ARGS)
 GatherNumbers = _named("GatherNumbers", GATHER)
 
 

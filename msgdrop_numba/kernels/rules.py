@@ -35,7 +35,7 @@ def whole_groups(count: int) -> int:
 
 
 class Row(NamedTuple):
-    """The values that a row's draws come from and are compared with. An address of 0 means none."""
+    """The numbers that all decisions on one row share. An address of 0 means that there is no such array."""
 
     seed: Any
     key: Any
@@ -43,7 +43,7 @@ class Row(NamedTuple):
     threshold: Any  # T(p)
     thresholds: Any  # where p is an array: uint64, one a message
     protect: Any  # bool, one a message
-    eligible: Any  # how many take part
+    eligible: Any  # the number of eligible messages
     offset: Any  # the first message's position
     positions: Any  # int64, one a message, where they aren't consecutive
 
@@ -76,14 +76,14 @@ def _draw(words: int, row: Row, stream: Any, first: int, count: int) -> Any:
 
 @inlined_jit
 def _first_draw(words: int, seed: Any, key: Any, stream: Any) -> Any:
-    """The draw that a row makes for itself, whatever its positions."""
+    """The draw at counter 0 of a stream. It belongs to the row, and doesn't depend on positions."""
     first, count = np.int64(0), np.int64(1)  # written as 0 and 1, these would be types of their own: compiled once more
     return np.uint64(view(_draw_run(words, seed, key, stream, first, count), 1, np.uint32)[0])
 
 
 @inlined_jit
 def make_row(words: int, plan: Any, args: Any, bits: int, index: int) -> Row:
-    """The values of the row with this index; the seed as int64."""
+    """The `Row` of this index. `bits` are those of the seed, as int64."""
     seed = np.uint64(np.int64(bits))
     key = view(args["keys"] + 8 * index, 1, np.uint64)[0] if args["keys"] else np.uint64(index)
     thresholds, protect, positions = args["thresholds"], args["protect"], args["positions"]
@@ -188,7 +188,7 @@ def _candidates(memory: int, words: int, plan: Any, row: Row, first: int, count:
 
 @inner_jit
 def _candidates_of_spans(drop: Array, words: int, plan: Any, row: Row, first: int) -> None:
-    """`_candidates` where neighbours share a draw, or each message has a threshold of its own."""
+    """`_candidates` for rules with a span, or with one threshold a message."""
     span, count, start = plan["span"], drop.size, first + row.offset + row.phase
     thresholds = view(row.thresholds + 8 * first, count if row.thresholds else 0, np.uint64)
     if row.positions:
@@ -252,7 +252,7 @@ def _limit_stream(plan: Any) -> Any:
 
 @inner_jit
 def row_cutoff(memory: int, words: int, plan: Any, row: Row, valid: int) -> Cutoff:
-    """The cutoff of a row with `valid` messages before its padding, so that no more of them drop than may.
+    """The cutoff of a row of `valid` messages: candidates at or above it are kept, so that no more drop than may.
 
     Radix selection on the 32-bit draws, eight bits a pass, drawn anew in each pass: O(n), no memory of size n.
     """
@@ -331,8 +331,8 @@ def decide(
 ) -> None:
     """Set the flags in `memory`: whether the positions first..first + count - 1 of a row are kept, by any rule.
 
-    Addresses are integers, as for `cpu.drop_range`. At `known`, three int64, is the cutoff of a row and which row that
-    is (-1: none), since the limit of a row that comes in several parts is found once.
+    Addresses are integers, as for `cpu.drop_range`. `known` is a cache of one cutoff, three int64: (row index or -1,
+    draw, position). A row that comes in several parts searches its cutoff once.
     """
     plan, args = view(plan_address, 1, PLAN)[0], view(args_address, 1, MASK_ARGS)[0]
     row = make_row(words, plan, args, seed, index)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msgdrop_numba.call.arguments import signed
+
 _TIMES, _EPOCH, _NOTED, _KEY = range(4)  # what the memory holds
 _SAID = 2  # noted, and said
 _REPEATED = (
@@ -51,7 +53,7 @@ class EpochMemory:
         return self._view[_EPOCH] if self._view[_TIMES] else None
 
     def set(self, epoch: int) -> None:
-        self._view[_EPOCH] = _signed(epoch)
+        self._view[_EPOCH] = signed(epoch)
         self._view[_TIMES] += 1
 
     def restore(self, epoch: int) -> bool:
@@ -93,16 +95,12 @@ class EpochMemory:
         """Where among these keys the one is that was noted first, if it comes again; once, in one of all processes."""
         noted = self._view[_NOTED]
         if noted == 0:
-            self._view[_KEY] = _signed(keys[0])
+            self._view[_KEY] = signed(keys[0])
             self._view[_NOTED] = 1
         if noted != 1 or (key := self._view[_KEY] % 2**64) not in keys:
             return None
         self._view[_NOTED] = _SAID
         return keys.index(key)
-
-
-def _signed(bits: int) -> int:
-    return bits - 2**64 if bits >= 2**63 else bits
 
 
 class EpochIndex(int):

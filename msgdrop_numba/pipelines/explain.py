@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,17 +67,17 @@ def explained(key: Any, given: tuple[int, int], request: Request, size: int) -> 
     rule = request.rule
     arrays = {name: getattr(request, name) for name in ("lengths", "keys", "protect", "positions")}
 
-    def mask(**changed: Any) -> np.ndarray:
-        keywords: dict[str, Any] = {**rule.keywords, **arrays, **changed}
-        found: np.ndarray = keep_mask((1, size), request.given_p, seed=request.seed, **keywords)[0]
+    def mask(rule: Rule) -> np.ndarray:
+        p, keywords = (rule, {}) if request.p is None else (request.p, rule.arguments)
+        found: np.ndarray = keep_mask((1, size), p, seed=request.seed, **keywords, **arrays)[0]
         return found
 
-    keep, takes_part = mask(), np.arange(size) >= rule.prefix
+    keep, takes_part = mask(rule), rule.eligible(np.arange(size))
     if request.lengths is not None:
         takes_part &= np.arange(size) < request.lengths[0]
     if request.protect is not None:
         takes_part &= ~np.broadcast_to(request.protect, (1, size))[0]
-    saved = keep & ~mask(min_keep=0) if rule.min_keep and not rule.exact else np.zeros(size, bool)
+    saved = keep & ~mask(replace(rule, min_keep=0)) if rule.min_keep and not rule.exact else np.zeros(size, bool)
     row_key = int(np.asarray(request.keys).astype(np.uint64)[0])
     held_against, draws = _drawn(rule, request, row_key, size)
     words = _words(rule, held_against, int((~keep).sum()), int(takes_part.sum()))

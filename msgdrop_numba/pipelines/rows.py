@@ -172,7 +172,7 @@ def _read(name: str, values: Any, dims: int, where: str) -> np.ndarray:
 
 
 def laid_out(each: Each, counts: Sequence[int] | None, size: int, called: Name, of: str = "") -> np.ndarray:
-    """The values of all rows, `(rows, size)`, padded where a row is shorter; its arguments are those of `Own.told`."""
+    """The values of all rows, `(rows, size)`, padded where a row is shorter. See `Own.row_values` for the arguments."""
     name, place, rows = each
     if isinstance(rows, np.ndarray) and rows.shape[1] == size:
         return rows

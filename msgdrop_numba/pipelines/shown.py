@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from msgdrop_numba.call.rule import DEFAULTS
 from msgdrop_numba.call.shown import of_call
 
 
@@ -34,7 +35,11 @@ def of_batch(batch: Any) -> str:
 
 def _shared(owner: Any, options: Any) -> dict[str, Any]:
     flags = {name: getattr(owner, name) for name in ("return_mask", "remove", "return_indices")}
-    return {"p": options.given_p, "scale": options.scale, "fill": options.fill, **options.rule.keywords, **flags}
+    rule = options.rule
+    named = {"p": options.given_p, **rule.keywords}
+    if rule.keywords != {**DEFAULTS, **rule.arguments}:  # some fields have no keyword
+        named = {"p": rule}
+    return {**named, "scale": options.scale, "fill": options.fill, **flags}
 
 
 def _call(owner: Any, arguments: dict[str, Any], more: dict[str, Any]) -> str:

@@ -114,8 +114,13 @@ def check_apart(name: str, x: Tensor, target: Tensor) -> None:
 
 
 def _memory(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), tuple(x.shape), byte_strides(x), x.element_size()
+
+
+def byte_strides(x: Tensor) -> tuple[int, ...]:
+    """The strides of a tensor in bytes."""
     size = x.element_size()
-    return x.data_ptr(), tuple(x.shape), tuple(step * size for step in x.stride()), size
+    return tuple(step * size for step in x.stride())
 
 
 def _is_of_leaf(x: Tensor) -> bool:

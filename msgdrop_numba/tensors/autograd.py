@@ -1,6 +1,6 @@
-"""The gradient: backward is the same map, with fill 0. It keeps the seed alone, and no data.
+"""The gradient of dropout: backward drops the same messages of the gradient, with fill 0.
 
-Where arrays decide the mask too, it keeps the mask, one byte a message.
+Backward saves the seed and draws the mask again. If arrays decide the mask, it saves the mask, one byte a message.
 """
 
 from __future__ import annotations

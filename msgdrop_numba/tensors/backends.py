@@ -31,6 +31,8 @@ from msgdrop_numba.call.threads import launch
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import cuda, memory, operations, seeds
 from msgdrop_numba.tensors.arguments import (
+    byte_strides,
+    can_look_at,
     check_apart,
     check_distinct,
     check_target,
@@ -108,7 +110,7 @@ class Kernels(Tensors):
         return torch.empty_like(x)
 
     def dense(self, x: Tensor, nbytes: int, strides: tuple[int, ...] | None) -> Tensor:
-        """Memory for the output of a dense x with these strides, None: in C order."""
+        """`empty_like` for a dense x of `nbytes` whose strides, in elements, are known. None: C order."""
         return torch.empty_like(x)
 
     def run(self, x: Tensor, job: Job, request: Request) -> Any:
@@ -130,7 +132,7 @@ class Kernels(Tensors):
         return self.drop(job.plan, job.args, job.seed, x, job.target, job.mask if job.given is None else job.given)
 
     def drop(self, plan: Plan, args: MaskArgs, seed: Any, x: Tensor, target: Any = None, mask: Any = None) -> Tensor:
-        """`write` without a job, which a small call feels. The mask is written; or read, if the draw has it given."""
+        """`write` without a `Job`, which small calls would feel. Writes the mask, or reads it if `args.given`."""
         made, result = plan, target
         fits = x.is_contiguous() if plan.strides is None else x.stride() == plan.strides
         if target is None:
@@ -152,7 +154,7 @@ class Kernels(Tensors):
 
     def _follow(self, plan: Plan, x: Tensor, result: Tensor) -> tuple[Plan, Tensor]:
         """The plan for these strides, and x; or the plan for the result's strides, into which x was copied."""
-        strides, out_strides = (tuple(step * x.element_size() for step in t.stride()) for t in (x, result))
+        strides, out_strides = byte_strides(x), byte_strides(result)
         both = follow(plan, strides, out_strides)
         if both.kernel_ok and both.numbers.pieces == 1:
             return both, x
@@ -184,7 +186,7 @@ class Kernels(Tensors):
         return mask
 
     def where(self, job: Job, x: Tensor, mask: Tensor) -> Tensor:
-        """`write` in torch's operations: for layouts that kernels can't follow, and where autograd must see it."""
+        """`write` in torch's operations, for layouts that kernels can't follow, and for a view written in place."""
         if job.plan.kind == COPY:
             return operations.where(x, mask, job.args.fill)
         return operations.where(x, mask, job.args.fill, *self.scales(job))
@@ -199,8 +201,7 @@ class _Host(Kernels):
     empty_like = staticmethod(memory.empty_like)
     dense = staticmethod(memory.dense)
 
-    def reads(self, tensor: Tensor) -> bool:
-        return tensor.is_cpu and not unreadable_reason(tensor)
+    reads = staticmethod(can_look_at)
 
     def mask_args(self, plan: Plan, p: Any, fill: Any, request: Request, device: torch.device) -> MaskArgs:
         return row_arguments(plan, p, own_fill(fill, request), request)
@@ -217,12 +218,12 @@ class _Host(Kernels):
         return "cpu"
 
     def row_memory(self, values: Tensor) -> Any:
-        """An array of a draw that holds these values."""
+        """The values as a field of `MaskArgs`."""
         return values.numpy()
 
     def opaque_seed(self, seed: int) -> Tensor:
         """The seed as a tensor that the compiler can't see through."""
-        return seeds.opaque_seed(seed if seed < 2**63 else seed - 2**64, torch.device("cpu"))
+        return seeds.opaque_seed(arguments.signed(seed), torch.device("cpu"))
 
     def scales(self, job: Job) -> tuple[Any, Tensor | None]:
         scales, eligible = (torch.from_numpy(np.array(each)) for each in kept_scales(job.plan, job.args, job.seed))
@@ -265,7 +266,7 @@ class Outline(NamedTuple):
 
 
 class TracedArgs(NamedTuple):
-    """The part of a draw that operations need, on x's device."""
+    """The `args` of a traced job: the arrays that torch's operations need, on x's device."""
 
     fill: Tensor | None = None
     p: Tensor | None = None  # float64; None: the rule has a number or a range

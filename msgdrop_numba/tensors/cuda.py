@@ -120,7 +120,7 @@ def gather(job: Any, messages: int, device: torch.device) -> bool:
 
 
 def _started(start: Callable[[Any, int, int], None], index: int) -> bool:
-    """Call `start` with the kernels, on the device's current stream. False if there are none: nothing was done."""
+    """Call `start` with the kernels and torch's current stream of that device. False if there are no kernels."""
     kernels = _kernels()
     if kernels is None or index in _broken:
         return False

@@ -13,11 +13,11 @@ from msgdrop_numba.call.plan import PLAIN, MaskArgs, Plan, RecentPlans, array_pl
 from msgdrop_numba.call.request import Job, Request, perform, prepare_mask, turned
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import nested
-from msgdrop_numba.tensors.arguments import WITHOUT_ZERO, check_device, scaled_kind
+from msgdrop_numba.tensors.arguments import WITHOUT_ZERO, byte_strides, check_device, scaled_kind
 from msgdrop_numba.tensors.autograd import run_job
 from msgdrop_numba.tensors.backends import HOST, choose, choose_for_mask
 from msgdrop_numba.tensors.seeds import fresh_seed
-from msgdrop_numba.torch_private import guards_apply, make_guard
+from msgdrop_numba.torch_private import make_guard, watched_reason
 
 
 def message_dropout(x: Tensor, request: Request) -> Any:
@@ -40,7 +40,7 @@ def fast_path(
     Args:
         options: of `recent_plans`.
     """
-    if not guards_apply():
+    if watched_reason():
         return None
     try:
         recent = recent_plans(*options)
@@ -74,7 +74,7 @@ def _find(x: Tensor, recent: RecentPlans) -> Plan | None:
         return None
     made: Plan = array_plan(x, scaled_kind(x.dtype) if recent.scale else COPY, dims, rule)
     if not x.is_contiguous() and torch.empty_like(x, device="meta").stride() == x.stride():
-        steps = tuple(step * x.element_size() for step in x.stride())
+        steps = byte_strides(x)
         made = follow(made, steps, steps)._replace(strides=x.stride())
     guard = make_guard([x])
     if guard is not None:

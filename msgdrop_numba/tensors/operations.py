@@ -75,7 +75,7 @@ def row_keys(keys: Tensor | None, rows: tuple[int, ...], device: torch.device) -
 
 
 def _fewer(keys: Tensor, count: Tensor) -> Tensor:
-    """The mask of the `count` positions of each row with the smallest (key, position)."""
+    """True for the `count` positions of each row with the smallest (key, position)."""
     order = torch.argsort(keys, dim=-1, stable=True)
     among = torch.arange(keys.shape[-1], device=keys.device) < count.unsqueeze(-1)
     return torch.zeros_like(among).scatter(-1, order, among)
@@ -105,7 +105,7 @@ def scales(p: Tensor) -> Tensor:
 
 
 class RowArgs(NamedTuple):
-    """The arrays of a call, on one device: what `plan.Draw` is to the kernels.
+    """The arrays of a call on one device, for torch's operations, as `plan.MaskArgs` is for the kernels.
 
     Fields:
         lengths: integers, one a row. keys: int64, one a row or lacking trailing dims.
@@ -146,7 +146,7 @@ def keep_mask(shape: tuple[int, ...], rule: Rule, seed: Tensor, arrays: RowArgs,
 def eligible(shape: tuple[int, ...], rule: Rule, arrays: RowArgs, device: torch.device) -> Tensor:
     """The mask of eligible messages, neither padding nor protected; broadcastable to `shape`."""
     position = torch.arange(shape[-1], device=device)
-    may_drop = position >= rule.prefix
+    may_drop: Tensor = rule.eligible(position)
     if arrays.lengths is not None:
         may_drop = may_drop & (position < arrays.lengths.unsqueeze(-1))
     return may_drop if arrays.protect is None else may_drop & ~arrays.protect
@@ -185,7 +185,7 @@ def row_scales(
     `scales` are those of a p that is an array.
     """
     may_drop = None
-    if rule.prefix or arrays.lengths is not None or arrays.protect is not None:
+    if rule.spares or arrays.lengths is not None or arrays.protect is not None:
         may_drop = eligible(shape, rule, arrays, seed.device)
     if scales is not None:
         return scales, may_drop

@@ -183,7 +183,7 @@ def _on_mesh(seed: Any, mesh: Any) -> Tensor:
         raise ValueError("x's mesh has no process group, as none is initialised: call init_process_group first")
     if isinstance(seed, Tensor):
         return seed
-    return torch.tensor(seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=mesh.device_type)
+    return torch.tensor(arguments.signed(seed), dtype=torch.int64, device=mesh.device_type)
 
 
 def _collected(ours: Tensor, mesh: Any, placement: Any) -> Tensor:
@@ -229,7 +229,7 @@ def cut(x: DTensor, request: Request) -> LocalCall:
     if isinstance(request.fill, Tensor):
         fill_message(request.fill, x, dims)
     fill, out = local_part("fill", request.fill, dims, piece), _local_out(x, request, rule.p != 0, graph, piece)
-    counted = rule.count_limited and piece.cuts(dims - 1)
+    counted = rule.needs_whole_rows and piece.cuts(dims - 1)
     sizes = (*piece.sizes[: dims - 1], whole[-1] if counted else piece.sizes[dims - 1])
     call = LocalCall(piece, dims, whole, sizes, counted, request)
     local_request = replace(
@@ -247,7 +247,7 @@ def _split_p(p: Any) -> tuple[P, Any]:
 
 
 def _replica(name: str, value: Any, piece: Piece) -> Any:
-    """The plain tensor of a replicated DTensor; anything else as it is."""
+    """The local tensor of a replicated DTensor, on x's mesh. Returns any other value unchanged."""
     if not isinstance(value, DTensor):
         return value
     placements = placements_of(name, value)
@@ -360,9 +360,9 @@ def _positions(call: LocalCall, device: Any) -> Any:
 
 
 def local_part(name: str, value: Any, first: int, piece: Piece) -> Any:
-    """The local part of a tensor over the whole's dims from `first` on; its gradient is the sum over all pieces.
+    """This rank's part of a tensor over the whole's dims from `first` on. Its gradient is summed over all pieces.
 
-    A plain tensor is the same on all ranks, and so is its gradient. What is no tensor is given back.
+    A plain tensor must be the same on all ranks, and so is its gradient. Returns a value that is no tensor unchanged.
     """
     if not isinstance(value, Tensor):
         return value

@@ -94,7 +94,7 @@ def device_seed(given: Any, generator: Any, device: torch.device) -> Tensor:
         return _folded(drawn, rank)
     if isinstance(given, Tensor):
         return move("seed", given, device)
-    bits = given if given < 2**63 else given - 2**64
+    bits = arguments.signed(given)
     if compiled:
         return opaque_seed(bits, device)
     return torch.full((), bits, dtype=torch.int64, device=device)
@@ -106,7 +106,7 @@ def folded_int(seed: int, data: int | None) -> int:
 
 
 def _folded(seed: Tensor, data: int | None) -> Tensor:
-    """`folded_int` for a seed that stays on its device."""
+    """`fold_in(seed, data)` of a seed tensor, without waiting for its device; the seed itself if data is None."""
     if data is None:
         return seed
     if _is_compiled() and not in_transform():

@@ -30,7 +30,7 @@ from msgdrop_numba.call.select import (
 )
 from msgdrop_numba.kernels.records import COPY, OTHER
 from msgdrop_numba.tensors import cuda, memory, nested, operations
-from msgdrop_numba.tensors.arguments import check_device, fill_message, scaled_kind
+from msgdrop_numba.tensors.arguments import byte_strides, check_device, fill_message, scaled_kind
 from msgdrop_numba.tensors.backends import DEVICE, HOST, choose, choose_for_mask
 from msgdrop_numba.torch_private import in_transform, is_exporting, is_view, quick_apply
 
@@ -261,7 +261,7 @@ def _write(x: Tensor, gather: GatherIndex, fill: Tensor | None) -> Tensor:
     out = memory.empty(made, x.dtype) if on_host else x.new_empty(made)
     where = Source(x.data_ptr())
     if not x.is_contiguous():
-        found = source(where.start, shape, tuple(step * size for step in x.stride()), size, dims)
+        found = source(where.start, shape, byte_strides(x), size, dims)
         if found is None:
             x = x.contiguous()
         where = found or Source(x.data_ptr())

@@ -102,7 +102,7 @@ def prepared(library: Library, local: Tensor, call: LocalCall, form_of: Any = No
 
 
 def _by_whole_rows(local: Tensor, job: Job, call: LocalCall) -> tuple[Tensor, Tensor]:
-    """The result for the piece and its mask, by masks of whole rows."""
+    """The result for this piece and its mask, if the rule counts messages on other ranks: draw whole rows, then cut."""
     local_request = replace(call.request, seed=job.seed)
     of_rows = choose_for_mask(local.device, local_request)
     rows = prepare_mask(of_rows, call.sizes, local_request, local.device)

@@ -20,7 +20,7 @@ from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.kernels.cpu import drop_range
 from msgdrop_numba.tensors.backends import HOST, TRACED, choose
-from msgdrop_numba.torch_private import guards_apply, make_guard, not_eager_reason, unreadable_reason
+from msgdrop_numba.torch_private import make_guard, not_eager_reason, unreadable_reason, watched_reason
 
 REQUEST = Request(Rule(0.5))
 OPTIONS = [
@@ -344,7 +344,7 @@ def test_no_address_where_operations_are_not_eager(state):
     guard = known(x)
 
     def ask(x):
-        assert not guards_apply() or not guard(x)
+        assert watched_reason() or not guard(x)
         reasons.append((not_eager_reason(), unreadable_reason(x), choose(x, REQUEST)[1]))
         assert choose(x, REQUEST)[0] is TRACED
         return x.sum()
