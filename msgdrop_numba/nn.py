@@ -53,7 +53,8 @@ class Layer(torch.nn.Module):
     _shown: ClassVar[dict[str, Any]]  # the arguments that are printed, if they aren't at this value
     rule: Rule
     _array: Tensor | None  # no buffer, and float64: the mask's bits must not depend on the layer's dtype. See _apply.
-    exact, span, min_keep, prefix = map(_of_rule, ("exact", "span", "min_keep", "prefix"))
+    exact: bool
+    prefix: int
 
     @property
     def p(self) -> Any:
@@ -130,6 +131,10 @@ class Layer(torch.nn.Module):
             if default is ALWAYS or hasattr(value, "shape") or value != default:
                 shown[name] = value
         return ", ".join(f"{name}={short(value, name)}" for name, value in shown.items())
+
+
+for _name in KEYWORDS:
+    setattr(Layer, _name, _of_rule(_name))
 
 
 class MessageDropout(Layer):

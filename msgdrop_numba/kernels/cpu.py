@@ -54,7 +54,6 @@ class Writing(NamedTuple):
 
     mode: Move
     kind: int  # the type to multiply in, or COPY
-    fill: int  # a message, 0: zeros
     two_passes: bool  # copy, then multiply whole blocks
     own_scales: bool  # each message needs its factor: dropped ones must not be multiplied along
 
@@ -81,7 +80,7 @@ def _writing(plan: Any, args: Any, x: int, out: int, messages: int, memory: Memo
     mode = plan_move(
         width, COPY if two_passes else kind, plan["scale"], stream, messages * width, in_place, memory.move
     )  # fmt: skip
-    return Writing(mode, kind, fill, two_passes, not zeros)
+    return Writing(mode, kind, two_passes, not zeros)
 
 
 @inlined_jit
@@ -156,7 +155,7 @@ def _are_words(dst: int, dst_step: int, src: int, src_step: int, width: int, fil
 
 @inner_jit
 def _write(
-    dst: int, dst_step: int, src: int, src_step: int, keep: Array, scale: Any, scales: Any, writing: Writing,
+    dst: int, dst_step: int, src: int, src_step: int, keep: Array, scale: Any, scales: Any, fill: int, writing: Writing,
     memory: Memory,
 ) -> None:  # fmt: skip
     """Write the messages of `keep`: the move step, with a source for each flag.
@@ -164,7 +163,7 @@ def _write(
     Args:
         scale: of all kept messages, where `scales` is 0; else `scales` is the address of a float64 for each.
     """
-    mode, fill = writing.mode, writing.fill
+    mode = writing.mode
     if mode.kind == COPY and _are_words(dst, dst_step, src, src_step, mode.width, fill):
         _write_words(dst, src, keep, mode.width, fill, memory.sources)
     elif mode.kind == COPY and dst == src:
@@ -205,26 +204,24 @@ def _write_row(
     behind = view(memory.line, keep.size - inside, np.bool_)
     for j in range(behind.size):
         behind[j] = not args["sources"]
-    mode = writing.mode
-    passing = Move(width, COPY, mode.scale, mode.stream, np.int64(0), width < NARROW and not mode.stream, mode.memory)
+    mode, narrow = writing.mode, width < NARROW and not writing.mode.stream
+    passing = Move(width, COPY, mode.scale, mode.stream, np.int64(0), narrow, mode.memory)
+    padding = Writing(passing, COPY, False, False)
     for piece in range(plan["pieces"]):
         at, dst_at, src_at = piece * width, dst + piece * plan["out_piece"], src + piece * plan["x_piece"]
-        fill = writing.fill + at if writing.fill else 0
-        each = Writing(mode, writing.kind, fill, writing.two_passes, writing.own_scales)
-        _write(dst_at, dst_step, src_at, src_step, keep[:inside], scale, scales, each, memory)
+        fill = args["fill"] + at if args["fill"] else 0
+        _write(dst_at, dst_step, src_at, src_step, keep[:inside], scale, scales, fill, writing, memory)
         if behind.size:
             fill = args["padding"] + at if args["padding"] else 0
             dst_at, src_at = dst_at + inside * dst_step, src_at + inside * src_step
-            _write(
-                dst_at, dst_step, src_at, src_step, behind, scale, np.int64(0),
-                Writing(passing, COPY, fill, False, False), memory,
-            )  # fmt: skip
+            _write(dst_at, dst_step, src_at, src_step, behind, scale, np.int64(0), fill, padding, memory)
 
 
 @inlined_jit
 def _write_across(
-    dst: int, src: int, flags: int, pitch: int, rows: int, count: int, plan: Any, writing: Writing, memory: Memory
-) -> None:
+    dst: int, src: int, flags: int, pitch: int, rows: int, count: int, plan: Any, fill: int, writing: Writing,
+    memory: Memory,
+) -> None:  # fmt: skip
     """Write messages of rows that lie beside each other, position by position, as they lie."""
     line = view(memory.line, rows, np.bool_)
     keep = view(flags, rows * pitch, np.bool_)
@@ -233,13 +230,13 @@ def _write_across(
             line[row] = keep[row * pitch + j]
         _write(
             dst + j * plan["out_step"], plan["out_row"], src + j * plan["x_step"], plan["x_row"], line, plan["scale"],
-            np.int64(0), writing, memory,
+            np.int64(0), fill, writing, memory,
         )  # fmt: skip
 
 
 @inner_jit
 def _draw_row(
-    flags: int, plan_address: int, args_address: int, mask: int, seed: int, rule: int, index: int, position: int,
+    flags: int, plan_address: int, args_address: int, mask: int, seed: int, decide: int, index: int, position: int,
     count: int, known: int, memory: Memory,
 ) -> int:  # fmt: skip
     """Set the flags of `count` messages of a row, and the mask if there is one; returns how many aren't padding."""
@@ -250,14 +247,45 @@ def _draw_row(
         copy_bytes(flags, at, count)
         keep_rest(flags, inside, count)
         return inside  # type: ignore[no-any-return]
-    if rule:
-        call(rule, flags, memory.words, plan_address, args_address, seed, index, position, inside, known)
+    if decide:
+        call(decide, flags, memory.words, plan_address, args_address, seed, index, position, inside, known)
     else:
         keep_plain(flags, memory.words, plan, args, seed, index, position, inside)
     keep_rest(flags, inside, count)
     if mask:
         copy_bytes(at, flags, count)
     return inside  # type: ignore[no-any-return]
+
+
+@inlined_jit
+def _write_tile(
+    x: int, out: int, seed: int, tile: Any, plan: Any, args: Any, alike: Any, across: Any, writing: Writing,
+    memory: Memory,
+) -> None:  # fmt: skip
+    """Write the messages of a tile: (row, position, rows, messages of a row, of those before padding, flags of a row).
+
+    Args:
+        alike: all messages have the same factor. across: write position by position.
+    """
+    index, position, rows, count, inside, pitch = tile
+    source = x + index * plan["x_row"]
+    if args["sources"]:
+        source = view(args["sources"] + 8 * index, 1, np.int64)[0]
+    src = source + position * plan["x_step"]
+    dst = out + index * plan["out_row"] + position * plan["out_step"]
+    if across:
+        _write_across(dst, src, memory.flags, pitch, rows, count, plan, args["fill"], writing, memory)
+        return
+    keep = view(memory.flags, rows * count, np.bool_)
+    scale: Any = plan["scale"]
+    scales: Any = np.int64(0)
+    if alike:
+        inside = rows * count  # padding is kept, and passes as it is
+    elif plan["kind"] != COPY:
+        row = make_row(memory.words, plan, args, seed, index)
+        scale = row_scale(plan, row)
+        scales = message_scales(memory.scales, plan, args, row, scale, index, position, inside)
+    _write_row(dst, src, keep, inside, plan, args, scale, scales, writing, memory)
 
 
 @inlined_jit
@@ -269,13 +297,13 @@ def _scales_differ(plan: Any, args: Any) -> Any:
 
 @jit
 def drop_range(
-    first: int, last: int, plan_address: int, args_address: int, x: int, out: int, mask: int, seed: int, rule: int
+    first: int, last: int, plan_address: int, args_address: int, x: int, out: int, mask: int, seed: int, decide: int
 ) -> None:
     """Drop among the messages first..last - 1, counted in C order; there is one at least.
 
     Addresses are integers, 0 where there is none: `plan_address` (one PLAN), `args_address` (one MASK_ARGS), `x`, `out`
     (equal: in place; without `out` only the mask is made), `mask` (bool a message, written, or read where given), and
-    `rule` (of `rules.decide`, where more than a draw of its own decides on a message). All are Python integers, the
+    `decide` (of `rules.decide`, where more than a draw of its own decides on a message). All are Python integers, the
     seed as the int64 of its bits: one compiled version serves every call.
 
     A tile is a part of a row. It is several whole rows if all messages have the same factor, and the rows are adjacent
@@ -302,30 +330,12 @@ def drop_range(
             pitch = whole_groups(count) if beside else count
             for row in range(rows):
                 inside = _draw_row(
-                    memory.flags + row * pitch, plan_address, args_address, mask, seed, rule, index + row, position,
+                    memory.flags + row * pitch, plan_address, args_address, mask, seed, decide, index + row, position,
                     count, memory.known + 24 * (row & 7), memory,
                 )  # fmt: skip
             if out:
-                source = x + index * plan["x_row"]
-                if args["sources"]:
-                    source = view(args["sources"] + 8 * index, 1, np.int64)[0]
-                dst, src = (
-                    out + index * plan["out_row"] + position * plan["out_step"],
-                    source + position * plan["x_step"],
-                )
-                if rows > 1 and beside:
-                    _write_across(dst, src, memory.flags, pitch, rows, count, plan, writing, memory)
-                else:
-                    keep = view(memory.flags, rows * count, np.bool_)
-                    scale: Any = plan["scale"]
-                    scales: Any = np.int64(0)
-                    if alike:
-                        inside = rows * count  # padding is kept, and passes as it is
-                    elif plan["kind"] != COPY:
-                        row_of = make_row(memory.words, plan, args, seed, index)
-                        scale = row_scale(plan, row_of)
-                        scales = message_scales(memory.scales, plan, args, row_of, scale, index, position, inside)
-                    _write_row(dst, src, keep, inside, plan, args, scale, scales, writing, memory)
+                tile = index, position, rows, count, inside, pitch
+                _write_tile(x, out, seed, tile, plan, args, alike, beside and rows > 1, writing, memory)
             position += count
 
 
@@ -340,7 +350,7 @@ def scale_rows(plan_address: int, args_address: int, seed: int, rows: int, scale
 
 @parallel_jit
 def drop_parallel(
-    kernel: int, messages: int, plan: int, args: int, x: int, out: int, mask: int, seed: int, rule: int, chunks: int
+    kernel: int, messages: int, plan: int, args: int, x: int, out: int, mask: int, seed: int, decide: int, chunks: int
 ) -> None:
     """`drop_range` over all messages in `chunks` equal parts, on numba's threads.
 
@@ -348,4 +358,4 @@ def drop_parallel(
     """
     for c in prange(chunks):
         start, stop = messages * c // chunks, messages * (c + 1) // chunks
-        call(kernel, start, stop, plan, args, x, out, mask, seed, rule)
+        call(kernel, start, stop, plan, args, x, out, mask, seed, decide)
