@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,11 +13,10 @@ from msgdrop_numba.call.arguments import (
     check_is_number,
     check_message_dims,
     probabilities,
-    split_p,
     split_rule,
 )
 from msgdrop_numba.call.request import Request
-from msgdrop_numba.call.rule import DEFAULTS, KEYWORDS, ArrayRule, Rule
+from msgdrop_numba.call.rule import DEFAULTS, KEYWORDS, Rule, read_rule
 from msgdrop_numba.call.select import read_layout
 from msgdrop_numba.call.shown import short
 from msgdrop_numba.functional import drop_messages, message_dropout
@@ -29,46 +26,18 @@ from msgdrop_numba.tensors.seeds import PerRank, check_ranks
 ALWAYS = object()  # marks arguments that are always printed
 
 
-def _of_rule(name: str) -> Any:
-    """An attribute of a layer that is a field of its rule: set, it makes another rule."""
-
-    def get(layer: Layer) -> Any:
-        return getattr(layer.rule, name)
-
-    def change(layer: Layer, value: Any) -> None:
-        layer.rule = replace(layer.rule, **{name: value})
-
-    return property(get, change)
-
-
 class Layer(torch.nn.Module):
     """The base of all layers: their rule, an array p that goes along to devices, and the printed arguments.
 
-    Attributes:
-        rule: a `Rule`; without p if p is an array.
+    The fields of a rule are attributes, which may be changed between calls. Layers that were pickled before there was a
+    field have its default.
     """
 
     __module__ = "msgdrop_numba"  # where a pickle looks for a layer, wherever it stands
-    per_rank = False  # of layers that were pickled before there was one
-    _shown: ClassVar[dict[str, Any]]  # the arguments that are printed, if they aren't at this value
-    rule: Rule
-    _array: Tensor | None  # no buffer, and float64: the mask's bits must not depend on the layer's dtype. See _apply.
+    per_rank = False
     exact: bool
     prefix: int
-
-    @property
-    def p(self) -> Any:
-        """The probability of dropping: a number, a range, or a tensor of them."""
-        return self.rule.p if self._array is None else self._array
-
-    @p.setter
-    def p(self, p: Any) -> None:
-        p, array = (p, None) if isinstance(p, Rule) else split_p(p)
-        self._array = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
-        if array is not None:
-            self.rule = self.rule.for_array().check()
-        else:
-            self.rule = p if isinstance(p, Rule) else Rule(p, **self.rule.keywords)
+    _shown: ClassVar[dict[str, Any]]  # the arguments that are printed, if they aren't at this value
 
     def _set_options(
         self, p: Any, exact: Any, span: Any, min_keep: Any, prefix: Any, message_dims: Any, per_rank: Any
@@ -76,27 +45,22 @@ class Layer(torch.nn.Module):
         rule, array = split_rule(p, exact, span, min_keep, prefix)
         if message_dims is not None:
             check_message_dims(message_dims)
-        self.rule = rule
-        self._array = None if array is None else torch.from_numpy(probabilities(array, tuple(array.shape)))
+        # An array is kept as float64 and no buffer: the mask's bits must not depend on the layer's dtype. See _apply.
+        self.p: Any = rule.p if array is None else torch.from_numpy(probabilities(array, tuple(array.shape)))
+        for name in KEYWORDS:
+            setattr(self, name, getattr(rule, name))
         self.message_dims, self.per_rank = message_dims, check_ranks(per_rank)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The attributes, with the fields of the rule in its place: a pickle names public classes alone."""
-        state = self.__dict__.copy()
-        rule, array = state.pop("rule"), state.pop("_array")
-        return state | {"p": rule.p if array is None else array, **rule.keywords}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        p, keywords = state.pop("p"), {name: state.pop(name) for name in KEYWORDS if name in state}
-        array = p if isinstance(p, Tensor) else None
-        rule = Rule(p, **keywords) if array is None else ArrayRule(None, **keywords)
-        super().__setstate__(state | {"rule": rule, "_array": array})  # type: ignore[no-untyped-call]
+    def _rule(self, x: Tensor) -> tuple[Rule, Any]:
+        """The rule, and an array p or None."""
+        p = self.p  # asked for its type first: torch's isinstance takes half a microsecond
+        if type(p) is not float and isinstance(p, Tensor) and not p.is_cpu:
+            p = p.to(x.device)  # in a replica on another device
+        return read_rule(p, *[getattr(self, name) for name in KEYWORDS])
 
     def _request(self, x: Tensor, seed: Any, **own: Any) -> Request:
         """The request of a call that removes."""
-        generator, array = self._generator(x, seed), self._array_on(x)
-        return Request(self.rule, array, training=self.training, seed=seed, generator=generator, **own)
+        return Request(*self._rule(x), training=self.training, seed=seed, generator=self._generator(x, seed), **own)
 
     def _generator(self, x: Any, seed: Any) -> Any:
         """A PerRank if the layer has per_rank and x, a tensor, gets no seed; else None."""
@@ -108,33 +72,28 @@ class Layer(torch.nn.Module):
         """With the same group of processes, which can't be copied."""
         memo[id(self.per_rank)] = self.per_rank
         made = memo[id(self)] = type(self).__new__(type(self))
-        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        made.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
         return made
-
-    def _array_on(self, x: Tensor) -> Tensor | None:
-        """The array p; of a replica on another device, there."""
-        array = self._array
-        return array if array is None or array.is_cpu else array.to(x.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Take an array p along to a CUDA device: copied at each call, it would break a CUDA graph."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._array is not None:
-            device = fn(torch.empty(0, device=self._array.device)).device
-            self._array = self._array.to(device if device.type == "cuda" else "cpu")
+        if isinstance(self.p, Tensor):
+            device = fn(torch.empty(0, device=self.p.device)).device
+            self.p = self.p.to(device if device.type == "cuda" else "cpu")
         return self
 
     def extra_repr(self) -> str:
         shown = {"p": self.p}
         for name, default in self._shown.items():
-            value = getattr(self.rule if name in DEFAULTS else self, name)
+            value = getattr(self, name)
             if default is ALWAYS or hasattr(value, "shape") or value != default:
                 shown[name] = value
         return ", ".join(f"{name}={short(value, name)}" for name, value in shown.items())
 
 
 for _name in KEYWORDS:
-    setattr(Layer, _name, _of_rule(_name))
+    setattr(Layer, _name, DEFAULTS[_name])
 
 
 class MessageDropout(Layer):
@@ -236,10 +195,10 @@ class MessageDropout(Layer):
             "keys": keys, "protect": protect, "positions": positions, "generator": self._generator(x, seed),
             "return_mask": return_mask,
         }  # fmt: skip
-        if self._array is None:
-            return message_dropout(x, self.rule, self.training, self.inplace, **options)
-        request = Request(self.rule, self._array_on(x), training=self.training, inplace=self.inplace, **options)
-        return drop_messages(x, request)
+        rule, array = self._rule(x)
+        if array is None:
+            return message_dropout(x, rule, self.training, self.inplace, **options)
+        return drop_messages(x, Request(rule, array, training=self.training, inplace=self.inplace, **options))
 
     if TYPE_CHECKING:  # torch says nothing of what a call gives back
         __call__ = forward
@@ -303,7 +262,7 @@ class MessageSelect(Layer):
         if return_kept not in (True, False, "indices"):
             raise ValueError(f"return_kept must be True, False or 'indices', but got {return_kept!r}")
         if return_kept == "indices":
-            if not self.rule.exact or layout not in (None, "dense"):
+            if not self.exact or layout not in (None, "dense"):
                 raise ValueError(
                     f"return_kept='indices' needs rows of one length, but got exact={self.exact}, layout={layout!r}: "
                     "give exact=True"

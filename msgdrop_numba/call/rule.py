@@ -201,18 +201,23 @@ class ArrayRule(Rule):
         return self
 
 
-def read_rule(p: Any, exact: Any, span: Any, min_keep: Any, prefix: Any) -> tuple[Rule, Any]:
-    """The rule that a call's p and keywords name, and p itself if it is an array or tensor, else None."""
+def read_rule(p: Any, *keywords: Any) -> tuple[Rule, Any]:
+    """The rule of a call's p and keywords, and p itself if it is an array or tensor, else None.
+
+    Args:
+        keywords: the first fields of KEYWORDS, all of ARGUMENTS at least.
+    """
     if type(p) is float and not _is_compiling():
         with suppress(TypeError):  # unhashable: made below, to say which
-            return cached_rule(p, exact, span, min_keep, prefix), None
+            return cached_rule(p, *keywords), None
     if isinstance(p, Rule):
-        check_alone(exact, span, min_keep, prefix)
+        check_alone(*keywords)
         return p, None
+    named = dict(zip(KEYWORDS, keywords, strict=False))
     # Numbers first: Dynamo can't ask a symbolic one for attributes.
     if isinstance(p, (int, float, tuple)) or not (hasattr(p, "ndim") or hasattr(p, "__cuda_array_interface__")):
-        return Rule(p, exact=exact, span=span, min_keep=min_keep, prefix=prefix), None
-    return ArrayRule(None, exact=exact, span=span, min_keep=min_keep, prefix=prefix), p
+        return Rule(p, **named), None
+    return ArrayRule(None, **named), p
 
 
 def _is_compiling() -> bool:
@@ -222,17 +227,17 @@ def _is_compiling() -> bool:
 
 
 @lru_cache(maxsize=1024, typed=True)
-def cached_rule(p: float | Rule, exact: Any, span: Any, min_keep: Any, prefix: Any) -> Rule:
+def cached_rule(p: float | Rule, *keywords: Any) -> Rule:
     """A rule of checked arguments, cached. Not for traced code: Dynamo warns of lru_cache."""
     if isinstance(p, Rule):
-        check_alone(exact, span, min_keep, prefix)
+        check_alone(*keywords)
         return p
-    return Rule(p, exact=exact, span=span, min_keep=min_keep, prefix=prefix)
+    return Rule(p, **dict(zip(KEYWORDS, keywords, strict=False)))
 
 
 def check_alone(*keywords: Any) -> None:
     """Refuse keywords of a rule beside a Rule. One at its default can't be told from one that wasn't given."""
-    for name, given in zip(ARGUMENTS, keywords, strict=True):
+    for name, given in zip(KEYWORDS, keywords, strict=False):
         if type(given) is not type(DEFAULTS[name]) or given != DEFAULTS[name]:
             raise ValueError(
                 f"p is a Rule, which says what {name} is, but got {name}={given!r} beside it: leave it out"
