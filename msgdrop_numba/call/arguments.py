@@ -118,14 +118,14 @@ def refuse_masked(name: str, values: Any) -> None:
 
 def integers(name: str, values: Any, read: Callable[[str, Any], int] = check_key) -> np.ndarray:
     """An integer array of anything array-like; Python objects are read one by one, so that none becomes a float."""
-    if isinstance(values, (Sequence, numbers.Number)) and not isinstance(values, (str, bytes, np.generic)):
-        values = np.array(values, dtype=object)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(values, torch.Tensor):
         if values.dtype.is_floating_point or values.dtype.is_complex:
             raise TypeError(f"{name} must be integers, but got dtype {values.dtype}")
         # .numpy() of the user's own would fix its storage's size
         values = (values.clone() if values.is_cpu else values.cpu()).numpy()
+    elif isinstance(values, (Sequence, numbers.Number)) and not isinstance(values, (str, bytes, np.generic)):
+        values = np.array(values, dtype=object)
     refuse_masked(name, values)
     array: np.ndarray = np.asarray(values)
     if array.dtype.kind in "OUST":

@@ -50,8 +50,9 @@ def fast_path(
             return None
         args = PLAIN
         if lengths is not None or keys is not None:
-            if any(isinstance(each, Tensor) and not HOST.reads(each) for each in (lengths, keys)):
-                return None
+            for each in (lengths, keys):
+                if each is not None and isinstance(each, Tensor) and not HOST.reads(each):
+                    return None
             rows = plan.shape[:-1]
             args = MaskArgs(None, row_lengths(lengths, rows, plan.size), row_keys(keys, rows))
     except (TypeError, ValueError, RuntimeError):  # all steps say what is wrong
