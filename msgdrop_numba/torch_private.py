@@ -70,10 +70,13 @@ def unreadable_reason(tensor: torch.Tensor) -> str:
     """
     if type(tensor) not in _PLAIN_TYPES:
         return f"it is a {type(tensor).__name__}, a subclass of Tensor"
+    reason = watched_reason()
+    if (
+        not reason and _transform() is None and _dispatch_keys(tensor) in _READABLE
+    ):  # few calls: small gradients feel each
+        return ""
     if reason := not_eager_reason():
         return reason
-    if _dispatch_keys(tensor) in _READABLE:  # as `has_memory`, without a call that small gradients feel
-        return ""
     if tensor.is_nested or tensor.layout is not torch.strided:
         return f"its layout is {tensor.layout}"
     if tensor.device.type not in ("cpu", "cuda"):

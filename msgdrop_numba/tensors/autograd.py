@@ -15,7 +15,7 @@ from msgdrop_numba.call.request import Job
 from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import operations
-from msgdrop_numba.torch_private import quick_apply
+from msgdrop_numba.torch_private import quick_apply, unreadable_reason
 
 
 class _DropMessages(torch.autograd.Function):
@@ -33,22 +33,21 @@ class _DropMessages(torch.autograd.Function):
         ctx.again, ctx.has_fill = again, bool(fill)
         if job.target is not None:
             ctx.mark_dirty(x)
-        return job.library.write(job, x)  # type: ignore[no-any-return]
+        mask = job.mask if job.given is None else job.given
+        return job.library.drop(job.plan, args, job.seed, x, job.target, mask)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         job = ctx.again
         if job.args.given:  # hooks may have changed the layout of what was saved
             job = job._replace(given=ctx.saved_tensors[0].contiguous())
-        readable = job.library.reads(grad)
-        if not readable and grad.layout is not torch.strided:
+        if grad.layout is not torch.strided:
             grad = grad.to_dense()
-            readable = job.library.reads(grad)
         if not ctx.has_fill:
-            return _dropped(grad, job, readable), None
+            return _dropped(grad, job), None
         needs_x, _, needs_fill = ctx.needs_input_grad
         grad_fill = _fill_gradient(grad, _drawn_again(job)) if needs_fill else None
-        return (_dropped(grad, job, readable) if needs_x else None), None, grad_fill
+        return (_dropped(grad, job) if needs_x else None), None, grad_fill
 
 
 # Takes x, a job whose target is None or x, and the fill if there is one: each argument costs 0.5 us.
@@ -68,11 +67,13 @@ def _drawn_again(job: Job) -> Tensor:
     return kernel_mask(job.plan.shape, job.plan.rule, job.library.opaque_seed(job.seed), rows, None)
 
 
-def _dropped(grad: Tensor, job: Job, readable: bool) -> Any:
-    """The gradient of x."""
-    if not readable:
+def _dropped(grad: Tensor, job: Job) -> Any:
+    """The gradient of x. Its steps are few: behind other operations each function called costs a microsecond."""
+    if unreadable_reason(grad):
         return job.library.where(job, grad, _drawn_again(job))
-    return run_job(grad, job) if grad.requires_grad and torch.is_grad_enabled() else job.library.write(job, grad)
+    if grad.requires_grad and torch.is_grad_enabled():
+        return run_job(grad, job)
+    return job.library.drop(job.plan, job.args, job.seed, grad, None, job.given)
 
 
 def _scales_again(plan: Plan, args: MaskArgs) -> MaskArgs:
