@@ -65,7 +65,7 @@ def fast_path(
 
 
 def _find(x: Tensor, recent: RecentPlans) -> Plan | None:
-    """The plan of a CPU tensor. Raises RuntimeError for a tensor without sizes, whose guard would end the process."""
+    """The plan of a dense CPU tensor. Raises RuntimeError for a tensor without sizes: a guard would end the process."""
     x.shape  # noqa: B018
     for matches, plan in recent.tensors:
         if matches(x):
@@ -73,8 +73,10 @@ def _find(x: Tensor, recent: RecentPlans) -> Plan | None:
     rule, dims = recent.rule, recent.message_dims
     if rule.p == 0 or isinstance(dims, tuple) or x.dtype in WITHOUT_ZERO or not HOST.reads(x):
         return None
-    made: Plan = array_plan(x, scaled_kind(x.dtype) if recent.scale else COPY, dims, rule)
-    if not x.is_contiguous() and torch.empty_like(x, device="meta").stride() == x.stride():
+    made = array_plan(x, scaled_kind(x.dtype) if recent.scale else COPY, dims, rule)
+    if not x.is_contiguous():
+        if torch.empty_like(x, device="meta").stride() != x.stride():
+            return None
         steps = byte_strides(x)
         made = follow(made, steps, steps)._replace(strides=x.stride())
     guard = make_guard([x])
@@ -84,15 +86,13 @@ def _find(x: Tensor, recent: RecentPlans) -> Plan | None:
 
 
 def _fits(target: Any, x: Tensor, recent: RecentPlans, twice: bool, plan: Plan) -> bool:
-    """True if a target needs no closer look: a tensor like x apart from it, or x itself, that no gradient follows."""
-    if twice or type(target) is not Tensor or target.is_inference() or not target.data_ptr():
+    """True if a target needs no closer look: x in C order, or a tensor like it and apart; no gradient follows them."""
+    if twice or type(target) is not Tensor or target.is_inference() or plan.strides is not None:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or target.requires_grad):
         return False
-    if target is x:
-        return x.is_contiguous()
-    distance = abs(target.data_ptr() - x.data_ptr())
-    return _find(target, recent) is plan and distance >= plan.nbytes and x.is_contiguous() and target.is_contiguous()
+    start = target.data_ptr()
+    return target is x or (start != 0 and _find(target, recent) is plan and abs(start - x.data_ptr()) >= plan.nbytes)
 
 
 def keep_mask(shape: tuple[int, ...], request: Request, device: Any) -> Tensor:
