@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -16,7 +15,7 @@ from msgdrop_numba.call.plan import mask_shape
 from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import read_rule
 from msgdrop_numba.call.select import PACKED, Layout, Selection, read_layout
-from msgdrop_numba.functional import library_of, remember
+from msgdrop_numba.functional import library_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -228,32 +227,14 @@ class Kept:
 
 def _library_of(x: Any) -> Any:
     """The module that removes messages of an array."""
-    return _libraries.get(type(x)) or _library(x)
-
-
-_libraries: dict[type, Any] = {np.ndarray: arrays}  # of exact types, as in `functional`
-
-
-def _library(x: Any) -> Any:
-    if library_of(x) is arrays:
-        return arrays
-    spread = sys.modules.get("torch.distributed.tensor")
-    if spread is not None and isinstance(x, spread.DTensor):
-        from msgdrop_numba.tensors import sharded
-
-        remember(_libraries, sharded, type(x))
-        return sharded
-    import torch
-
-    from msgdrop_numba.tensors import select
-
-    if not isinstance(x, torch.Tensor):
+    library = library_of(x)
+    library = getattr(library, "removal", library)
+    if not hasattr(library, "message_select"):
         raise TypeError(
             f"messages are removed from NumPy arrays and tensors, but got {type(x).__name__}: make it a tensor first, "
             "torch.as_tensor(x, device='cuda')"
         )
-    remember(_libraries, select, torch.Tensor, torch.nn.Parameter)
-    return select
+    return library
 
 
 def _namespace(x: Any) -> Any:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,7 +59,6 @@ class Tensors:
     """The primitives that all tensors share."""
 
     scales: Any  # (job): the factors, a number or float64, and the mask of messages that have them; None: all
-
     fill = staticmethod(fill_message)
 
     def kind(self, x: Tensor, scale: Any) -> int:
@@ -353,30 +351,27 @@ def choose_for_mask(device: torch.device, request: Request) -> Library:
 
 
 def _on_device(device: torch.device, request: Request) -> tuple[Library, str]:
-    reasons = (f"{name}: {why}" for name, tensor in _tensors(request) if (why := unreadable_reason(tensor)))
-    reason = next(reasons, "") or cuda.obstacle(device)
+    for name, value in zip(ARRAYS, arrays_of(request), strict=True):
+        if isinstance(value, Tensor) and (reason := unreadable_reason(value)):
+            return TRACED, f"{name}: {reason}"
+    reason = cuda.obstacle(device)
     return (TRACED if reason else DEVICE), reason
 
 
 def _beside_host(request: Request) -> str:
     """Why kernels can't take a call on the host because of its other tensors; empty: they can."""
-    for value in arrays_of(request):
+    reason = ""
+    for name, value in zip(ARRAYS, arrays_of(request), strict=True):
         # Torch's isinstance takes a microsecond for all of what usually is None or a number.
         if value is None or type(value) in _NUMBERS or not isinstance(value, Tensor) or HOST.reads(value):
             continue
-        for name, tensor in _tensors(request):
-            if hasattr(tensor, "device_mesh"):  # torch's operations follow no DTensor beside an ordinary x
-                raise ValueError(
-                    f"{name} is a DTensor, but x is a plain tensor: make x a DTensor, or give {name}.full_tensor(), "
-                    "or what of it belongs to x"
-                )
-        return unreadable_reason(value) or "x lies on the host, but another argument on a device"
-    return ""
-
-
-def _tensors(request: Request) -> Iterator[tuple[str, Tensor]]:
-    named = zip(ARRAYS, arrays_of(request), strict=True)
-    return ((name, value) for name, value in named if isinstance(value, Tensor))
+        if hasattr(value, "device_mesh"):  # torch's operations follow no DTensor beside an ordinary x
+            raise ValueError(
+                f"{name} is a DTensor, but x is a plain tensor: make x a DTensor, or give {name}.full_tensor(), "
+                "or what of it belongs to x"
+            )
+        reason = reason or unreadable_reason(value) or "x lies on the host, but another argument on a device"
+    return reason
 
 
 # Our operator for masks in compiled code, which can't follow a kernel; to compile Philox in operations takes 10 s.

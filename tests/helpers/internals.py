@@ -95,9 +95,9 @@ def no_tensors_yet(patch: pytest.MonkeyPatch) -> None:
     """Call as if no tensor had come before."""
     import torch
 
-    from msgdrop_numba import functional, select
+    from msgdrop_numba import functional
 
-    for known in (functional._libraries, functional._fast_paths, select._libraries):
+    for known in (functional._libraries, functional._fast_paths):
         for kind in (torch.Tensor, torch.nn.Parameter):
             patch.delitem(known, kind, raising=False)
 
