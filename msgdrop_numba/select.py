@@ -228,13 +228,18 @@ class Kept:
 def _library_of(x: Any) -> Any:
     """The module that removes messages of an array."""
     library = library_of(x)
-    library = getattr(library, "removal", library)
-    if not hasattr(library, "message_select"):
+    if hasattr(library, "message_select"):
+        return library
+    from torch import Tensor
+
+    from msgdrop_numba.tensors import select
+
+    if not isinstance(x, Tensor):
         raise TypeError(
             f"messages are removed from NumPy arrays and tensors, but got {type(x).__name__}: make it a tensor first, "
             "torch.as_tensor(x, device='cuda')"
         )
-    return library
+    return select
 
 
 def _namespace(x: Any) -> Any:

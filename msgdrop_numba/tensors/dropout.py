@@ -13,7 +13,6 @@ from msgdrop_numba.call.plan import PLAIN, MaskArgs, Plan, RecentPlans, array_pl
 from msgdrop_numba.call.request import Job, Request, perform, prepare_mask, turned
 from msgdrop_numba.kernels.records import COPY
 from msgdrop_numba.tensors import nested
-from msgdrop_numba.tensors import select as removal  # noqa: F401  # `message_select` of tensors, see `select._library_of`
 from msgdrop_numba.tensors.arguments import WITHOUT_ZERO, byte_strides, check_device, scaled_kind
 from msgdrop_numba.tensors.autograd import run_job
 from msgdrop_numba.tensors.backends import HOST, choose, choose_for_mask
