@@ -56,7 +56,6 @@ class Rule:
     min_keep: int = field(kw_only=True, default=0, metadata={"help": "Keep at least so many of a row."})
     prefix: int = field(kw_only=True, default=0, metadata={"help": "Leave the first so many of a row alone."})
 
-    _hash: int = field(init=False)
     _key: tuple[Any, ...] = field(init=False)  # all fields, built once: caches of plans hash and compare rules
 
     def __post_init__(self) -> None:
@@ -67,7 +66,7 @@ class Rule:
         return type(other) is type(self) and other._key == self._key
 
     def __hash__(self) -> int:
-        return self._hash
+        return hash(self._key)
 
     def __reduce__(self) -> Any:
         """A pickle names the fields, so that one made before there was a field loads with its default."""
@@ -83,7 +82,6 @@ class Rule:
         if self.exact and self.span > 1:
             raise ValueError(f"exact can't be combined with span={self.span}: exact drops single messages")
         object.__setattr__(self, "_key", (self.p, *self.keywords.values()))
-        object.__setattr__(self, "_hash", hash(self._key))
 
     def __repr__(self) -> str:
         return of_call("Rule", {"p": self.p, **self.keywords}, {"p": None, **DEFAULTS})
