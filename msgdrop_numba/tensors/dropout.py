@@ -92,7 +92,9 @@ def _fits(target: Any, x: Tensor, recent: RecentPlans, twice: bool, plan: Plan) 
     if torch.is_grad_enabled() and (x.requires_grad or target.requires_grad):
         return False
     start = target.data_ptr()
-    return target is x or (start != 0 and _find(target, recent) is plan and abs(start - x.data_ptr()) >= plan.nbytes)
+    if not start or target is x:
+        return start != 0
+    return _find(target, recent) is plan and abs(start - x.data_ptr()) >= plan.nbytes
 
 
 def keep_mask(shape: tuple[int, ...], request: Request, device: Any) -> Tensor:
