@@ -128,12 +128,12 @@ def _folders(task: Task, output: Path) -> Iterator[Path]:
 
 
 def size(output: Path) -> int:
-    """How many bytes the journal of an output speaks of."""
+    """The number of bytes that the journal of an output names."""
     return sum(written.bytes for written in journal.read(output)[1].values()) if output.is_dir() else 0
 
 
 class Verdict(NamedTuple):
-    """What `verify` found, a line each.
+    """The findings of `verify`, a line each.
 
     Fields:
         unfinished: what the same `msgdrop apply` again makes whole, as a job leaves it that was killed.
@@ -145,7 +145,7 @@ class Verdict(NamedTuple):
 
 
 def verify(output: Path, tick: Callable[[int], Any]) -> Verdict:
-    """What is still to be made of an output, and what is wrong with it: every byte of every file is looked at.
+    """Check every byte of every file of an output. Returns the files still to be made and the findings.
 
     Raises:
         JobError: it has no journal.

@@ -133,7 +133,7 @@ def _listed(names: str | None) -> tuple[str, ...] | None:
 
 
 def _cpus() -> int:
-    """How many this process may use."""
+    """The number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

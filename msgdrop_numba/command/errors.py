@@ -1,4 +1,4 @@
-"""What the `msgdrop` command says when something goes wrong: one line, which says what to do."""
+"""Errors of the `msgdrop` command: one line that says what to do."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import errno
 
 
 class JobError(Exception):
-    """What went wrong, in one line that says what to do."""
+    """An error in one line that says what to do."""
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks; of the system's errors, what and where."""
+    """The text of an error without line breaks; of the system's errors, the text and the file."""
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -72,7 +72,7 @@ def kernels() -> dict[str, str]:
 
 
 def gpu() -> str:
-    """What torch says of the GPU."""
+    """The GPU, as torch reports it."""
     try:
         import torch
     except ModuleNotFoundError:
@@ -87,7 +87,7 @@ def gpu() -> str:
 
 
 def case(shape: tuple[int, ...], dtype: str, device: str) -> dict[str, str]:
-    """Which way arrays of a shape and dtype take on a device, by kind of array, and why.
+    """The path of arrays of a shape and dtype on a device, and the reason, by kind of array.
 
     Raises:
         JobError: there are no such arrays here.

@@ -1,4 +1,4 @@
-"""What lies in the INPUT of `msgdrop apply`: found, and checked before anything is written."""
+"""The INPUT of `msgdrop apply`: found and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _refuse_columns(source: Path, settings: Settings) -> None:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether it names .npy files beside shards."""
+    """True if it names .npy files beside shards."""
     return Path(name).name == name and name.endswith(".npy")
 
 

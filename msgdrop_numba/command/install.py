@@ -1,4 +1,4 @@
-"""Which extra brings a package that is missing. Imports nothing, so that it can always be told."""
+"""The extra that brings a missing package. Imports nothing, so that it always works."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ _EXTRAS = {"torch": "torch", "ray": "ray", "matplotlib": "plot", "sktime": "demo
 
 
 def install_line(module: str | None) -> str:
-    """What to say where a module is missing."""
+    """The advice for a missing module."""
     package = (module or "").partition(".")[0]
     extra = _EXTRAS.get(package, "cli")
     return f'msgdrop needs {package} for this: pip install "msgdrop_numba[{extra}]"'

@@ -1,4 +1,4 @@
-"""What an OUTPUT holds and how it was made: a line of JSON for the job, one for each file that is whole."""
+"""The journal of an OUTPUT: a line of JSON for the job, and one for each whole file."""
 
 from __future__ import annotations
 
@@ -100,6 +100,6 @@ def _line(name: str, written: Written) -> str:
 
 
 def _flat(header: dict[str, Any]) -> dict[str, Any]:
-    """What may never differ, the parameters first: they say best what does."""
+    """The entries that may never differ, the parameters first, because they explain a difference best."""
     growing = ("parameters", "epochs", "files")
     return {**header["parameters"], **{k: v for k, v in header.items() if k not in growing}}

@@ -31,7 +31,7 @@ PARTIAL = ".msgdrop-partial"  # how the names end under which files are written
 
 
 class Settings(NamedTuple):
-    """What decides the bytes of an output, beside its epoch and the input."""
+    """The settings that decide the bytes of an output, beside its epoch and the input."""
 
     p: float | tuple[float, float] | str  # the rule's, or a column of Parquet
     seed: int
@@ -90,20 +90,20 @@ class Task(NamedTuple):
         return Path(self.name).name in self.settings.beside
 
     def beside(self, name: str) -> np.ndarray:
-        """What a file beside the shard says of its rows, and of those behind."""
+        """The values of a file beside the shard for its rows, and for those behind."""
         whole: np.ndarray = np.lib.format.open_memmap(Path(self.source).with_name(name), mode="r")
         return whole[self.first :]
 
 
 class Written(NamedTuple):
-    """What was written."""
+    """A written file."""
 
     bytes: int
     xxh3: str
 
 
 class Npy(NamedTuple):
-    """What the header of a .npy file says."""
+    """The header of a .npy file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -214,7 +214,7 @@ class _Hashed:
 
 
 def npy_request(settings: Settings) -> Request:
-    """What is asked for in the rows of .npy files."""
+    """The requests for rows of .npy files."""
     return Request(
         settings.rule, None, settings.scale, ZERO if settings.fill is None else settings.fill, message_dims=2,
         seed=settings.seed, positions=settings.positions,
@@ -276,7 +276,7 @@ def _rows_at_a_time(width: int) -> int:
 
 
 def _requests(task: Task, rows: int, width: int) -> Iterator[tuple[Request, int]]:
-    """What is asked for in the rows of a shard, of so many bytes each, piece by piece; and how many rows those are."""
+    """The requests for the rows of a shard, `width` bytes each, piece by piece, and the number of rows of each."""
     request = replace(npy_request(task.settings), seed=fold_in(task.settings.seed, task.epoch))
     keys, lengths = _keys(task), task.settings.lengths
     of_rows = None if lengths is None else task.beside(lengths)
@@ -315,7 +315,7 @@ def _read(source: Any, data: Any) -> None:
 
 
 def pieces(source: Any) -> Iterator[memoryview]:
-    """What is left of a file, in pieces of one buffer: fresh memory for each would cost more than reading it."""
+    """The rest of a file, in pieces of one buffer: fresh memory for each would cost more than reading it."""
     buffer = memoryview(bytearray(CHUNK))
     while count := source.readinto(buffer):
         yield buffer[:count]
@@ -331,7 +331,7 @@ def _parquet(task: Task, out: _Hashed) -> None:
     drop = batch_of(task.settings, task.epoch)
 
     def schema_of(given: pyarrow.Schema) -> pyarrow.Schema:
-        """What becomes of the columns' types."""
+        """The types of the columns in the output."""
         short = drop(arrow.empty(given, set(drop.needed))).schema
         fields = [short.field(f.name) if f.name in drop.needed else f for f in given]
         return pyarrow.schema([*fields, *([short.field(MASK)] if drop.return_mask else [])], given.metadata)
@@ -350,7 +350,7 @@ def _parquet(task: Task, out: _Hashed) -> None:
 
 
 def batch_of(settings: Settings, epoch: int) -> Any:
-    """What drops in the tables of a Parquet file."""
+    """The batch that drops messages in the tables of a Parquet file."""
     from msgdrop_numba.pipelines.batches import MessageDropoutBatch
 
     p, keywords = (settings.rule, {}) if settings.rule.p is not None else (settings.p, settings.rule.arguments)

@@ -12,7 +12,7 @@ from msgdrop_numba import Rule, fold_in, keep_mask
 
 
 class Masks(NamedTuple):
-    """What is shown.
+    """The rows and masks that are shown.
 
     Fields:
         names: of the rows.
@@ -63,7 +63,7 @@ def lines(masks: Masks, letters: tuple[str, str]) -> Iterator[str]:
 
 
 def picture(masks: Masks, path: Path) -> None:
-    """The same as a PNG, an epoch above the other."""
+    """Draw the masks as a PNG, one epoch above the other."""
     from matplotlib.figure import Figure
 
     names, keep, valid, epochs = masks

@@ -62,7 +62,7 @@ class CutDropout:
         self._epoch = EpochMemory(state["_epoch"])
 
     def __call__(self, cuts: Any, *args: Any, **named: Any) -> Any:
-        """What the strategy makes of the cuts."""
+        """The batch that the strategy makes of the cuts."""
         made = self.strategy(cuts, *args, **named)
         read = made[2] if len(made) == 3 else cuts  # those that could be read
         self._batch = [cut.id for cut in read], made[1]

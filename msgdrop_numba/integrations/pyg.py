@@ -206,7 +206,7 @@ def drop_messages(conv: Any, p: Any = 0.5, **options: Any) -> DroppedMessages:
 
 
 class DroppedMessages:
-    """What `drop_messages` did, and how to undo it."""
+    """A handle that undoes `drop_messages`."""
 
     def __init__(self, conv: Any) -> None:
         self._conv, self._fuse = conv, conv.fuse

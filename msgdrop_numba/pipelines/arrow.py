@@ -111,7 +111,7 @@ def check_numbers(name: str, kind: pa.DataType, integers: bool = False) -> None:
 
 
 def with_numbers(array: pa.Array, values: np.ndarray) -> pa.Array:
-    """The same chunk with other numbers, all of them as in `leaf`."""
+    """The chunk with other numbers, all of them as in `leaf`."""
     if isinstance(array, pa.ExtensionArray):
         return pa.ExtensionArray.from_storage(array.type, with_numbers(array.storage, values))
     if pa.types.is_struct(array.type):
@@ -179,13 +179,13 @@ def _lists(kind: pa.DataType, sizes: np.ndarray, values: pa.Array) -> pa.Array:
 
 
 def is_plain_list(kind: pa.DataType, field: pa.Field | None) -> bool:
-    """Whether a column's rows are lists of one value a message, of any type: `taken` takes from those."""
+    """True if a column's rows are lists of one value a message, of any type: `taken` takes from those."""
     storage = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
     return _is_list(storage) and not _is_list(storage.value_type) and len(_shape_of(kind, field) or (0,)) < 2
 
 
 def list_sizes(column: Any) -> np.ndarray:
-    """How many values each row of a column of lists has.
+    """The number of values of each row of a column of lists.
 
     Raises:
         ValueError: it has nulls.
@@ -221,7 +221,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _bounds(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Where each of a list array's elements begins and ends among all its values."""
+    """The begin and end of each element of a list array among all its values."""
     if pa.types.is_fixed_size_list(array.type):
         starts = (np.arange(len(array)) + array.offset) * array.type.list_size
         return starts, starts + array.type.list_size

@@ -278,7 +278,7 @@ def _listed(argument: str, names: Any) -> tuple[str, ...]:
 
 
 class _RowColumns(NamedTuple):
-    """What the columns beside those of messages say: each row's key, its length, what it brings, what it is called."""
+    """The columns beside those of messages: each row's key, length, own values and name."""
 
     keys: np.ndarray
     lengths: np.ndarray | None

@@ -251,7 +251,7 @@ class MessageDropoutCollate:
         return of_collate(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The same as plain tuples: a pickle names no inner class."""
+        """The paths as plain tuples: a pickle names no inner class."""
         masks = None if self._masks is None else {path: tuple(field) for path, field in self._masks.items()}
         companions = {path: tuple(field) for path, field in self._companions.items()}
         plain = {
@@ -318,7 +318,7 @@ class MessageDropoutCollate:
     def _beside(
         self, samples: list[Any], fields: dict[Path, Field], brought: dict[Path, Each], stacks: dict[str | None, Any]
     ) -> dict[Path, Callable[[list[Any]], Any]]:
-        """What builds the leaves that lie beside the fields, as long as those: companions, and samples' own."""
+        """Build the leaves beside the fields that are as long as those: companions, and samples' own values."""
         companion_fields = find(self._companions, samples[0], "a sample", "companions") if self._companions else {}
         if both := [companion_fields[path].label for path in companion_fields if path in fields]:
             raise ValueError(f"companions must not be among fields too, but {both[0]} is: leave it out")
@@ -357,7 +357,7 @@ class MessageDropoutCollate:
         return _epoch_seed(self.seed, epoch or 0)
 
     def _read_own(self, samples: list[Any], ids: list[Any] | None) -> tuple[Own, dict[Path, Each]]:
-        """What the samples bring, and the leaves of it that have a value for each message, by their paths."""
+        """The samples' own values, and their leaves with a value for each message, by path."""
 
         def name(row: int) -> str:
             return called(row, ids)

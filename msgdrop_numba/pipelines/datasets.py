@@ -254,7 +254,7 @@ def keyed_in(data: Any) -> list[KeyedDataset]:
 
 
 def must_hold_keyed(dataset: Any) -> list[KeyedDataset]:
-    """The same, of what must hold one to be told of epochs."""
+    """`keyed_in` for a dataset that must hold one, so that epochs reach it."""
     found = keyed_in(dataset)
     if not found:
         raise TypeError(

@@ -45,7 +45,7 @@ class EpochMemory:
 
     @property
     def times(self) -> int:
-        """How often it was set."""
+        """The number of times it was set."""
         return self._view[_TIMES]
 
     def get(self) -> int | None:
@@ -92,7 +92,7 @@ class EpochMemory:
             warnings.warn(f"the sample with the key {ids[again]!r} {_REPEATED}", stacklevel=4)
 
     def _again(self, keys: list[int]) -> int | None:
-        """Where among these keys the one is that was noted first, if it comes again; once, in one of all processes."""
+        """The place of the first noted key among these, if it comes again. Answered once, in one of all processes."""
         noted = self._view[_NOTED]
         if noted == 0:
             self._view[_KEY] = signed(keys[0])

@@ -85,7 +85,7 @@ def explained(key: Any, given: tuple[int, int], request: Request, size: int) -> 
 
 
 def _drawn(rule: Rule, request: Request, row_key: int, size: int) -> tuple[Any, np.ndarray]:
-    """What draws are held against, and the draws (CONTRACT.md, 3)."""
+    """The thresholds of the draws as probabilities, and the draws (CONTRACT.md, 3)."""
 
     def draw(stream: Any, positions: np.ndarray) -> np.ndarray:
         words = np.empty(len(positions), np.uint32)
@@ -117,7 +117,7 @@ def _words(rule: Rule, p: Any, dropped: int, n: int) -> str:
 
 
 def _runs(flags: np.ndarray) -> str:
-    """Where flags are set: 0, 3-7, 9."""
+    """The indices of set flags: 0, 3-7, 9."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
     pairs = list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
     shown = [str(start) if end == start + 1 else f"{start}-{end - 1}" for start, end in pairs[:_SHOWN]]

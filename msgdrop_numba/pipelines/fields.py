@@ -1,4 +1,4 @@
-"""Where in a sample the messages are: names, indices and paths of them, in tuples, lists, dicts and nested ones."""
+"""The places of messages in a sample: names, indices and paths, in tuples, lists, dicts and nested ones."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _is_step(step: Any) -> bool:
 
 
 def source(name: str, value: Any) -> Path | Callable[[Any], Any] | None:
-    """Where in a sample its own values of an argument are: a path, or a function of the sample; None: nowhere.
+    """The place of an argument's own values in a sample: a path, or a function of the sample; None: there are none.
 
     Raises:
         TypeError: it is neither. A number, or a tuple of them, is p or the position of a row's first message itself.
@@ -190,14 +190,14 @@ def label(path: Path) -> str:
 
 
 def at(sample: Any, path: Path) -> Any:
-    """What lies there."""
+    """The value at this path."""
     for name in path:
         sample = sample[name]
     return sample
 
 
 def column(samples: list[Any], path: Path) -> list[Any]:
-    """What lies there in each of the samples, which must be alike on the way."""
+    """The values at this path of all samples, which must be alike on the way."""
     for depth, name in enumerate(path):
         _check_alike(samples, path[:depth])
         samples = [*map(itemgetter(name), samples)]

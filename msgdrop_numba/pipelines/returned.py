@@ -1,4 +1,4 @@
-"""What a collate function of the user's returned, in which messages are dropped in place."""
+"""Batches that a collate function of the user's returned: messages are dropped in place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from msgdrop_numba.pipelines.rows import Own
 
 
 def request_in(options: Options, fields: dict[str, Any], seed: int, keys: np.ndarray, own: Own | None) -> Request:
-    """What is asked for in the fields of one mask, by their labels."""
+    """The requests for the fields of one mask, by their labels."""
     sizes = set()
     for field, x in fields.items():
         if not isinstance(x, (Tensor, np.ndarray)) or x.ndim < 3 or len(x) != len(keys):

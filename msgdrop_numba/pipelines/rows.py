@@ -80,7 +80,7 @@ class Own(NamedTuple):
         return Own(lambda row: self.called(part.start + row), p, cut(self.protect), cut(self.positions))
 
     def row_values(self, counts: Sequence[int] | None, size: int, of: str = "") -> RowValues:
-        """What a request takes, for rows of `size` messages, of which `counts` are a row's own; None: up to all."""
+        """The arguments of a request for rows of `size` messages, `counts` of them a row's own; None: all."""
 
         def laid(each: Any) -> Any:
             return laid_out(each, counts, size, self.called, of) if isinstance(each, Each) else each

@@ -1,4 +1,4 @@
-"""How a collate and a batch are printed: as the calls that would make them. Never imports torch."""
+"""Printed collates and batches: the calls that would make them. Never imports torch."""
 
 from __future__ import annotations
 
