@@ -116,7 +116,7 @@ def make_guard(tensors: list[torch.Tensor], varying: bool = False) -> Any:
     """A function of as many tensors that returns True if they are like these readable ones; None: torch has no guards.
 
     It compares dispatch keys, dtypes, shapes, strides and requires_grad, and the thread's grad mode and autocast.
-    It also fails if a tensor appears twice. Every tensor must have sizes, see `has_sizes`.
+    It also fails if a tensor appears twice. Every tensor must have sizes, see `arguments.has_sizes`.
 
     Args:
         tensors: all of one shape, dtype and strides, or the same one several times.
@@ -136,18 +136,6 @@ def make_guard(tensors: list[torch.Tensor], varying: bool = False) -> Any:
 
 
 _TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
-
-
-def has_sizes(tensor: torch.Tensor) -> bool:
-    """False for nested tensors, and for the batched ones of a vmap over them, which don't say that they are nested.
-
-    Guards must not be asked about those: they look at sizes in C++, where the error ends the process.
-    """
-    try:
-        tensor.shape  # noqa: B018
-    except RuntimeError:
-        return False
-    return True
 
 
 def in_transform() -> bool:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from msgdrop_numba.call.arguments import address, is_masked
-from msgdrop_numba.torch_private import has_sizes, make_guard, unreadable_reason
+from msgdrop_numba.tensors.arguments import has_sizes
+from msgdrop_numba.torch_private import make_guard, unreadable_reason
 
 Name = Callable[[int], str]  # what a sample is called in an error, by its number in the batch
 

@@ -13,7 +13,7 @@ from msgdrop_numba.call.request import Request
 from msgdrop_numba.call.rule import MAX_ROW, P
 from msgdrop_numba.kernels.records import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, OTHER
 from msgdrop_numba.tensors.operations import RowArgs
-from msgdrop_numba.torch_private import base_of, has_sizes, not_eager_reason, unreadable_reason
+from msgdrop_numba.torch_private import base_of, not_eager_reason, unreadable_reason
 
 _SCALED = {
     torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.float32: FLOAT32, torch.float64: FLOAT64,
@@ -255,6 +255,18 @@ def check_integers(name: str, values: Tensor) -> None:
     """Refuse a tensor of another kind; its values aren't looked at."""
     if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
         raise TypeError(f"{name} must be integers, but got dtype {values.dtype}")
+
+
+def has_sizes(tensor: Tensor) -> bool:
+    """False for nested tensors, and for the batched ones of a vmap over them, which don't say that they are nested.
+
+    Guards must not be asked about those: they look at sizes in C++, where the error ends the process.
+    """
+    try:
+        tensor.shape  # noqa: B018
+    except RuntimeError:
+        return False
+    return True
 
 
 def can_look_at(tensor: Tensor) -> bool:

@@ -14,9 +14,9 @@ from torch import Tensor
 from msgdrop_numba.call.request import Job, Request, perform
 from msgdrop_numba.call.rule import Rule
 from msgdrop_numba.tensors import operations
-from msgdrop_numba.tensors.arguments import fill_message
+from msgdrop_numba.tensors.arguments import fill_message, has_sizes
 from msgdrop_numba.tensors.backends import Outline, Traced
-from msgdrop_numba.torch_private import has_sizes, ragged_dim
+from msgdrop_numba.torch_private import ragged_dim
 
 
 def check_sizes(x: Tensor) -> None:
