@@ -95,6 +95,7 @@ class Kernels(Tensors):
     """Tensors whose memory the kernels read by address. A subclass brings the kernels of one kind of device."""
 
     nothing = PLAIN
+    lengths = staticmethod(lambda job: job.args.lengths)
     plan = staticmethod(array_plan)
     mask_plan = staticmethod(plan_of_mask)
 
@@ -270,10 +271,6 @@ class TracedArgs(NamedTuple):
     p: Tensor | None = None  # float64; None: the rule has a number or a range
     rows: operations.RowArgs = operations.RowArgs()
 
-    @property
-    def lengths(self) -> Tensor | None:
-        return self.rows.lengths
-
 
 class Traced(Tensors):
     """Torch's operations: under tracing and transforms, on other devices, for tensor subclasses.
@@ -283,6 +280,7 @@ class Traced(Tensors):
     """
 
     nothing = TracedArgs()
+    lengths = staticmethod(lambda job: job.args.rows.lengths)
     split_p = staticmethod(split_p_traced)
     check_seed = staticmethod(seeds.check_device_seed)
     seed = staticmethod(seeds.device_seed)

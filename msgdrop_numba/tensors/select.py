@@ -90,7 +90,7 @@ def select_messages(shape: tuple[int, ...], request: Request, layout: Layout, de
 
 
 def _selection(job: Job, capacity: int | None, device: torch.device) -> Selection:
-    shape, form, lengths = tuple(job.plan.shape), job.form, job.args.lengths
+    shape, form, lengths = tuple(job.plan.shape), job.form, job.library.lengths(job)
     if job.seed is None or job.plan.rule.p == 0:  # x itself, in its own room
         mask, capacity = torch.ones(shape, dtype=torch.bool, device=device), None if form.name == PACKED else shape[-1]
     else:
