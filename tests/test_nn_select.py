@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from msgdrop_numba import MessageSelect, MessageSubset, message_select
+from msgdrop_numba import MessageSelect, MessageSubset, Rule, message_select
 
 X = torch.randn(6, 9, 8, generator=torch.Generator().manual_seed(0))
 
@@ -144,6 +144,16 @@ def test_samples_that_are_not_kept_skip_the_module():
     all_skip = MessageSubset(Noted(), 1.0, per="sample")
     assert torch.equal(all_skip(X), X)
     assert not hasattr(all_skip.module, "seen")
+
+
+def test_indices_with_a_rule_that_is_exact():
+    layer = MessageSelect(Rule(0.5, exact=True, prefix=1), return_kept="indices")
+    same = MessageSelect(0.5, exact=True, prefix=1, return_kept="indices")
+    x = torch.randn(2, 7, 3)
+    for got, want in zip(layer(x, seed=3), same(x, seed=3), strict=True):
+        assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="exact=False"):
+        MessageSelect(Rule(0.5), return_kept="indices")
 
 
 def test_whole_graphs(compiled):
