@@ -156,7 +156,7 @@ _HAS_EXPORTING_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 
 @contextmanager
 def drawn_once() -> Iterator[None]:
-    """Backward takes from forward the seeds that are drawn here, whatever else the partitioner computes again.
+    """Backward takes the seeds drawn within this context from forward, whatever else the partitioner computes again.
 
     With a memory budget of 0 it must compute all again: then it draws by the state that the generator had in forward.
     """

@@ -37,21 +37,6 @@ def test_the_fast_path_is_the_long_one(options, dtype, monkeypatch):
         assert y.tobytes() == want.tobytes()
 
 
-@pytest.mark.parametrize("options", [{"span": 0}, {"span": [1]}, {"span": True}, {"min_keep": -1}, {"exact": "no"},
-                                     {"message_dims": 3}, {"message_dims": True}, {"p": 1.5}, {"p": float("nan")},
-                                     {"exact": True, "span": 2}])  # fmt: skip
-def test_the_fast_path_refuses_what_all_steps_do(options, monkeypatch):
-    x = np.ones((4, 6, 3), np.float32)
-    message_dropout(x)  # the same shape is known
-    errors = []
-    for refuse in (lambda _: None, internals.no_fast_path):
-        refuse(monkeypatch)
-        with pytest.raises((TypeError, ValueError)) as raised:
-            message_dropout(x, **options)
-        errors.append((raised.type, str(raised.value)))
-    assert errors[0] == errors[1]
-
-
 def test_a_call_without_arrays_takes_the_fast_path(monkeypatch):
     monkeypatch.setattr(arrays, "message_dropout", None)
     assert message_dropout(np.ones((4, 6, 3), np.float32), 0.5).shape == (4, 6, 3)

@@ -170,7 +170,7 @@ Rule.__module__ = "msgdrop_numba"  # where a pickle looks for it; dataclasses ne
 # The keywords of a rule with their defaults, each a bool or an integer.
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Rule)[1:] if f.init}
 KEYWORDS = tuple(DEFAULTS)
-# Those that signatures have beside p. A new field has no keyword there: it is given by a Rule.
+# The keywords of public signatures. A new field of Rule adds none: only a Rule can set it.
 ARGUMENTS = "exact", "span", "min_keep", "prefix"
 
 

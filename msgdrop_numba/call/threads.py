@@ -69,7 +69,7 @@ def _budget() -> int:
 
 def launch(plan: Plan, args: MaskArgs, seed: int, x: int, out: int, mask: int) -> bool:
     """Run the kernel, serial or parallel, from address x to address out, 0: make the mask alone. True: it is done."""
-    bits = seed if seed < 2**63 else seed - 2**64
+    bits = seed if seed < 2**63 else seed - 2**64  # `arguments.signed`, without a call that a small one feels
     rule = 0 if (plan.is_bernoulli and args.is_bernoulli) or args.given else compiled(decide)
     nbytes = plan.nbytes
     if not out:  # a byte a message; where rows must be searched, it takes as long as writing more
@@ -77,8 +77,8 @@ def launch(plan: Plan, args: MaskArgs, seed: int, x: int, out: int, mask: int) -
     if nbytes < PARALLEL_BYTES or (parts := _budget()) == 1:  # `chunks`, without a call that a small one feels
         direct(drop_range)(0, plan.messages, plan.address, args.address, x, out, mask, bits, rule)
     else:
-        plan_and_draw = plan.address, args.address
-        direct(drop_parallel)(compiled(drop_range), plan.messages, *plan_and_draw, x, out, mask, bits, rule, parts)
+        records = plan.address, args.address
+        direct(drop_parallel)(compiled(drop_range), plan.messages, *records, x, out, mask, bits, rule, parts)
     return True
 
 

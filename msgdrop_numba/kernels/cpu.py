@@ -175,13 +175,12 @@ def _write(
         for j in range(keep.size):
             sources[j] = src + j * src_step if keep[j] else blank
         if mode.kind != COPY and (writing.own_scales or scales):
-            each = view(memory.scales, keep.size, np.float64)
-            if scales != memory.scales:
-                given = view(scales, keep.size if scales else 0, np.float64)
-                for j in range(keep.size):
-                    each[j] = given[j] if scales else scale
-            for j in range(keep.size):
-                each[j] = each[j] if keep[j] else 0.0
+            each, given = (
+                view(memory.scales, keep.size, np.float64),
+                view(scales, keep.size if scales else 0, np.float64),
+            )
+            for j in range(keep.size):  # which may be the same memory
+                each[j] = (given[j] if scales else scale) if keep[j] else 0.0
             scales = memory.scales
         scaled = Move(mode.width, mode.kind, scale, mode.stream, mode.ahead, mode.narrow, mode.memory)
         move(dst, dst_step, sources, scales, scaled)
@@ -245,14 +244,12 @@ def _draw_row(
     at = mask + index * plan["size"] + position
     if args["given"]:
         copy_bytes(flags, at, count)
-        keep_rest(flags, inside, count)
-        return inside  # type: ignore[no-any-return]
-    if decide:
+    elif decide:
         call(decide, flags, memory.words, plan_address, args_address, seed, index, position, inside, known)
     else:
         keep_plain(flags, memory.words, plan, args, seed, index, position, inside)
     keep_rest(flags, inside, count)
-    if mask:
+    if mask and not args["given"]:
         copy_bytes(at, flags, count)
     return inside  # type: ignore[no-any-return]
 

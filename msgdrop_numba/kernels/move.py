@@ -1,6 +1,6 @@
 """The move step on the CPU: write messages to memory, each read from a source of its own, copied or multiplied.
 
-Dropping, removing, putting back, collating and all gradients come here: they differ in their sources alone.
+Dropping, removing, restoring, collating and all gradients use this step. They differ only in their sources.
 """
 
 from __future__ import annotations

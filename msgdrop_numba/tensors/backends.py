@@ -230,7 +230,7 @@ class _Host(Kernels):
 
 
 class _Device(Kernels):
-    """Tensors on a CUDA device. A seed is a 0-d tensor there, whose value nobody looks at."""
+    """Tensors on a CUDA device. A seed is a 0-d tensor on the device, and its value is never read by the host."""
 
     split_p = staticmethod(split_p_of_device)
     check_seed = staticmethod(seeds.check_device_seed)

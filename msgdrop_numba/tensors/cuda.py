@@ -98,7 +98,7 @@ def rows_of(args: MaskArgs) -> operations.RowArgs:
 
 
 def launch(plan: Plan, args: MaskArgs, seed: Tensor, x: int, out: int, mask: int) -> bool:
-    """As `threads.launch`, on the device of the seed. False: no kernel can do it there, and nothing was done."""
+    """`threads.launch` on the device of the seed. False if no kernel can do it: nothing was done."""
     if out and plan.numbers.pieces > 1:
         return False
     rows = plan.messages // plan.size

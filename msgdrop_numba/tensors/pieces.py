@@ -201,7 +201,7 @@ class LocalCall(NamedTuple):
 
     Fields:
         piece: of x. dims: how many of its dims index messages.
-        whole: the message dims of x. sizes: of the mask that is drawn here: the piece's, or its rows' whole.
+        whole: the message dims of x. sizes: of the mask that this rank draws: the piece's, or its rows' whole.
         counted: whether rows are drawn whole: their masks count messages, and some of them lie elsewhere.
         request: the call's, of plain tensors alone.
     """
@@ -337,7 +337,7 @@ def _keys(call: LocalCall, device: Any) -> Any:
 
 
 def _row_numbers(call: LocalCall, device: Any) -> Tensor:
-    """The numbers of the rows here, in C order over the whole."""
+    """The numbers of this rank's rows, in C order over the whole."""
     numbers = torch.zeros((), dtype=torch.int64, device=device)
     for dim in range(call.dims - 1):
         start = call.piece.starts[dim]
@@ -347,7 +347,7 @@ def _row_numbers(call: LocalCall, device: Any) -> Tensor:
 
 
 def _positions(call: LocalCall, device: Any) -> Any:
-    """The first position here, or all of them; None: 0."""
+    """The position of the first message on this rank, or all positions; None: 0."""
     value = _replica("positions", call.request.positions, call.piece)
     if isinstance(value, DTensor):
         return _part(call, "positions", value, lambda v, shape, device: positions_on(v, shape, device)[1], device)

@@ -62,10 +62,12 @@ def test_the_fast_path_does_what_all_steps_do(options, dtype, monkeypatch):
             assert torch.equal(grad, by_all_steps(ones, seed))
 
 
+@both
 @pytest.mark.parametrize("options", [{"span": 0}, {"span": [1]}, {"span": True}, {"min_keep": -1}, {"exact": "no"},
-                                     {"message_dims": 3}, {"p": 1.5}, {"p": float("nan")}, {"exact": True, "span": 2}])  # fmt: skip
-def test_the_fast_path_refuses_what_all_steps_do(options, monkeypatch):
-    x = torch.randn(4, 6, 3)
+                                     {"message_dims": 3}, {"message_dims": True}, {"p": 1.5}, {"p": float("nan")},
+                                     {"exact": True, "span": 2}])  # fmt: skip
+def test_the_fast_path_refuses_what_all_steps_do(make, options, monkeypatch):
+    x = make(np.ones((4, 6, 3), np.float32))
     message_dropout(x)  # the same shape is known
     errors = []
     for refuse in (lambda _: None, internals.no_fast_path):
